@@ -1,0 +1,97 @@
+"""One GRPO run from its recipe to its run folder: build the components, hand them to the controller, write the summary."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from actors.controller import Controller, Limits
+from actors.ledger import Ledger
+from actors.pacer import AsyncPacer
+from actors.plot import plot_run
+from actors.progress import RunProgress
+from actors.prompts import PromptStream
+from actors.publisher import Publisher
+from actors.recipe import GrpoRecipe
+from actors.reporter import Reporter
+from actors.router import Router
+from actors.run_folder import RunFolder
+from actors.tracker import Tracker
+from actors.workers import ModelSource, Workers, grpo_workers
+from algorithms.pacing import Pacer
+from placement.groups import ReservedPools
+
+
+async def run_grpo(
+    recipe: GrpoRecipe,
+    model: ModelSource,
+    prompts: PromptStream,
+    tokenizer: PreTrainedTokenizerBase,
+    pools: ReservedPools,
+    folder: RunFolder,
+    progress: RunProgress,
+) -> None:
+    """Train; raises what stopped the run, after the workers are gone."""
+    progress.say("starting the policy, the rollout replicas and the reward workers")
+    async with grpo_workers(recipe, model, pools) as workers:
+        publisher = _publisher(recipe, workers)
+        await publisher.connect()
+        ledger, pacer = Ledger(folder.ledger), _pacer(recipe)
+        tracker = Tracker(recipe.logging.wandb_project, recipe.name, folder.path, recipe.model_dump(mode="json"))
+        reporter = Reporter(recipe, folder, progress, tracker, pacer, publisher, ledger)
+        controller = Controller(
+            num_steps=recipe.steps,
+            algorithm=recipe.algorithm,
+            max_tokens_per_micro_batch=recipe.policy.max_tokens_per_micro_batch,
+            limits=_limits(recipe),
+            prompts=prompts,
+            pacer=pacer,
+            router=Router(workers.replicas),
+            policy=workers.policy,
+            publisher=publisher,
+            ledger=ledger,
+            report=reporter.report,
+        )
+        await controller.run()
+        await workers.policy.save(Path(folder.model).absolute())
+    tokenizer.save_pretrained(folder.model)
+    ledger.close()
+    tracker.finish()
+    plot_run(folder.read_metrics(), recipe.staleness.max_staleness, folder.plot)
+    folder.write_summary(reporter.summary())
+
+
+def _pacer(recipe: GrpoRecipe) -> AsyncPacer:
+    # More groups than a replica can decode at once would only grow stale in its queue.
+    per_replica = max(1, recipe.rollout.max_num_seqs // recipe.algorithm.num_generations)
+    pacer = Pacer(
+        groups_per_batch=recipe.groups_per_batch,
+        max_staleness=recipe.staleness.max_staleness,
+        num_batches=recipe.steps,
+        pipeline_depth=recipe.staleness.pipeline_depth,
+        max_in_flight=per_replica * recipe.pools.rollout.num_workers,
+    )
+    return AsyncPacer(pacer, stall_timeout_s=2 * _group_timeout_s(recipe))
+
+
+def _publisher(recipe: GrpoRecipe, workers: Workers) -> Publisher:
+    return Publisher(
+        policy=workers.policy,
+        replicas=workers.replicas,
+        workers_per_replica=max(1, recipe.pools.rollout.gpus_per_worker),
+        dtype=recipe.rollout.dtype,
+        config=recipe.sync,
+    )
+
+
+def _limits(recipe: GrpoRecipe) -> Limits:
+    return Limits(
+        group_timeout_s=_group_timeout_s(recipe),
+        max_attempts=recipe.rollout.max_attempts,
+        max_quarantined=recipe.rollout.max_quarantined,
+    )
+
+
+def _group_timeout_s(recipe: GrpoRecipe) -> float:
+    """Generation, then every reward function, each up to its own deadline; groups may queue for a reward worker."""
+    scoring_s = len(recipe.rewards.functions) * recipe.rewards.timeout_s
+    return 60.0 + recipe.generation.timeout_s + 10 * scoring_s

@@ -1,0 +1,87 @@
+"""A model that cannot be loaded is one ValueError that names the path and the fix."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name or local folder; it has an end-of-sequence token and a padding token.
+
+    ValueError when the path is neither a folder nor reachable on the hub, or when there is no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(_why(path, revision, trust_remote_code, "tokenizer", error)) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model.path: the tokenizer of '{path}' has no end-of-sequence token, so no rollout could end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(
+    path: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    dtype: Dtype,
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """The causal language model with its weights in `dtype`, on the CPU; ValueError as in `load_tokenizer`."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(_why(path, revision, trust_remote_code, "model", error)) from error
+
+
+def max_model_length(path: str, revision: str | None, trust_remote_code: bool) -> int:
+    """The longest sequence (tokens) the model has positions for; ValueError when its config does not say."""
+    try:
+        config: Any = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(_why(path, revision, trust_remote_code, "config", error)) from error
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        raise ValueError(
+            f"model.path: the config of '{path}' does not say max_position_embeddings, so the longest sequence is "
+            "unknown; add it to the model's config.json"
+        )
+    return int(length)
+
+
+def _why(path: str, revision: str | None, trust_remote_code: bool, part: str, error: Exception) -> str:
+    """One line: what could not be loaded, why, and what to do."""
+    reason = str(error).strip().split("\n")[0]
+    folder = Path(path)
+    if "trust_remote_code" in str(error) and not trust_remote_code:
+        return (
+            f"model.path: '{path}' ships its own Python code; if you trust its author, set model.trust_remote_code "
+            f"to true ({reason})"
+        )
+    if folder.is_dir():
+        names = sorted(entry.name for entry in folder.iterdir())
+        return (
+            f"model.path: the folder '{path}' holds no {part} that can be loaded ({reason}); it must be in Hugging "
+            f"Face layout (config.json, *.safetensors, tokenizer.json), it has {', '.join(names[:8]) or 'no files'}"
+        )
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return f"model.path: there is no folder '{path}' (working directory: {Path.cwd()}); correct model.path"
+    at_revision = f" at revision '{revision}'" if revision else ""
+    return (
+        f"model.path: '{path}' is neither a folder here nor a model that the hub gives{at_revision} ({reason}); check "
+        "the name, the network and HF_HUB_OFFLINE, or log in with HF_TOKEN when the model is gated"
+    )

@@ -1,0 +1,131 @@
+"""The pacer's decisions as waits: slots appear when a group may be dispatched, batches when one may be trained.
+
+All decisions are made in algorithms/pacing.py. Here coroutines wait for them, and the time that each side waits is
+measured together with the reason.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import ray
+
+from actors.deadline import DeadlineError
+from algorithms.pacing import Pacer, Slot
+from algorithms.types import GroupSummary
+
+Decision = TypeVar("Decision")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyGroup:
+    """A scored group: its summary, and the reference behind which its tokens are."""
+
+    slot: Slot
+    summary: GroupSummary
+    scored: ray.ObjectRef
+
+
+class AsyncPacer:
+    """One condition: every change of the pacer's state wakes whoever waits for a decision."""
+
+    def __init__(self, pacer: Pacer, stall_timeout_s: float) -> None:
+        """`stall_timeout_s`: no group finished for this long while the policy waits means that the run hangs."""
+        self._pacer = pacer
+        self._stall_timeout_s = stall_timeout_s
+        self._changed = asyncio.Condition()
+        self._ready: dict[int, ReadyGroup] = {}
+        self._version: int | None = None
+        self._progress = time.monotonic()
+        self.waits: Counter[str] = Counter()
+        """Seconds waited so far: `policy/<why>` and `rollout/<why>`."""
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._pacer.num_in_flight
+
+    @property
+    def num_ready(self) -> int:
+        return self._pacer.num_ready
+
+    async def slots(self) -> AsyncIterator[Slot]:
+        """Leave to dispatch, one group at a time, until the last batch has been taken."""
+        while True:
+            slot = await self._wait("rollout", self._dispatch, self._why_no_slot)
+            if slot is None:
+                return
+            yield slot
+
+    async def take(self) -> list[ReadyGroup]:
+        """The next batch, oldest first; raises DeadlineError when no group finishes any more."""
+        self._progress = time.monotonic()
+        batch = await self._wait("policy", self._pacer.take, self._pacer.waiting)
+        assert batch is not None
+        return [self._ready.pop(ordinal) for ordinal in batch]
+
+    async def finished(self, slot: Slot, group: ReadyGroup) -> bool:
+        """Hand in a scored group; False when another attempt came first."""
+        async with self._change():
+            taken = self._pacer.finished(slot, group.summary.oldest_version)
+            if taken:
+                self._ready[slot.ordinal] = group
+            return taken
+
+    async def failed(self, slot: Slot) -> bool:
+        async with self._change():
+            return self._pacer.failed(slot)
+
+    async def dropped(self, slot: Slot) -> bool:
+        async with self._change():
+            return self._pacer.dropped(slot)
+
+    async def published(self, version: int) -> None:
+        """Every serving replica holds `version`."""
+        async with self._change():
+            self._version = version
+
+    def _dispatch(self) -> Slot | None:
+        return None if self._version is None else self._pacer.dispatch(self._version)
+
+    def _why_no_slot(self) -> str | None:
+        return "version" if self._version is None else self._pacer.blocked(self._version)
+
+    @contextlib.asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        """The pacer's state changes inside; everybody who waits looks again afterwards."""
+        async with self._changed:
+            self._progress = time.monotonic()
+            yield
+            self._changed.notify_all()
+
+    async def _wait(
+        self, side: str, decide: Callable[[], Decision | None], why: Callable[[], str | None]
+    ) -> Decision | None:
+        """Until `decide` gives something; None once the run is over and it never will."""
+        async with self._changed:
+            while True:
+                reason = why()
+                decision = decide()
+                if decision is not None:
+                    self._changed.notify_all()
+                    return decision
+                if self._pacer.exhausted:
+                    return None
+                started = time.monotonic()
+                await self._woken(side)
+                self.waits[f"{side}/{reason}"] += time.monotonic() - started
+
+    async def _woken(self, side: str) -> None:
+        idle_s = time.monotonic() - self._progress
+        if side == "policy" and idle_s >= self._stall_timeout_s:
+            late = ", ".join(f"{s.ordinal} (attempt {s.attempt})" for s in self._pacer.in_flight.values()) or "none"
+            raise DeadlineError(f"no group finished for {idle_s:.0f} s while the policy waits; groups in flight: {late}")
+        # The rollouts may wait as long as the policy steps: those have deadlines of their own.
+        left = self._stall_timeout_s - idle_s if side == "policy" else self._stall_timeout_s
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left):
+                await self._changed.wait()

@@ -1,0 +1,280 @@
+"""The policy is the only owner of the weights: each step trains on one batch and makes version + 1.
+
+One PolicyActor is one DeepSpeed rank. All ranks receive the same calls in the same order; each trains its own
+micro-batches, and the gradient is that of the global batch whatever the number of ranks, the ZeRO stage or the split
+into micro-batches.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.recipe import PolicyConfig
+from algorithms.config import GrpoConfig, OptimizerConfig
+from algorithms.losses import Normalizer, grpo_loss, sft_loss
+from algorithms.packed import PackedRow, pack_row
+from algorithms.stats import LossStats, merge
+from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup
+from sync.gloo import GlooGroup, open_store
+from sync.layout import Layout, parameters_of, plan_layout
+from sync.sender import Sender, Sent
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a step minimises: GRPO when `grpo` is given, else the supervised loss."""
+
+    grpo: GrpoConfig | None
+    temperature: float
+    max_completion_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """All that a rank needs to know; the same on every rank but for `rank`."""
+
+    model_path: str
+    revision: str | None
+    trust_remote_code: bool
+    num_ranks: int
+    use_gpu: bool
+    seed: int
+    num_steps: int
+    policy: PolicyConfig
+    optimizer: OptimizerConfig
+    objective: Objective
+
+
+@dataclass(frozen=True, slots=True)
+class RankBatch:
+    """One rank's share of a batch; samples name groups by their place among the groups passed along."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    normalizer: Normalizer
+
+
+@dataclass(frozen=True, slots=True)
+class RankUpdate:
+    """What one rank did in a step; summed and merged over the ranks by the controller."""
+
+    version: int
+    loss: float
+    """This rank's share of the loss of the global batch."""
+    grad_norm: float
+    """Of the global gradient, before clipping; the same on every rank."""
+    learning_rate: float
+    stats: dict[str, Any]
+    """LossStats as a plain dict."""
+
+
+class PolicyActor:
+    """One rank of the policy."""
+
+    def __init__(self, rank: int, settings: PolicySettings) -> None:
+        self.rank = rank
+        self.settings = settings
+        self.version = 0
+        self._sender: Sender | None = None
+
+    def address(self) -> tuple[str, int]:
+        """This process's address and a free port on it, for the ranks' rendezvous."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return node_ip(), probe.getsockname()[1]
+
+    def start(self, host: str, port: int) -> None:
+        """Load the model and join the other ranks at `host:port`."""
+        settings = self.settings
+        os.environ |= {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(settings.num_ranks),
+            "LOCAL_RANK": "0",  # Ray shows each actor its own GPUs only
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+            "DS_ACCELERATOR": "cuda" if settings.use_gpu else "cpu",
+        }
+        import deepspeed
+        from transformers import get_scheduler, set_seed
+
+        from actors.forward import PACKED_ATTENTION
+        from actors.model import load_causal_lm
+
+        torch.set_num_threads(settings.policy.num_threads or max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+        set_seed(settings.seed)
+        deepspeed.init_distributed("nccl" if settings.use_gpu else "gloo", verbose=False)
+        model = load_causal_lm(
+            settings.model_path,
+            settings.revision,
+            settings.trust_remote_code,
+            dtype=settings.policy.dtype,
+            attn_implementation=PACKED_ATTENTION,
+        )
+        if settings.policy.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        optimizer = _optimizer(model, settings.optimizer)
+        self.pad_id = int(model.config.pad_token_id or 0)
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=get_scheduler(
+                settings.optimizer.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=settings.optimizer.warmup_steps,
+                num_training_steps=settings.num_steps,
+            ),
+            config=_deepspeed_config(settings),
+        )
+        self.engine.train()
+        self._parameters: dict[str, Any] = dict(self.engine.module.named_parameters())
+
+    def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
+        """Train on this rank's share of one batch; the version grows by one."""
+        losses, stats = [], []
+        for index, micro_batch in enumerate(batch.micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(batch.micro_batches) - 1)
+            loss, micro_stats = self._loss(self._row(micro_batch, groups), batch.normalizer)
+            # DeepSpeed averages gradients over the ranks; our shares are to be summed.
+            self.engine.backward(loss * self.settings.num_ranks)
+            losses.append(loss.item())
+            stats.append(micro_stats)
+        learning_rate = self.engine.get_lr()[0]
+        grad_norm = self._step_optimizer()
+        self.version += 1
+        return RankUpdate(self.version, sum(losses), grad_norm, learning_rate, merge(stats).to_dict())
+
+    def _row(self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group]) -> PackedRow:
+        samples = micro_batch.samples
+        rollouts = [_rollouts(groups[sample.group])[sample.rollout] for sample in samples]
+        return pack_row(rollouts, [sample.advantage for sample in samples], self.pad_id).to(self.engine.device)
+
+    def _loss(self, row: PackedRow, normalizer: Normalizer) -> tuple[Tensor, LossStats]:
+        from actors.forward import row_logprobs
+
+        objective = self.settings.objective
+        logprobs_N, entropy_N = row_logprobs(self.engine, row, objective.temperature)
+        if objective.grpo is None:
+            return sft_loss(logprobs_N, entropy_N, normalizer.num_loss_tokens)
+        return grpo_loss(
+            logprobs_N,
+            entropy_N,
+            sampled_logprobs_N=row.sampled_logprobs_N,
+            reference_logprobs_N=row.reference_logprobs_N,
+            advantages_N=row.advantages_N,
+            sequence_N=row.sequence_N,
+            num_sequences=len(row.lengths_S),
+            config=objective.grpo,
+            normalizer=normalizer,
+        )
+
+    def _step_optimizer(self) -> float:
+        """Returns the global gradient norm before clipping."""
+        max_norm = self.settings.optimizer.max_grad_norm
+        if self.settings.policy.zero_stage == 0 and self.settings.policy.dtype == "float32":
+            # Without ZeRO and mixed precision DeepSpeed clips, but keeps the norm to itself.
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+            self.engine.step()
+            return norm.item()
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        assert norm is not None, f"DeepSpeed reports no gradient norm (clipping at {max_norm})"
+        return float(norm)
+
+    # Weights -----------------------------------------------------------------------------------------------------
+
+    def plan_weights(self, dtype: str, bucket_mb: float) -> str:
+        """The layout in which this policy's parameters travel, as JSON; the same on every rank."""
+        shapes = ((name, getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items())
+        layout = plan_layout(parameters_of(shapes, dtype), int(bucket_mb * 2**20))
+        return layout.to_json()
+
+    def open_store(self, timeout_s: float) -> tuple[str, int]:
+        """Rank 0 serves the rendezvous of the broadcast group; its address."""
+        self._store = open_store(node_ip(), timeout_s)
+        return node_ip(), self._store.port
+
+    def join_weights(self, layout: str, group: str, world_size: int, timeout_s: float) -> None:
+        """Take part in publications: rank 0 joins the broadcast group, the others only gather."""
+        wire = None
+        if self.rank == 0:
+            wire = GlooGroup(self._store, group, 0, world_size, node_ip(), timeout_s)
+        self._sender = Sender(Layout.from_json(layout), wire)
+
+    def send_weights(self) -> Sent:
+        """Stream the current version; every rank is called, rank 0 sends."""
+        assert self._sender is not None, "join_weights comes first"
+        return self._sender.send(self.version, self._gather)
+
+    @contextlib.contextmanager
+    def _gather(self, names: tuple[str, ...]) -> Iterator[Mapping[str, Tensor]]:
+        import deepspeed
+
+        parameters = {name: self._parameters[name] for name in names}
+        whole = (
+            deepspeed.zero.GatheredParameters(list(parameters.values()))
+            if self.settings.policy.zero_stage == 3
+            else contextlib.nullcontext()
+        )
+        with whole, torch.no_grad():
+            yield parameters
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        """Log-probability of each loss token under the current weights; every rank is called with the same rollouts."""
+        from actors.forward import row_logprobs
+
+        row = pack_row(rollouts, [0.0] * len(rollouts), self.pad_id).to(self.engine.device)
+        with torch.no_grad():
+            logprobs_N, _ = row_logprobs(self.engine, row, self.settings.objective.temperature)
+        return [logprobs_N[row.sequence_N == index].tolist() for index in range(len(rollouts))]
+
+    def save(self, folder: Path) -> None:
+        """Leave the weights in Hugging Face layout (safetensors) in `folder`; every rank is called, rank 0 writes."""
+        whole: dict[str, Tensor] = {}
+        for name in self._parameters:  # one at a time: a ZeRO-3 model need never be whole on the device
+            with self._gather((name,)) as tensors:
+                if self.rank == 0:
+                    whole[name] = tensors[name].detach().cpu().clone()
+        if self.rank == 0:
+            self.engine.module.save_pretrained(folder, state_dict=whole)
+
+
+def node_ip() -> str:
+    """The address under which the other nodes reach this one."""
+    import ray
+
+    return ray.util.get_node_ip_address()
+
+
+def _rollouts(group: ScoredGroup | Group) -> tuple[Rollout, ...]:
+    return group.group.rollouts if isinstance(group, ScoredGroup) else group.rollouts
+
+
+def _optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW; norms and biases are not decayed, as in transformers' Trainer."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    exempt = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+
+
+def _deepspeed_config(settings: PolicySettings) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        # Accumulation is ours: micro-batches differ in number and size from step to step.
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.optimizer.max_grad_norm,
+        "zero_optimization": {"stage": settings.policy.zero_stage},
+        "bf16": {"enabled": settings.policy.dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }

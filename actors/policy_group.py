@@ -1,0 +1,89 @@
+"""The policy as one: every call goes to all ranks, and all must answer within the deadline."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.deadline import within
+from actors.policy import RankBatch, RankUpdate
+from algorithms.losses import Normalizer
+from algorithms.stats import LossStats, merge
+from algorithms.types import Batch, Group, MicroBatch, Update
+from sync.sender import Sent
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyGroup:
+    """All policy ranks; rank 0 is the first."""
+
+    ranks: tuple[ray.actor.ActorHandle, ...]
+    max_completion_length: int
+    timeout_s: float
+    """Deadline of one step."""
+
+    async def start(self, timeout_s: float) -> None:
+        """Load the model on every rank and join them."""
+        host, port = await within(timeout_s, self.ranks[0].address.remote(), "reaching policy rank 0")
+        await self._all("start", host, port, timeout_s=timeout_s)
+
+    async def step(self, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> Update:
+        """Train on one batch: each rank fetches the groups that it needs, straight from where they were sampled."""
+        started = time.perf_counter()
+        normalizer = Normalizer.of(batch, self.max_completion_length)
+        calls = []
+        for rank, micro_batches in zip(self.ranks, batch.ranks, strict=True):
+            needed = sorted({sample.group for micro in micro_batches for sample in micro.samples})
+            share = RankBatch(_renumbered(micro_batches, needed), normalizer)
+            calls.append(rank.step.remote(share, *(groups[index] for index in needed)))
+        what = f"the policy step at version {batch.version}"
+        updates: list[RankUpdate] = await within(self.timeout_s, asyncio.gather(*calls), what)
+        assert {update.version for update in updates} == {batch.version + 1}, "only the policy counts versions, by one"
+        return _merge(batch, updates, time.perf_counter() - started)
+
+    async def plan_weights(self, dtype: str, bucket_mb: float) -> str:
+        layouts: list[str] = await self._all("plan_weights", dtype, bucket_mb, timeout_s=self.timeout_s)
+        return layouts[0]
+
+    async def send_weights(self, timeout_s: float) -> Sent:
+        sent: list[Sent] = await self._all("send_weights", timeout_s=timeout_s)
+        return sent[0]
+
+    async def save(self, folder: Path) -> None:
+        await self._all("save", folder, timeout_s=self.timeout_s)
+
+    async def _all(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+        calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
+        return await within(timeout_s, asyncio.gather(*calls), f"policy {method}")
+
+
+def _renumbered(micro_batches: tuple[MicroBatch, ...], needed: list[int]) -> tuple[MicroBatch, ...]:
+    """Samples that name their group by its place among the groups that the rank receives."""
+    place = {group: index for index, group in enumerate(needed)}
+    return tuple(
+        MicroBatch(
+            tuple(type(s)(place[s.group], s.rollout, s.num_tokens, s.advantage) for s in micro.samples),
+        )
+        for micro in micro_batches
+    )
+
+
+def _merge(batch: Batch, updates: Sequence[RankUpdate], seconds: float) -> Update:
+    stats = merge(LossStats.from_dict(update.stats) for update in updates)
+    num_tokens = sum(s.num_tokens for micros in batch.ranks for micro in micros for s in micro.samples)
+    return Update(
+        step=batch.version,
+        version=batch.version + 1,
+        metrics={
+            "loss": sum(update.loss for update in updates),
+            "grad_norm": updates[0].grad_norm,
+            "learning_rate": updates[0].learning_rate,
+            **stats.finish(),
+            "time/policy_step_s": seconds,
+            "policy_tok_per_s": num_tokens / seconds,
+        },
+    )

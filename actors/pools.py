@@ -1,0 +1,15 @@
+"""A pool is placed iff the recipe has work for it."""
+
+from actors.recipe import GrpoRecipe, Recipe, SftRecipe
+from placement.config import PoolConfig
+
+
+def used_pools(recipe: Recipe) -> dict[str, PoolConfig]:
+    """The pools that a run of the recipe starts; no KL penalty, no reference."""
+    pools = recipe.pools
+    match recipe:
+        case SftRecipe():
+            return {"policy": pools.policy}
+        case GrpoRecipe():
+            reference = {"reference": pools.reference} if recipe.algorithm.beta > 0 else {}
+            return {"policy": pools.policy, **reference, "reward": pools.reward, "rollout": pools.rollout}

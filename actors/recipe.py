@@ -1,0 +1,246 @@
+"""A recipe is the whole configuration of one run: frozen, closed, and checked before anything is started.
+
+`load_recipe` reads one YAML file and `dotted.key=value` overrides (see recipe_file.py for how keys are checked).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from algorithms.config import GrpoConfig, OptimizerConfig, StalenessConfig
+from placement.config import PoolsConfig
+from sync.config import SyncConfig
+
+CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PretrainedModel(BaseModel):
+    """A Hugging Face causal language model: a hub name or a local folder in Hugging Face layout."""
+
+    model_config = CLOSED
+
+    kind: Literal["pretrained"]
+    path: str = Field(min_length=1)
+    revision: str | None = None
+    """Commit, tag or branch on the hub; null takes the default branch."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model; off unless you trust its author."""
+
+
+class TinyModel(BaseModel):
+    """A byte-level Qwen3-type model with random weights, made from this config: for demos and tests without a hub."""
+
+    model_config = CLOSED
+
+    kind: Literal["tiny"]
+    hidden_size: int = Field(128, ge=32)
+    num_layers: int = Field(4, ge=1)
+    num_heads: int = Field(2, ge=1)
+    max_position_embeddings: int = Field(256, ge=16)
+    tie_word_embeddings: bool = False
+
+
+class RecipeModel(BaseModel):
+    """The model that another recipe's run leaves behind; that recipe is trained first when it has not run yet."""
+
+    model_config = CLOSED
+
+    kind: Literal["recipe"]
+    recipe: str = Field(min_length=1)
+    """Path of the other recipe's YAML file, relative to the working directory."""
+
+
+ModelConfig = Annotated[PretrainedModel | TinyModel | RecipeModel, Field(discriminator="kind")]
+
+
+class DatasetConfig(BaseModel):
+    """Where prompts come from: a hub name, a local file, or a generated task of reasoning-gym."""
+
+    model_config = CLOSED
+
+    path: str = Field(min_length=1)
+    """Hub name, `*.jsonl`, `*.json`, `*.parquet`, `*.csv`, a folder saved by `datasets`, or `reasoning_gym:<task>`."""
+    name: str | None = None
+    """Configuration of the hub data set."""
+    split: str = "train"
+    revision: str | None = None
+    task: dict[str, Any] = {}
+    """Settings of the reasoning-gym task, such as `{min_word_len: 3}`."""
+    size: int | None = Field(None, ge=1)
+    """Use this many rows; required for reasoning-gym tasks, which are endless."""
+    seed: int = 0
+    """Seed of the generated task (which words, which numbers), not of the order of the rows."""
+    prompt_suffix: str = ""
+    """Appended to every standard (string) prompt, such as `\\nAnswer: `."""
+    shuffle: bool = True
+
+
+class RewardConfig(BaseModel):
+    """One reward function: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`."""
+
+    model_config = CLOSED
+
+    function: str = Field(min_length=1)
+    """`path/to/file.py:name` or `package.module:name`; sync or async."""
+    weight: float = 1.0
+
+
+class RewardsConfig(BaseModel):
+    """The reward functions and the deadline that each call has."""
+
+    model_config = CLOSED
+
+    functions: tuple[RewardConfig, ...] = Field(min_length=1)
+    timeout_s: float = Field(30.0, gt=0.0)
+    """A call that takes longer is killed; its completions are unscorable, never 0."""
+
+
+class GenerationConfig(BaseModel):
+    """How rollouts are sampled; names are TRL's."""
+
+    model_config = CLOSED
+
+    max_completion_length: int = Field(256, ge=1)
+    """Longest completion (tokens)."""
+    max_prompt_length: int = Field(512, ge=1)
+    """Longest prompt (tokens); a longer one is an error that names the row."""
+    temperature: float = Field(1.0, gt=0.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=0)
+    """0 keeps every token."""
+    timeout_s: float = Field(600.0, gt=0.0)
+    """Deadline of one group's generation."""
+
+
+class PolicyConfig(BaseModel):
+    """The model in training: one DeepSpeed rank per worker of the policy pool."""
+
+    model_config = CLOSED
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_tokens_per_micro_batch: int = Field(8192, ge=16)
+    """Token budget of one forward pass."""
+    gradient_checkpointing: bool = False
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads of each rank; null takes the pool's cpus_per_worker, at least 1."""
+    timeout_s: float = Field(1800.0, gt=0.0)
+    """Deadline of one step."""
+
+
+class RolloutConfig(BaseModel):
+    """The inference engines: one vLLM AsyncLLM per worker of the rollout pool."""
+
+    model_config = CLOSED
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_num_seqs: int = Field(128, ge=1)
+    """Sequences that one replica decodes at once."""
+    gpu_memory_utilization: float = Field(0.85, gt=0.0, le=1.0)
+    cpu_kv_cache_gb: int = Field(1, ge=1)
+    """KV cache of a replica on the CPU (GiB)."""
+    enforce_eager: bool = True
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads of each replica; null lets vLLM choose."""
+    start_timeout_s: float = Field(600.0, gt=0.0)
+    """Deadline of an engine's start."""
+    max_attempts: int = Field(3, ge=1)
+    """A group whose generation fails this often is quarantined."""
+    max_quarantined: int = Field(0, ge=0)
+    """More quarantined groups than this stop the run."""
+
+
+class LoggingConfig(BaseModel):
+    """What the run folder keeps besides the metrics."""
+
+    model_config = CLOSED
+
+    completions_every: int = Field(10, ge=1)
+    """Steps between two samples of completions."""
+    num_completions: int = Field(8, ge=0)
+    """Completions in each sample."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project; the key comes from the environment (WANDB_API_KEY, WANDB_MODE)."""
+
+
+class _Recipe(BaseModel):
+    model_config = CLOSED
+
+    name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?$")
+    """Name of the run: lower-case letters, digits and dashes, at most 47 characters."""
+    seed: int = Field(0, ge=0)
+    steps: int = Field(ge=1)
+    """Updates of the policy."""
+    run_dir: Path | None = None
+    """Where the run leaves everything; null takes `runs/<name>`."""
+    model: ModelConfig
+    dataset: DatasetConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    policy: PolicyConfig = PolicyConfig()
+    pools: PoolsConfig = PoolsConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def folder(self) -> Path:
+        return self.run_dir or Path("runs") / self.name
+
+
+class GrpoRecipe(_Recipe):
+    """Asynchronous GRPO: rollouts on one pool, the policy on another, at most `max_staleness` versions apart."""
+
+    kind: Literal["grpo"]
+    groups_per_batch: int = Field(ge=1)
+    """Prompt groups that one update trains on."""
+    algorithm: GrpoConfig = GrpoConfig()
+    staleness: StalenessConfig = StalenessConfig()
+    rewards: RewardsConfig
+    generation: GenerationConfig = GenerationConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sync: SyncConfig = SyncConfig()
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        staleness, algorithm = self.staleness, self.algorithm
+        if staleness.max_staleness > 0 and not algorithm.corrects_off_policy:
+            raise ValueError(
+                f"staleness.max_staleness: {staleness.max_staleness} trains on stale samples without an off-policy "
+                "correction; set algorithm.vllm_importance_sampling_correction to true, algorithm.old_logprobs to "
+                "'sampled', or staleness.max_staleness to 0"
+            )
+        depth = staleness.pipeline_depth
+        if depth is not None and depth < self.groups_per_batch:
+            raise ValueError(
+                f"staleness.pipeline_depth: {depth} groups in flight can never fill a batch of "
+                f"{self.groups_per_batch}; set it to {self.groups_per_batch} or more, or groups_per_batch to {depth}"
+            )
+        num_rollouts = self.groups_per_batch * algorithm.num_generations
+        if num_rollouts < self.pools.policy.num_workers:
+            raise ValueError(
+                f"groups_per_batch: a batch of {num_rollouts} rollouts cannot feed "
+                f"{self.pools.policy.num_workers} policy ranks; raise groups_per_batch or lower "
+                "pools.policy.num_workers"
+            )
+        return self
+
+
+class SftRecipe(_Recipe):
+    """Supervised fine-tuning on prompt-completion data, on the same policy ranks; the loss is on completions only."""
+
+    kind: Literal["sft"]
+    batch_size: int = Field(ge=1)
+    """Sequences that one update trains on."""
+    max_length: int = Field(1024, ge=2)
+    """Longest sequence (tokens), prompt and completion together; a longer one is an error that names the row."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.batch_size < self.pools.policy.num_workers:
+            raise ValueError(
+                f"batch_size: {self.batch_size} sequences cannot feed {self.pools.policy.num_workers} policy ranks; "
+                "raise batch_size or lower pools.policy.num_workers"
+            )
+        return self
+
+
+Recipe = GrpoRecipe | SftRecipe

@@ -1,0 +1,161 @@
+"""Each step leaves one line of metrics, and every token that was trained is accounted for by its weight version."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from actors.deadline import within
+from actors.ledger import Ledger
+from actors.pacer import AsyncPacer, ReadyGroup
+from actors.progress import RunProgress
+from actors.publisher import Publisher
+from actors.recipe import GrpoRecipe
+from actors.run_folder import RunFolder
+from actors.tracker import Tracker
+from algorithms.metrics import reward_metrics
+from algorithms.types import Batch, ScoredGroup, Update
+
+_FETCH_TIMEOUT_S = 60.0
+
+
+class Reporter:
+    """Turns what the components measured into metrics, samples, progress and the summary."""
+
+    def __init__(
+        self, recipe: GrpoRecipe, folder: RunFolder, progress: RunProgress, tracker: Tracker,
+        pacer: AsyncPacer, publisher: Publisher, ledger: Ledger,
+    ) -> None:  # fmt: skip
+        self._recipe = recipe
+        self._folder = folder
+        self._progress = progress
+        self._tracker = tracker
+        self._pacer = pacer
+        self._publisher = publisher
+        self._ledger = ledger
+        self._rewards: list[float] = []
+        self._waits: dict[str, float] = {}
+        self._max_staleness_seen = 0
+        self._staleness_sum = 0
+        self._tokens_sampled = 0
+        self._tokens_trained = 0
+        self._num_tokens = 0
+        self._unscorable = 0
+        self._started = self._last = time.monotonic()
+
+    async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> None:
+        """One step is done."""
+        now = time.monotonic()
+        step_s, self._last = now - self._last, now
+        metrics = self._count(groups, batch, update) | self._speed(groups, step_s)
+        self._folder.write_metrics(update.step, metrics)
+        self._tracker.log(update.step, metrics)
+        logging = self._recipe.logging
+        if update.step % logging.completions_every == 0 and logging.num_completions:
+            self._folder.write_completions(update.step, await self._sample(groups, batch))
+        self._progress.step(update.version, _figures(metrics))
+
+    def _count(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> dict[str, float]:
+        summaries = [group.summary for group in groups]
+        for summary in summaries:
+            self._num_tokens += sum(summary.num_tokens_G)
+            self._unscorable += sum(reward is None for reward in summary.rewards_G)
+            for version, count in summary.tokens_by_version.items():
+                self._max_staleness_seen = max(self._max_staleness_seen, batch.version - version)
+                self._staleness_sum += count * (batch.version - version)
+                self._tokens_sampled += count
+        self._tokens_trained += batch.num_loss_tokens
+        rewards = reward_metrics(summaries, version=batch.version)
+        if "reward" in rewards:
+            self._rewards.append(rewards["reward"])
+        return {
+            **rewards,
+            **update.metrics,
+            **self._publisher.metrics,
+            "num_tokens": float(self._num_tokens),
+            "groups/trained": float(self._ledger.num_trained),
+            "groups/in_flight": float(self._pacer.num_in_flight),
+            "groups/ready": float(self._pacer.num_ready),
+            "groups/redispatched": float(self._ledger.num_redispatched),
+            "groups/quarantined": float(self._ledger.num_quarantined),
+        }
+
+    def _speed(self, groups: list[ReadyGroup], step_s: float) -> dict[str, float]:
+        waits = {name: seconds - self._waits.get(name, 0.0) for name, seconds in self._pacer.waits.items()}
+        self._waits = dict(self._pacer.waits)
+        sampled = sum(sum(group.summary.tokens_by_version.values()) for group in groups)
+        return {
+            "step_time": step_s,
+            "rollout_tok_per_s": sampled / step_s,
+            "time/generate_s": _mean([group.summary.generate_s for group in groups]),
+            "time/score_s": _mean([group.summary.score_s for group in groups]),
+            **{f"wait/{name}_s": seconds for name, seconds in waits.items()},
+        }
+
+    async def _sample(self, groups: list[ReadyGroup], batch: Batch) -> list[dict[str, Any]]:
+        """The first rollout of the first groups, with what was said, what it earned and which weights said it."""
+        advantage = {
+            (sample.group, sample.rollout): sample.advantage
+            for rank in batch.ranks
+            for micro_batch in rank
+            for sample in micro_batch.samples
+        }
+        samples = []
+        for index, group in enumerate(groups[: self._recipe.logging.num_completions]):
+            scored: ScoredGroup = await within(_FETCH_TIMEOUT_S, group.scored, "fetching a sample of completions")
+            rollout = scored.group.rollouts[0]
+            samples.append(
+                {
+                    "step": batch.version,
+                    "ordinal": group.slot.ordinal,
+                    "prompt": scored.group.prompt.text,
+                    "completion": scored.completions[0],
+                    **{f"rewards/{name}": scores[0] for name, scores in scored.scores.items()},
+                    "reward": scored.rewards_G[0],
+                    "advantage": advantage.get((index, 0)),
+                    "finish_reason": rollout.finish_reason,
+                    "weight_versions": [[span.version, span.start, span.stop] for span in rollout.spans],
+                }
+            )
+        return samples
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the whole run."""
+        tenth = max(1, len(self._rewards) // 10)
+        first, last = self._rewards[:tenth], self._rewards[-tenth:]
+        return {
+            "steps": self._recipe.steps,
+            "seed": self._recipe.seed,
+            "reward_first": _mean(first) if first else None,
+            "reward_last": _mean(last) if last else None,
+            "max_staleness_seen": self._max_staleness_seen,
+            "max_staleness_allowed": self._recipe.staleness.max_staleness,
+            "staleness_mean": self._staleness_sum / max(1, self._tokens_sampled),
+            "weight_version": self._publisher.committed,
+            "groups_trained": self._ledger.num_trained,
+            "groups_lost": len(self._ledger.lost()),
+            "groups_duplicated": self._ledger.num_duplicated,
+            "groups_quarantined": self._ledger.num_quarantined,
+            "groups_redispatched": self._ledger.num_redispatched,
+            "rollouts_unscorable": self._unscorable,
+            "tokens_generated": self._tokens_sampled,
+            "tokens_trained": self._tokens_trained,
+            "wall_s": time.monotonic() - self._started,
+        }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _figures(metrics: Mapping[str, float]) -> dict[str, str]:
+    """What the progress display shows of a step."""
+    policy = sum(value for name, value in metrics.items() if name.startswith("wait/policy/"))
+    rollout = sum(value for name, value in metrics.items() if name.startswith("wait/rollout/"))
+    step_s = metrics["step_time"]
+    return {
+        "reward": f"{metrics.get('reward', float('nan')):.3f}",
+        "staleness": f"{metrics['staleness/mean']:.2f} (max {metrics['staleness/max']:.0f})",
+        "rollout": f"{metrics['rollout_tok_per_s']:.0f} tok/s",
+        "policy": f"{metrics['policy_tok_per_s']:.0f} tok/s",
+        "waiting": f"policy {policy / step_s:.0%}, rollouts {rollout / step_s:.0%}",
+    }

@@ -1,0 +1,80 @@
+"""Everything that a run leaves behind is in one folder, and the recipe that made it is written there first.
+
+recipe.yaml       the resolved recipe: `python -m deploy train recipe.yaml` makes the run again
+metrics.jsonl     one JSON object per step, under TRL's metric names
+ledger.jsonl      what became of every prompt group
+completions/      samples of what the policy said, one file per sampled step
+model/            the trained weights and tokenizer in Hugging Face layout
+summary.json      the figures of the whole run; written last
+reward.png        reward and staleness over the steps
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.recipe import Recipe
+from actors.recipe_file import dump_recipe
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "reward.png"
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run ended here: the summary is written last."""
+        return (self.path / "summary.json").exists()
+
+    def create(self, recipe: Recipe, overwrite: bool) -> None:
+        """Start a new run here; ValueError when the folder holds another one, unless `overwrite` clears it."""
+        if self.path.exists() and any(self.path.iterdir()):
+            if not (self.path / "recipe.yaml").exists():
+                raise ValueError(f"run_dir: {self.path} exists and is not a run folder; choose another with run_dir=...")
+            if not overwrite:
+                raise ValueError(
+                    f"run_dir: {self.path} already holds a run; choose another with run_dir=..., "
+                    "or replace it with --overwrite"
+                )
+            shutil.rmtree(self.path)
+        (self.path / "completions").mkdir(parents=True)
+        dump_recipe(recipe, self.path / "recipe.yaml")
+
+    def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line; a value that is not finite is left out, because JSON has none."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        with (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def write_completions(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        path = self.path / "completions" / f"step_{step:05d}.jsonl"
+        path.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        staged = self.path / "summary.json.staged"
+        staged.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        staged.rename(self.path / "summary.json")
+
+    def read_summary(self) -> dict[str, Any]:
+        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))

@@ -1,0 +1,32 @@
+"""A run is tracked by Weights & Biases only when its recipe asks, and never waits for it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Tracker:
+    """Metrics of each step, sent to a project or, without one, nowhere."""
+
+    def __init__(self, project: str | None, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        """The key comes from the environment (WANDB_API_KEY); WANDB_MODE=offline keeps everything in `folder`."""
+        self._run: Any = None
+        if project is None:
+            return
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+            raise ValueError(
+                "logging.wandb_project: no Weights & Biases key; set WANDB_API_KEY, or WANDB_MODE=offline to keep the "
+                "metrics in the run folder"
+            )
+        self._run = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._run is not None:
+            self._run.log(dict(metrics), step=step)
+
+    def finish(self) -> None:
+        if self._run is not None:
+            self._run.finish()

@@ -1,0 +1,15 @@
+"""Mathematics and decisions of the training loop, pure: nothing here touches Ray, vLLM, DeepSpeed, a file or a socket.
+
+types.py        what travels: Prompt -> Group -> ScoredGroup -> Batch -> Update
+config.py       what a recipe may say about the algorithm, the staleness bound and the optimizer
+order.py        which prompt comes at which ordinal
+pacing.py       the scheduler: what may start, and what a training step takes
+advantages.py   rewards of a group -> one advantage per rollout
+packing.py      rollouts -> balanced micro-batches of every policy rank
+packed.py       one micro-batch as the tensors of one row
+logprobs.py     logits -> log-probabilities and entropies of the sampled tokens
+corrections.py  importance weights against the weights that sampled the tokens
+losses.py       one micro-batch's share of the loss of the global batch
+stats.py        what a loss measures, mergeable over micro-batches and ranks
+metrics.py      what a batch says of itself before it is trained: rewards, lengths, staleness
+"""

@@ -1,0 +1,89 @@
+"""Sequences packed into one row never see each other: positions restart at 0 and attention stays inside each.
+
+Legend: T = tokens of the row, S = its sequences, N = its loss tokens (the ones the policy is trained on).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from algorithms.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """The tensors of one micro-batch; entry n of the `_N` arrays is about one loss token."""
+
+    token_ids_T: Tensor
+    position_ids_T: Tensor
+    lengths_S: tuple[int, ...]
+    predictor_N: Tensor
+    """Position in the row whose logits predict the token: one before the token itself."""
+    targets_N: Tensor
+    sequence_N: Tensor
+    """Which of the S sequences the token belongs to."""
+    sampled_logprobs_N: Tensor
+    advantages_N: Tensor
+    reference_logprobs_N: Tensor | None
+
+    def to(self, device: torch.device) -> Self:
+        moved = {
+            name: value.to(device) if isinstance(value := getattr(self, name), Tensor) else value
+            for name in self.__dataclass_fields__
+        }
+        return type(self)(**moved)
+
+
+def pack_row(rollouts: Sequence[Rollout], advantages: Sequence[float], pad_id: int) -> PackedRow:
+    """Lay the rollouts end to end; `advantages` has one number for each.
+
+    Without rollouts the row is one padding token and no loss token, so that a rank with nothing to do still takes part
+    in every collective of the forward and backward pass.
+    """
+    assert len(rollouts) == len(advantages)
+    if not rollouts:
+        return _row([np.array([pad_id])], [np.zeros(1, bool)], [np.zeros(1)], [0.0], None)
+    assert not any(rollout.loss_mask_T[0] for rollout in rollouts), "a first token has nothing that predicts it"
+    references = [rollout.reference_logprobs_T for rollout in rollouts]
+    known = [reference for reference in references if reference is not None]
+    assert len(known) in (0, len(rollouts)), "either all rollouts have reference log-probabilities or none"
+    return _row(
+        [rollout.token_ids_T for rollout in rollouts],
+        [rollout.loss_mask_T for rollout in rollouts],
+        [rollout.logprobs_T for rollout in rollouts],
+        advantages,
+        known or None,
+    )
+
+
+def _row(
+    tokens: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    logprobs: Sequence[np.ndarray],
+    advantages: Sequence[float],
+    references: Sequence[np.ndarray] | None,
+) -> PackedRow:
+    lengths = [len(sequence) for sequence in tokens]
+    mask_T = np.concatenate(masks)
+    loss_positions_N = np.flatnonzero(mask_T)
+    sequence_N = np.repeat(np.arange(len(lengths)), lengths)[loss_positions_N]
+    token_ids_T = torch.from_numpy(np.concatenate(tokens).astype(np.int64))
+
+    def pick(values: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(values).astype(np.float32)[loss_positions_N])
+
+    return PackedRow(
+        token_ids_T=token_ids_T,
+        position_ids_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        lengths_S=tuple(lengths),
+        predictor_N=torch.from_numpy(loss_positions_N - 1),
+        targets_N=token_ids_T[torch.from_numpy(loss_positions_N)],
+        sequence_N=torch.from_numpy(sequence_N),
+        sampled_logprobs_N=pick(logprobs),
+        advantages_N=torch.tensor(advantages, dtype=torch.float32)[torch.from_numpy(sequence_N)],
+        reference_logprobs_N=None if references is None else pick(references),
+    )

@@ -1,0 +1,186 @@
+"""Every rollout that is sampled travels through these types, and all per-token arrays of one rollout have one length.
+
+Prompt -> Group (n rollouts) -> ScoredGroup -> Batch -> Update -> the next weight version.
+
+Legend for shapes: T = tokens of one sequence (prompt and completion), G = rollouts of one group.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Messages = list[dict[str, Any]]
+"""A conversation: `[{"role": ..., "content": ...}, ...]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question to the policy; the ordinal names it for ever: it is a pure function of (seed, epoch, position)."""
+
+    ordinal: int
+    epoch: int
+    token_ids: tuple[int, ...]
+    text: str | Messages
+    """What reward functions see as the prompt: a string, or messages when the dataset is conversational."""
+    columns: Mapping[str, Any]
+    """The other columns of the dataset row, handed to the reward functions."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens [start, stop) of the sequence were sampled by weights `version`."""
+
+    version: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled sequence; a token is trained iff its loss mask is set, and then its log-probability is known."""
+
+    token_ids_T: NDArray[np.int32]
+    loss_mask_T: NDArray[np.bool_]
+    """False on the prompt; the policy is trained on True tokens alone."""
+    logprobs_T: NDArray[np.float32]
+    """Log-probability of each token under the weights that sampled it; 0 where the loss mask is False."""
+    spans: tuple[VersionSpan, ...]
+    """Which weight version sampled which tokens; together they cover the sampled tokens, in order."""
+    finish_reason: str
+    """`stop` (the policy ended the sequence) or `length` (the limit did)."""
+    reference_logprobs_T: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.token_ids_T), len(self.loss_mask_T), len(self.logprobs_T)}
+        if self.reference_logprobs_T is not None:
+            lengths.add(len(self.reference_logprobs_T))
+        assert len(lengths) == 1, f"per-token arrays of one rollout have one length, got {sorted(lengths)}"
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids_T)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask_T.sum())
+
+    @property
+    def completion_ids(self) -> list[int]:
+        return [int(token) for token in self.token_ids_T[self.loss_mask_T]]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The rollouts of one prompt, all from one replica; advantages compare rollouts of one group only."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    attempt: int
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group and its rewards; None is unscorable: out of the baseline and advantage 0, because a failure is never 0."""
+
+    group: Group
+    rewards_G: tuple[float | None, ...]
+    """Weighted sum of the reward functions; None when every function returned None for that rollout."""
+    scores: Mapping[str, tuple[float | None, ...]]
+    """What each reward function gave, by function name."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Failed reward calls by cause: `timeout`, `exception`, `died`, `bad_output`."""
+    completions: tuple[str, ...] = ()
+    """The completions as text, for the sample log."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSummary:
+    """What the controller needs to know of a group; the tokens themselves stay behind an object reference."""
+
+    ordinal: int
+    epoch: int
+    attempt: int
+    replica: int
+    num_tokens_G: tuple[int, ...]
+    num_loss_tokens_G: tuple[int, ...]
+    num_prompt_tokens: int
+    truncated_G: tuple[bool, ...]
+    tokens_by_version: Mapping[int, int]
+    """How many sampled tokens came from each weight version."""
+    rewards_G: tuple[float | None, ...]
+    scores: Mapping[str, tuple[float | None, ...]]
+    failures: Mapping[str, int]
+    generate_s: float
+    score_s: float
+
+    @property
+    def oldest_version(self) -> int:
+        return min(self.tokens_by_version)
+
+
+def summarize(scored: ScoredGroup, generate_s: float, score_s: float) -> GroupSummary:
+    """The summary of a scored group; pure bookkeeping over its rollouts."""
+    group = scored.group
+    tokens_by_version: dict[int, int] = {}
+    for rollout in group.rollouts:
+        for span in rollout.spans:
+            tokens_by_version[span.version] = tokens_by_version.get(span.version, 0) + span.stop - span.start
+    return GroupSummary(
+        ordinal=group.prompt.ordinal,
+        epoch=group.prompt.epoch,
+        attempt=group.attempt,
+        replica=group.replica,
+        num_tokens_G=tuple(rollout.num_tokens for rollout in group.rollouts),
+        num_loss_tokens_G=tuple(rollout.num_loss_tokens for rollout in group.rollouts),
+        num_prompt_tokens=len(group.prompt.token_ids),
+        truncated_G=tuple(rollout.finish_reason == "length" for rollout in group.rollouts),
+        tokens_by_version=tokens_by_version,
+        rewards_G=scored.rewards_G,
+        scores=scored.scores,
+        failures=scored.failures,
+        generate_s=generate_s,
+        score_s=score_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One rollout of the batch by its place: rollout `rollout` of the batch's group `group`."""
+
+    group: int
+    rollout: int
+    num_tokens: int
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Samples that one rank packs into one forward pass; may be empty, so that all ranks make equally many passes."""
+
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Over all ranks each rollout exactly once; the counts are over the global batch, before any rejection."""
+
+    version: int
+    """The version the policy holds when it trains on this batch; the update makes version + 1."""
+    ranks: tuple[tuple[MicroBatch, ...], ...]
+    """`ranks[r]` are the micro-batches of policy rank r; all ranks have equally many."""
+    num_sequences: int
+    num_loss_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimizer step: version = previous version + 1; only the policy increments it."""
+
+    step: int
+    version: int
+    metrics: Mapping[str, float]
+    """Under TRL's metric names: `loss`, `grad_norm`, `learning_rate`, `entropy`, `kl`, `clip_ratio/*`, `sampling/*`."""

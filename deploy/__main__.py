@@ -1,0 +1,109 @@
+"""The command line: a user's error ends in one message and exit code 2, never in a traceback."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="python -m deploy",
+    help="Paceline: asynchronous reinforcement learning of language models on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides such as staleness.max_staleness=0.")
+]
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to join, such as auto; without it RAY_ADDRESS, or else this machine."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has left.")] = False,
+) -> None:
+    """Train what the recipe says."""
+    from actors.recipe_file import load_recipe
+
+    with _user_errors():
+        loaded = load_recipe(recipe, overrides or ())
+    # After the recipe is known to be good: these load Ray and torch, which takes seconds.
+    from ray.exceptions import RayError
+    from rich.console import Console
+
+    from deploy.train import train as run
+
+    with _user_errors(but_not=RayError):
+        run(loaded, address, overwrite, Console())
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Plan for this many equal nodes, not for this machine.")
+    ] = None,
+    cpus_per_node: Annotated[float | None, typer.Option(min=0.0, help="CPUs of each of those nodes [32].")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of each of those nodes [0].")] = None,
+    address: Annotated[str | None, typer.Option(help="Plan for the live Ray cluster at this address.")] = None,
+) -> None:
+    """Show what the recipe would run, and where, without starting anything."""
+    from actors.recipe_file import load_recipe
+    from deploy.plan import live_cluster, show
+    from placement.cluster import this_machine, uniform
+
+    with _user_errors():
+        loaded = load_recipe(recipe, overrides or ())
+        if nodes is None and (cpus_per_node is not None or gpus_per_node is not None):
+            raise ValueError("--cpus-per-node and --gpus-per-node describe the nodes of --nodes; add --nodes 1 or more")
+        if nodes is not None and address is not None:
+            raise ValueError(
+                "--nodes plans for a cluster that is not there, --address for one that is; give one of them"
+            )
+        if nodes is not None:
+            cluster = uniform(nodes, 32.0 if cpus_per_node is None else cpus_per_node, gpus_per_node or 0)
+        else:
+            cluster = this_machine() if address is None else live_cluster(address)
+        show(loaded, cluster, recipe, overrides or ())
+
+
+@app.command()
+def tiny_model(
+    out_dir: Annotated[Path, typer.Argument(help="Folder for the model, in Hugging Face layout.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+) -> None:
+    """Write the byte-level model with random weights that demos and tests use."""
+    from actors.recipe import TinyModel
+    from actors.tiny_model import make_tiny_model
+
+    with _user_errors():
+        make_tiny_model(TinyModel(kind="tiny"), out_dir, seed)
+    typer.echo(f"wrote {out_dir}")
+
+
+@contextmanager
+def _user_errors(but_not: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """What the user can mend is a ValueError and is printed; all else is ours, such as a remote error, and is traced."""
+    try:
+        yield
+    except but_not:
+        raise
+    except ValueError as error:
+        first, *others = str(error).splitlines() or [repr(error)]
+        typer.echo("\n".join([f"error: {first}", *(f"       {line}" for line in others)]), err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,103 @@
+"""The plan verb: what a recipe would run and where, told before anything is started."""
+
+import logging
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from actors.pools import used_pools
+from actors.recipe import GrpoRecipe, Recipe, RecipeModel, SftRecipe
+from actors.recipe_file import load_recipe
+from placement.cluster import ClusterSpec, from_ray
+from placement.plan import PlacementError, PlacementPlan, plan
+
+
+def show(recipe: Recipe, cluster: ClusterSpec, path: str, overrides: Sequence[str]) -> None:
+    """Print the plan, or raise PlacementError: nothing is printed of a plan that does not fit."""
+    placed = plan(used_pools(recipe), cluster)
+    lines = [_describe(cluster), f"{path}: {_summarize(recipe)}"]
+    for first_path, first in _predecessors(recipe, path):
+        try:
+            plan(used_pools(first), cluster)
+        except PlacementError as error:
+            raise PlacementError(f"{first_path}, which is trained before {path}: {error}") from None
+        lines.insert(1, f"{first_path}, first, unless its run is there: {_summarize(first)}")
+    lines.append(f"submit: {_submit_line(path, overrides)}")
+    console = Console()
+    console.print(_table(placed))
+    for line in lines:
+        # A line that is to be copied must not be wrapped at the width of the terminal.
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def live_cluster(address: str) -> ClusterSpec:
+    """The nodes of the Ray cluster at the address."""
+    import ray  # here, because plans for clusters that are not there must not wait for Ray's import
+
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--address {address}: {reason}; start Ray there, or leave --address out") from None
+    try:
+        return from_ray(ray.nodes())
+    finally:
+        ray.shutdown()
+
+
+def _predecessors(recipe: Recipe, path: str) -> Iterator[tuple[str, Recipe]]:
+    """The recipes whose runs leave the model behind, nearest first; a circle is an error."""
+    seen = [Path(path)]
+    while isinstance(recipe.model, RecipeModel):
+        above, path = path, recipe.model.recipe
+        if Path(path) in seen:
+            raise ValueError(f"{above}: model.recipe: {path} would be trained before itself; name another recipe")
+        seen.append(Path(path))
+        recipe = load_recipe(path)
+        yield path, recipe
+
+
+def _table(placed: PlacementPlan) -> Table:
+    """One row for each worker, a rule between the pools."""
+    table = Table("pool", "worker", "node")
+    table.add_column("CPUs", justify="right")
+    table.add_column("GPUs", justify="right")
+    for bundles in placed.bundles.values():
+        for bundle in bundles:
+            table.add_row(bundle.pool, str(bundle.worker), bundle.node, f"{bundle.cpus:g}", str(bundle.gpus))
+        table.add_section()
+    return table
+
+
+def _describe(cluster: ClusterSpec) -> str:
+    """The cluster that was planned for, equal nodes together."""
+    sizes = Counter((node.cpus, node.gpus) for node in cluster.nodes)
+    nodes = [f"{count} x ({cpus:g} CPUs, {gpus} GPUs)" for (cpus, gpus), count in sizes.items()]
+    return f"cluster: {', '.join(nodes)}"
+
+
+def _summarize(recipe: Recipe) -> str:
+    """What the recipe will do, in figures."""
+    match recipe:
+        case SftRecipe():
+            return f"sft, {recipe.steps} steps of {recipe.batch_size} sequences; leaves {recipe.folder}"
+        case GrpoRecipe():
+            groups, bound = recipe.groups_per_batch, recipe.staleness.max_staleness
+            group_size = recipe.algorithm.num_generations
+            in_flight = min(recipe.staleness.pipeline_depth or groups * (bound + 1), groups * (bound + 1))
+            return (
+                f"grpo, {recipe.steps} steps of {groups * group_size} rollouts ({groups} groups x {group_size}); "
+                f"staleness at most {bound} version{'' if bound == 1 else 's'}, {in_flight} groups in flight at most; "
+                f"leaves {recipe.folder}"
+            )
+
+
+def _submit_line(path: str, overrides: Sequence[str]) -> str:
+    """The command that runs this on a cluster; Ray gives the job its address."""
+    return shlex.join(
+        ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "deploy", "train", path, *overrides]
+    )

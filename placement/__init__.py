@@ -1,0 +1,7 @@
+"""Who runs on which GPU: a pure plan first, then Ray placement groups.
+
+config.py   what a recipe says about its pools
+cluster.py  the nodes there are
+plan.py     pools onto nodes, or exactly what is missing: pure, so a plan costs nothing
+groups.py   the plan's bundles reserved on the live cluster; the only file here that imports Ray
+"""

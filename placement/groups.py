@@ -1,0 +1,77 @@
+"""All pools of a plan are reserved on the live cluster, or none is: then whatever was reserved is given back.
+
+The plan proves that the pools fit; which node a bundle gets is Ray's decision.
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from placement.plan import NODE_RESOURCE_SHARE, Bundle, PlacementError, PlacementPlan
+
+
+@dataclass(frozen=True)
+class ReservedPools:
+    """One placement group for each pool; bundle i of a group belongs to worker i of the pool."""
+
+    plan: PlacementPlan
+    groups: Mapping[str, PlacementGroup]
+
+    def options(self, pool: str, worker: int) -> dict[str, Any]:
+        """Options with which a Ray actor fills exactly the bundle of its worker."""
+        bundle = self.plan.bundles[pool][worker]
+        strategy = PlacementGroupSchedulingStrategy(self.groups[pool], placement_group_bundle_index=worker)
+        return {"num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "scheduling_strategy": strategy}
+
+    def release(self) -> None:
+        """Give all bundles back; Ray kills the actors that are still in them."""
+        for group in self.groups.values():
+            remove_placement_group(group)
+
+
+def reserve(plan: PlacementPlan, timeout_s: float) -> ReservedPools:
+    """Reserve all pools within the deadline, or none and raise a PlacementError that names those that did not fit."""
+    deadline = time.monotonic() + timeout_s
+    # The most demanding pools first, as in the plan: a small one must not split the node that a large one needs.
+    order = sorted(plan.bundles, key=lambda pool: -max(bundle.gpus for bundle in plan.bundles[pool]))
+    with ExitStack() as undo:
+        groups: dict[str, PlacementGroup] = {}
+        for pool in order:
+            resources = [_resources(bundle) for bundle in plan.bundles[pool]]
+            groups[pool] = placement_group(resources, strategy=plan.strategies[pool].upper(), name=f"paceline-{pool}")
+            undo.callback(remove_placement_group, groups[pool])
+        lacking = [pool for pool in order if not groups[pool].wait(max(0.0, deadline - time.monotonic()))]
+        if lacking:
+            raise PlacementError(_lack(lacking, plan, timeout_s))
+        undo.pop_all()
+    return ReservedPools(plan, groups)
+
+
+def _resources(bundle: Bundle) -> dict[str, float]:
+    """The bundle in Ray's words."""
+    resources = {"CPU": bundle.cpus, "GPU": float(bundle.gpus)}
+    if bundle.resource is not None:
+        resources[bundle.resource] = NODE_RESOURCE_SHARE
+    return {name: amount for name, amount in resources.items() if amount}
+
+
+def _lack(pools: list[str], plan: PlacementPlan, timeout_s: float) -> str:
+    """Which pools wait, and what of the cluster is left for them."""
+    free, total = ray.available_resources(), ray.cluster_resources()
+    left = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("GPU", "CPU"))
+    waits = []
+    for pool in pools:
+        bundles = plan.bundles[pool]
+        first = bundles[0]
+        on = f" on nodes with {first.resource!r}" if first.resource else ""
+        waits.append(f"pool {pool!r} ({len(bundles)} x {first.gpus} GPUs and {first.cpus:g} CPUs{on})")
+    return (
+        f"not reserved within {timeout_s:g} s: {', '.join(waits)}; {left} are free: stop the jobs that hold the rest "
+        "(`ray status` shows them), or add nodes"
+    )

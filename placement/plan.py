@@ -1,0 +1,268 @@
+"""Each GPU has one owner, each worker lies on one node, equal inputs give equal plans; or it is said what is missing.
+
+Amounts are counted as Ray counts them, in whole ten-thousandths, so that fractional CPUs add up exactly.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from placement.cluster import ClusterSpec
+from placement.config import PoolConfig
+
+NODE_RESOURCE_SHARE = 0.001
+"""What each worker takes of its pool's `node_resource`: enough to be bound to the node, too little to fill it."""
+
+Amounts = dict[str, int]
+"""Ten-thousandths of each resource, by Ray's name for it."""
+
+
+class PlacementError(ValueError):
+    """The pools do not fit; the message names the pool, what is missing, and what would make it fit."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one worker reserves, all of it on one node."""
+
+    pool: str
+    worker: int
+    node: str
+    cpus: float
+    gpus: int
+    resource: str | None
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """Every worker of every pool has one bundle; `bundles[pool][worker]` is that worker's."""
+
+    bundles: Mapping[str, tuple[Bundle, ...]]
+    strategies: Mapping[str, Literal["pack", "spread"]]
+
+
+def plan(pools: Mapping[str, PoolConfig], cluster: ClusterSpec) -> PlacementPlan:
+    """Place all pools on the cluster or raise PlacementError; the most demanding pools choose first."""
+    needs = _needs(pools, cluster)
+    nodes = _search(needs, _rooms(cluster))
+    if nodes is None:
+        raise PlacementError(_shortage(needs, cluster))
+    bundles: dict[str, list[Bundle]] = {name: [] for name in pools}
+    for need, node in zip(needs, nodes, strict=True):
+        pool = need.config
+        bundle = Bundle(need.pool, need.worker, node, pool.cpus_per_worker, pool.gpus_per_worker, pool.node_resource)
+        bundles[need.pool].append(bundle)
+    return PlacementPlan(
+        bundles={name: tuple(placed) for name, placed in bundles.items()},
+        strategies={name: pool.strategy for name, pool in pools.items()},
+    )
+
+
+@dataclass(frozen=True)
+class _Need:
+    """One worker to be placed."""
+
+    pool: str
+    worker: int
+    config: PoolConfig
+    amounts: Amounts
+
+
+@dataclass
+class _Room:
+    """What is left of a node, and how many workers of each pool it holds."""
+
+    node: str
+    order: int
+    total: Amounts
+    free: Amounts
+    workers: Counter[str] = field(default_factory=Counter)
+
+    def capacity(self, amounts: Amounts) -> int:
+        """How many times the amounts still fit."""
+        return min(self.free.get(name, 0) // amount for name, amount in amounts.items())
+
+    def take(self, need: _Need) -> None:
+        self.free = {name: amount - need.amounts.get(name, 0) for name, amount in self.free.items()}
+        self.workers[need.pool] += 1
+
+    def give_back(self, need: _Need) -> None:
+        self.free = {name: amount + need.amounts.get(name, 0) for name, amount in self.free.items()}
+        self.workers[need.pool] -= 1
+
+
+_WHOLE = 10_000
+"""One GPU, or one CPU, in the unit of Amounts."""
+
+
+def _ten_thousandths(amount: float) -> int:
+    return round(amount * _WHOLE)
+
+
+def _amounts(pool: PoolConfig) -> Amounts:
+    """What one worker takes; nothing is listed that it does not need, and at least the smallest share of a CPU."""
+    amounts = {"GPU": _ten_thousandths(pool.gpus_per_worker), "CPU": max(1, _ten_thousandths(pool.cpus_per_worker))}
+    if pool.node_resource is not None:
+        amounts[pool.node_resource] = _ten_thousandths(NODE_RESOURCE_SHARE)
+    return {name: amount for name, amount in amounts.items() if amount}
+
+
+def _rooms(cluster: ClusterSpec) -> list[_Room]:
+    """The empty nodes."""
+    rooms = []
+    for order, node in enumerate(cluster.nodes):
+        offered = {**node.resources, "CPU": node.cpus, "GPU": node.gpus}
+        total = {name: _ten_thousandths(amount) for name, amount in offered.items()}
+        rooms.append(_Room(node.name, order, total, free=dict(total)))
+    return rooms
+
+
+def _needs(pools: Mapping[str, PoolConfig], cluster: ClusterSpec) -> list[_Need]:
+    """All workers in the order in which they choose: most GPUs first, then fewest nodes to choose from, then CPUs."""
+    rooms = _rooms(cluster)
+
+    def demand(name: str) -> tuple[float, ...]:
+        amounts = _amounts(pools[name])
+        return -pools[name].gpus_per_worker, sum(room.capacity(amounts) > 0 for room in rooms), -amounts["CPU"]
+
+    return [
+        _Need(name, worker, pools[name], _amounts(pools[name]))
+        for name in sorted(pools, key=demand)
+        for worker in range(pools[name].num_workers)
+    ]
+
+
+def _choices(need: _Need, rooms: Sequence[_Room]) -> list[_Room]:
+    """The nodes that can hold the worker, the best one first."""
+    remaining = need.config.num_workers - need.worker
+
+    def pack(room: _Room) -> tuple[int | bool, ...]:
+        # Fill the node that the pool is on; then one that holds what remains of the pool; then the fullest.
+        splits = room.capacity(need.amounts) < remaining
+        return -room.workers[need.pool], splits, room.free["GPU"], room.free["CPU"], room.order
+
+    def spread(room: _Room) -> tuple[int, ...]:
+        free_gpus = room.free["GPU"] if "GPU" in need.amounts else 0
+        return room.workers[need.pool], -free_gpus, -room.free["CPU"], room.order
+
+    feasible = [room for room in rooms if room.capacity(need.amounts) > 0]
+    return sorted(feasible, key=pack if need.config.strategy == "pack" else spread)
+
+
+MAX_DETOURS = 10_000
+"""Choices that may be taken back before the search gives up; few plans need any."""
+
+
+def _search(needs: Sequence[_Need], rooms: Sequence[_Room]) -> list[str] | None:
+    """The node of each worker: first choices throughout where that works, else depth-first over the other choices."""
+    if not needs:
+        return []
+    if _exceeds(needs, rooms):
+        return None
+    chosen: list[_Room] = []
+    open_choices: list[Iterator[_Room]] = [iter(_choices(needs[0], rooms))]
+    dead_ends: set[tuple[object, ...]] = set()
+    for _ in range(MAX_DETOURS + len(needs)):
+        room = next(open_choices[-1], None)
+        if room is not None:
+            room.take(needs[len(chosen)])
+            chosen.append(room)
+            if len(chosen) == len(needs):
+                return [room.node for room in chosen]
+            if _state(len(chosen), rooms) not in dead_ends:
+                open_choices.append(iter(_choices(needs[len(chosen)], rooms)))
+                continue
+        else:
+            dead_ends.add(_state(len(chosen), rooms))
+            open_choices.pop()
+            if not chosen:
+                return None
+        undone = chosen.pop()
+        undone.give_back(needs[len(chosen)])
+    return None
+
+
+def _exceeds(needs: Sequence[_Need], rooms: Sequence[_Room]) -> bool:
+    """Whether the workers together need more than all nodes have: then no search is needed."""
+    needed: Counter[str] = Counter()
+    offered: Counter[str] = Counter()
+    for need in needs:
+        needed.update(need.amounts)
+    for room in rooms:
+        offered.update(room.free)
+    return any(amount > offered[name] for name, amount in needed.items())
+
+
+def _state(num_placed: int, rooms: Sequence[_Room]) -> tuple[object, ...]:
+    """What decides whether the rest can be placed; equal nodes are interchangeable."""
+    return num_placed, *sorted(tuple(sorted(room.free.items())) for room in rooms)
+
+
+def _shortage(needs: Sequence[_Need], cluster: ClusterSpec) -> str:
+    """What is missing where first choices come to an end, and what would make it fit."""
+    if not cluster.nodes:
+        return f"pool {needs[0].pool!r} needs a node, and the cluster has none: start Ray on at least one machine"
+    need, rooms = _first_misfit(needs, _rooms(cluster))
+    pool, resource, num_workers = need.pool, need.config.node_resource, need.config.num_workers
+    if resource is not None:
+        rooms = [room for room in rooms if resource in room.total]
+        if not rooms:
+            return (
+                f"pool {pool!r} needs nodes with the custom resource {resource!r}, and no node offers it: start Ray on "
+                f"them with --resources='{{\"{resource}\": 1}}', or remove pools.{pool}.node_resource"
+            )
+    # What most nodes lack; GPUs before CPUs where it is the same number.
+    kind = max(need.amounts, key=lambda name: sum(room.free.get(name, 0) < need.amounts[name] for room in rooms))
+    missing = need.amounts[kind] * (num_workers - need.worker)
+    fit = ", ".join(f"{room.node} {room.workers[pool]}" for room in rooms if room.workers[pool])
+    held = _held(need, kind, needs, rooms)
+    parts = [
+        f"pool {pool!r} needs {num_workers} worker{'s' * (num_workers > 1)} x {_count(need.amounts[kind], kind)}",
+        f"{need.worker} worker{'s fit' if need.worker > 1 else ' fits'} ({fit})" if fit else "no worker fits",
+        ", ".join(f"{other!r} holds {_count(amount, kind)}" for other, amount in held.items()),
+        f"{_count(missing, kind)} {'is' if missing == _WHOLE else 'are'} missing",
+    ]
+    return f"{'; '.join(filter(None, parts))}: {', or '.join(_remedies(need, kind, held, rooms))}"
+
+
+def _first_misfit(needs: Sequence[_Need], rooms: list[_Room]) -> tuple[_Need, list[_Room]]:
+    """The worker at which first choices end, and the nodes as they are then."""
+    for need in needs:
+        choices = _choices(need, rooms)
+        if not choices:
+            return need, rooms
+        choices[0].take(need)
+    raise AssertionError("first choices place every worker, so the search has found a plan")
+
+
+def _held(need: _Need, kind: str, needs: Sequence[_Need], rooms: Sequence[_Room]) -> Amounts:
+    """What other pools have taken of the resource, by pool, on the nodes that this one could use."""
+    shares = {other.pool: other.amounts.get(kind, 0) for other in needs if other.pool != need.pool}
+    held = {pool: share * sum(room.workers[pool] for room in rooms) for pool, share in shares.items()}
+    return {pool: amount for pool, amount in held.items() if amount}
+
+
+def _remedies(need: _Need, kind: str, held: Amounts, rooms: Sequence[_Room]) -> Iterator[str]:
+    """What to add to the cluster, or what to set in the recipe."""
+    each, num_missing = need.amounts[kind], need.config.num_workers - need.worker
+    if num_missing == 1:
+        yield f"add a node with {_count(each, 'free ' + kind)}"
+    else:
+        share = f"{_count(each, kind)} on one node for each worker"
+        yield f"add nodes with {_count(each * num_missing, 'free ' + kind)} ({share})"
+    largest = max(room.total.get(kind, 0) for room in rooms)
+    if kind in ("GPU", "CPU") and 0 < largest < each:
+        yield f"set pools.{need.pool}.{kind.lower()}s_per_worker={largest / _WHOLE:g}, all that the largest node has"
+        return
+    if need.worker:
+        yield f"set pools.{need.pool}.num_workers={need.worker}"
+    elif held:
+        yield f"lower pools.{max(held, key=lambda pool: held[pool])}.num_workers"
+    if kind == "CPU":
+        yield "lower cpus_per_worker, which is a share and no limit"
+
+
+def _count(amount: int, kind: str) -> str:
+    """An amount as `2 GPUs`, `1 free CPU`, `0.001 h100`."""
+    return f"{amount / _WHOLE:g} {kind}{'s' if amount != _WHOLE and kind.endswith(('GPU', 'CPU')) else ''}"

@@ -1,0 +1,34 @@
+"""A local Ray for the tests that need one, and tiny models made once."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.recipe import TinyModel
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`tied` and `untied` tiny models on disk, and a second untied one with other weights."""
+    from actors.tiny_model import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("models")
+    config = {"hidden_size": 64, "num_layers": 2, "num_heads": 1}
+    for name, tied, seed in (("tied", True, 0), ("untied", False, 0), ("other", False, 1)):
+        make_tiny_model(TinyModel(kind="tiny", tie_word_embeddings=tied, **config), folder / name, seed)
+    return {name: folder / name for name in ("tied", "untied", "other")}
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for the whole session, with logical CPUs enough for every pool."""
+    import ray
+
+    root = str(Path(__file__).parents[2])
+    env = {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
+    os.environ.pop("RAY_ADDRESS", None)
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
+    yield
+    ray.shutdown()

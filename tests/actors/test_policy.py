@@ -1,0 +1,141 @@
+"""A policy step is the gradient of the global batch, whatever the ranks, the ZeRO stage or the micro-batches."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.policy import Objective, PolicyActor, PolicySettings
+from actors.policy_group import PolicyGroup
+from actors.recipe import PolicyConfig
+from algorithms.config import GrpoConfig, OptimizerConfig
+from algorithms.packing import pack
+from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, Update, VersionSpan
+
+LENGTHS = [(5, 9), (3, 4), (8, 2), (2, 12), (6, 6), (4, 1), (7, 3), (2, 2)]  # prompt and completion tokens
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.05)
+
+
+def rollouts() -> list[Rollout]:
+    random = np.random.default_rng(0)
+    made = []
+    for prompt, completion in LENGTHS:
+        total = prompt + completion
+        mask = np.arange(total) >= prompt
+        made.append(
+            Rollout(
+                token_ids_T=random.integers(4, 250, total).astype(np.int32),
+                loss_mask_T=mask,
+                logprobs_T=np.where(mask, -5.5 + 0.3 * random.standard_normal(total), 0).astype(np.float32),
+                spans=(VersionSpan(0, prompt, total),),
+                finish_reason="stop",
+            )
+        )
+    return made
+
+
+def batch(num_ranks: int, max_tokens: int, version: int = 0) -> tuple[Batch, list[Group]]:
+    made = rollouts()
+    samples = [Sample(index, 0, r.num_tokens, (-1.0) ** index * (1 + index / 4)) for index, r in enumerate(made)]
+    packed = pack([r.num_tokens for r in made], num_ranks, max_tokens)
+    ranks = tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed)
+    groups = [Group(Prompt(i, 0, (), "", {}), (rollout,), 0, 0) for i, rollout in enumerate(made)]
+    return Batch(version, ranks, len(made), sum(r.num_loss_tokens for r in made)), groups
+
+
+def train(
+    path: Path, folder: Path, num_ranks: int, zero_stage: int, max_tokens: int, num_steps: int = 2
+) -> tuple[dict[str, torch.Tensor], list[Update]]:
+    """Weights after `num_steps` steps on the same batch, and the updates."""
+    import ray
+    from safetensors.torch import load_file
+
+    settings = PolicySettings(
+        model_path=str(path),
+        revision=None,
+        trust_remote_code=False,
+        num_ranks=num_ranks,
+        use_gpu=False,
+        seed=0,
+        num_steps=num_steps,
+        policy=PolicyConfig(zero_stage=zero_stage),
+        optimizer=OPTIMIZER,
+        objective=Objective(GrpoConfig(loss_type="grpo"), 1.0, 16),
+    )
+    actor = ray.remote(num_cpus=0.5)(PolicyActor)
+    ranks = tuple(actor.remote(rank, settings) for rank in range(num_ranks))
+
+    async def run() -> list[Update]:
+        group = PolicyGroup(ranks, 16, 60.0)
+        await group.start(120.0)
+        updates = [await group.step(*batch(num_ranks, max_tokens, step)) for step in range(num_steps)]
+        await group.save(folder)
+        return updates
+
+    try:
+        updates = asyncio.run(run())
+    finally:
+        for rank in ranks:
+            ray.kill(rank)
+    return load_file(folder / "model.safetensors"), updates
+
+
+@pytest.fixture(scope="module")
+def expected(local_ray: None, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
+    """One rank, no ZeRO, everything in one micro-batch."""
+    return train(tiny_models["untied"], tmp_path_factory.mktemp("plain"), 1, 0, 10_000)
+
+
+@pytest.mark.cluster
+def test_the_step_is_plain_adamw(expected, tiny_models: dict[str, Path]) -> None:
+    """Against torch alone: padded forward pass, the loss by hand, AdamW, clipping."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["untied"], dtype=torch.float32)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+    )
+    made = rollouts()
+    norms = []
+    for _ in range(2):
+        loss = torch.zeros(())
+        for index, rollout in enumerate(made):
+            ids = torch.tensor(rollout.token_ids_T[None].astype(np.int64))
+            logprobs = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
+            logprobs = logprobs[torch.from_numpy(rollout.loss_mask_T[1:])]
+            sampled = torch.from_numpy(rollout.logprobs_T[rollout.loss_mask_T])
+            weight = (logprobs.detach() - sampled).sum().exp()
+            weight = torch.where(weight > 3.0, torch.zeros_like(weight), weight)
+            advantage = (-1.0) ** index * (1 + index / 4)
+            loss = loss - ((logprobs - logprobs.detach()).exp() * advantage * weight).mean() / len(made)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm).item())
+        optimizer.step()
+    weights, updates = expected
+    assert [u.metrics["grad_norm"] for u in updates] == pytest.approx(norms, rel=1e-4)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(weights[name], parameter, atol=2e-6), name
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("num_ranks", "zero_stage", "max_tokens"), [(1, 1, 20), (1, 3, 30), (2, 0, 20), (2, 1, 16), (2, 2, 20), (2, 3, 16)]
+)
+def test_ranks_stages_and_micro_batches_do_not_matter(
+    expected, tiny_models: dict[str, Path], tmp_path: Path, num_ranks: int, zero_stage: int, max_tokens: int
+) -> None:
+    weights, updates = train(tiny_models["untied"], tmp_path, num_ranks, zero_stage, max_tokens)
+    expected_weights, expected_updates = expected
+    for update, other in zip(updates, expected_updates, strict=True):
+        assert update.version == other.version
+        for metric in ("loss", "grad_norm", "entropy", "sampling/importance_sampling_ratio/mean"):
+            assert update.metrics[metric] == pytest.approx(other.metrics[metric], rel=1e-4, abs=1e-6), metric
+    for name, tensor in expected_weights.items():
+        assert torch.allclose(weights[name], tensor, atol=5e-6), name
