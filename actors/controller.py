@@ -22,8 +22,8 @@ from actors.publisher import Publisher
 from actors.router import Router
 from algorithms.advantages import advantages
 from algorithms.config import GrpoConfig
-from algorithms.packing import build_batch
 from algorithms.pacing import Slot
+from algorithms.packing import build_batch
 from algorithms.types import Batch, Update
 
 
@@ -75,7 +75,9 @@ class Controller:
         self.ledger.dispatched(slot, replica)
         summary, scored = self.router.dispatch(replica, self.prompts.prompt(slot.ordinal), slot.attempt)
         try:
-            group = ReadyGroup(slot, await within(self.limits.group_timeout_s, summary, f"group {slot.ordinal}"), scored)
+            group = ReadyGroup(
+                slot, await within(self.limits.group_timeout_s, summary, f"group {slot.ordinal}"), scored
+            )
         except (RayTaskError, TimeoutError, RuntimeError) as error:
             await self._failed(slot, replica, error)
         else:
@@ -133,5 +135,3 @@ def _cause(error: BaseException) -> str:
     """The last line of what went wrong, without the remote traceback."""
     inner = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
     return (str(inner).strip().splitlines() or [type(inner).__name__])[-1]
-
-

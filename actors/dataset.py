@@ -184,7 +184,7 @@ def _task_rows(config: DatasetConfig) -> TaskRows:
     if task not in DATASETS:
         raise ValueError(
             f"dataset.path: reasoning-gym has no task '{task}'{_did_you_mean(task, DATASETS)}; its {len(DATASETS)} "
-            f"tasks are {_listed(DATASETS)}"
+            f"tasks are {_listed(sorted(DATASETS))}"
         )
     if config.size is None:
         raise ValueError(f"dataset.size: {config.path} generates rows without end; say how many to use, such as 10000")
@@ -278,7 +278,8 @@ def _read_file(config: DatasetConfig, path: Path) -> datasets.Dataset:
         if "corresponds to no data" in str(error):
             raise ValueError(f"dataset.path: {config.path} is empty; a run needs at least one row") from error
         raise ValueError(
-            f"dataset.path: {config.path} cannot be read as {path.suffix[1:]}: {_reason(error)}; correct the file"
+            f"dataset.path: {config.path} cannot be read as {path.suffix[1:]} (split '{config.split}'): "
+            f"{_reason(error)}; correct the file, or dataset.split"
         ) from error
 
 

@@ -1,6 +1,4 @@
-"""One GRPO run from its recipe to its run folder: build the components, hand them to the controller, write the summary."""
-
-from pathlib import Path
+"""One GRPO run from its recipe to its run folder: build the components, run the controller, write the summary."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,7 +50,7 @@ async def run_grpo(
             report=reporter.report,
         )
         await controller.run()
-        await workers.policy.save(Path(folder.model).absolute())
+        await workers.policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)
     ledger.close()
     tracker.finish()

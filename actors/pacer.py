@@ -7,7 +7,7 @@ measured together with the reason.
 import asyncio
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -41,7 +41,7 @@ class AsyncPacer:
         self._ready: dict[int, ReadyGroup] = {}
         self._version: int | None = None
         self._progress = time.monotonic()
-        self.waits: Counter[str] = Counter()
+        self.waits: dict[str, float] = defaultdict(float)
         """Seconds waited so far: `policy/<why>` and `rollout/<why>`."""
 
     @property
@@ -123,7 +123,9 @@ class AsyncPacer:
         idle_s = time.monotonic() - self._progress
         if side == "policy" and idle_s >= self._stall_timeout_s:
             late = ", ".join(f"{s.ordinal} (attempt {s.attempt})" for s in self._pacer.in_flight.values()) or "none"
-            raise DeadlineError(f"no group finished for {idle_s:.0f} s while the policy waits; groups in flight: {late}")
+            raise DeadlineError(
+                f"no group finished for {idle_s:.0f} s while the policy waits; groups in flight: {late}"
+            )
         # The rollouts may wait as long as the policy steps: those have deadlines of their own.
         left = self._stall_timeout_s - idle_s if side == "policy" else self._stall_timeout_s
         with contextlib.suppress(TimeoutError):

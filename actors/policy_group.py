@@ -28,14 +28,14 @@ class PolicyGroup:
 
     async def start(self, timeout_s: float) -> None:
         """Load the model on every rank and join them."""
-        host, port = await within(timeout_s, self.ranks[0].address.remote(), "reaching policy rank 0")
-        await self._all("start", host, port, timeout_s=timeout_s)
+        meeting: tuple[str, int] = await within(timeout_s, self.ranks[0].address.remote(), "reaching policy rank 0")
+        await self._all("start", *meeting, timeout_s=timeout_s)
 
     async def step(self, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> Update:
         """Train on one batch: each rank fetches the groups that it needs, straight from where they were sampled."""
         started = time.perf_counter()
         normalizer = Normalizer.of(batch, self.max_completion_length)
-        calls = []
+        calls: list[Any] = []
         for rank, micro_batches in zip(self.ranks, batch.ranks, strict=True):
             needed = sorted({sample.group for micro in micro_batches for sample in micro.samples})
             share = RankBatch(_renumbered(micro_batches, needed), normalizer)

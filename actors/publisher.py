@@ -5,7 +5,7 @@ announce -> stream -> verify (all replicas) -> swap (pause, load, resume; all re
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,8 @@ class Publisher:
         """Plan the layout and form the broadcast group."""
         timeout_s = self.config.timeout_s
         layout = await self.policy.plan_weights(self.dtype, self.config.bucket_mb)
-        store = await within(timeout_s, self.policy.ranks[0].open_store.remote(timeout_s), "opening the weight store")
+        opening: Awaitable[tuple[str, int]] = self.policy.ranks[0].open_store.remote(timeout_s)
+        store = await within(timeout_s, opening, "opening the weight store")
         size, group = 1 + len(self.replicas) * self.workers_per_replica, "weights-0"
         calls = [rank.join_weights.remote(layout, group, size, timeout_s) for rank in self.policy.ranks]
         calls += [replica.join_weights.remote(store, group, size, layout, timeout_s) for replica in self.replicas]

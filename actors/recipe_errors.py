@@ -21,8 +21,18 @@ Key = tuple[str | int, ...]
 """Place of a value in the recipe: names of keys and indices of lists."""
 
 
-def explain(details: ErrorDetails) -> tuple[Key, str]:
-    """The key that an error is about, and the error in the words of the recipe."""
+def explain(errors: Sequence[ErrorDetails]) -> list[tuple[Key, str]]:
+    """For each error the key that it is about, and what is wrong in the words of the recipe."""
+    return [_explain(error) for error in errors if not _is_echo(error)]
+
+
+def _is_echo(details: ErrorDetails) -> bool:
+    """Whether a list is called short only because pydantic dropped its bad entries, which have errors of their own."""
+    return details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]
+
+
+def _explain(details: ErrorDetails) -> tuple[Key, str]:
+    """One error; what pydantic gives it is told apart by its type."""
     place = _locate(details["loc"])
     given, context = details["input"], details.get("ctx", {})
     match details["type"]:
@@ -145,7 +155,7 @@ def _split(place: _Place, message: str) -> tuple[Key, str]:
 
 
 def _suggest(place: _Place) -> str:
-    """The valid key that was probably meant: one that looks like it, the same one elsewhere, or else all valid ones."""
+    """The valid key that was probably meant: the same one elsewhere, one that looks like it, or else all valid ones."""
     assert place.owner is not None
     assert place.recipe is not None
     unknown, kind = str(place.keys[-1]), _kind(place.owner)
@@ -154,18 +164,18 @@ def _suggest(place: _Place) -> str:
     if cousin:
         return f"it belongs to kind {_kind(cousin)!r}, and this is kind {kind!r}; {valid}"
     near = difflib.get_close_matches(unknown, place.owner.model_fields, n=1)
-    elsewhere = [key for key in _all_keys(place.recipe) if key.rpartition(".")[2] == unknown]
+    elsewhere = [key for key in all_keys(place.recipe) if key.rpartition(".")[2] == unknown]
     if near or elsewhere:
-        return f"did you mean {' or '.join(map(repr, near or elsewhere[:3]))}?"
+        return f"did you mean {' or '.join(map(repr, elsewhere[:3] or near))}?"
     return valid
 
 
-def _all_keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
+def all_keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
     """Every dotted key of a model."""
     for name, known in model.model_fields.items():
         yield above + name
         for below in _models(known.annotation):
-            yield from _all_keys(below, f"{above}{name}.")
+            yield from all_keys(below, f"{above}{name}.")
 
 
 # ---- Words

@@ -152,6 +152,6 @@ def _validate(draft: _Draft) -> Recipe | None:
         # JSON is pydantic's strict mode for files: lists become tuples, strings become paths, and nothing is guessed.
         return _RECIPE.validate_json(json.dumps(draft.tree), strict=True)
     except ValidationError as error:
-        for details in error.errors(include_url=False):
-            draft.refuse(*explain(details))
+        for keys, problem in explain(error.errors(include_url=False)):
+            draft.refuse(keys, problem)
     return None

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from algorithms.packed import pack_row
-from algorithms.types import Group
+from algorithms.packing import pack
+from algorithms.types import Group, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,7 @@ class ReferenceSettings:
     model_path: str
     revision: str | None
     trust_remote_code: bool
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     temperature: float
     max_tokens: int
     """Token budget of one forward pass."""
@@ -37,7 +39,7 @@ class ReferenceActor:
 
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         settings = self.settings
-        model = load_causal_lm(
+        model: Any = load_causal_lm(
             settings.model_path,
             settings.revision,
             settings.trust_remote_code,
@@ -52,11 +54,20 @@ class ReferenceActor:
         """The group with the reference log-probabilities of every loss token filled in."""
         from actors.forward import row_logprobs
 
-        rollouts = []
-        for rollout in group.rollouts:
-            row = pack_row([rollout], [0.0], pad_id=0).to(self.device)
+        scored: dict[int, Rollout] = {}
+        lengths = [rollout.num_tokens for rollout in group.rollouts]
+        (micro_batches,) = pack(lengths, num_ranks=1, max_tokens=self.settings.max_tokens)
+        for indices in micro_batches:
+            rollouts = [group.rollouts[index] for index in indices]
+            row = pack_row(rollouts, [0.0] * len(rollouts), pad_id=0).to(self.device)
             logprobs_N, _ = row_logprobs(self.model, row, self.settings.temperature)
-            reference_T = np.zeros(rollout.num_tokens, np.float32)
-            reference_T[rollout.loss_mask_T] = logprobs_N.float().cpu().numpy()
-            rollouts.append(dataclasses.replace(rollout, reference_logprobs_T=reference_T))
-        return dataclasses.replace(group, rollouts=tuple(rollouts))
+            for place, (index, rollout) in enumerate(zip(indices, rollouts, strict=True)):
+                scored[index] = _with_reference(rollout, logprobs_N[row.sequence_N == place])
+        return dataclasses.replace(group, rollouts=tuple(scored[index] for index in range(len(scored))))
+
+
+def _with_reference(rollout: Rollout, logprobs_L: torch.Tensor) -> Rollout:
+    """The rollout with the reference log-probabilities of its L loss tokens."""
+    reference_T = np.zeros(rollout.num_tokens, np.float32)
+    reference_T[rollout.loss_mask_T] = logprobs_L.float().cpu().numpy()
+    return dataclasses.replace(rollout, reference_logprobs_T=reference_T)

@@ -8,6 +8,7 @@ to it is a summary; the tokens stay in this node's object store until a policy r
 import asyncio
 import os
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,9 @@ class RolloutActor:
 
         self._tokenizer = load_tokenizer(settings.model_path, settings.revision, settings.trust_remote_code)
         generation = settings.generation
-        arguments: dict[str, Any] = {"gpu_memory_utilization": rollout.gpu_memory_utilization} if settings.use_gpu else {}
+        arguments: dict[str, Any] = (
+            {"gpu_memory_utilization": rollout.gpu_memory_utilization} if settings.use_gpu else {}
+        )
         self.engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=settings.model_path,
@@ -121,17 +124,21 @@ class RolloutActor:
 
     async def _generate(self, prompt: Prompt, attempt: int) -> Group:
         assert self.version is not None, "a replica serves no token before it holds a committed version"
-        request = {
+        request: Any = {
             "prompt_token_ids": list(prompt.token_ids),
             # Prefixes computed by other weights are never shared: the cache is keyed by the version as well.
             "cache_salt": f"v{self.version}",
         }
-        output = None
-        async for output in self.engine.generate(request, self._sampling(), f"{prompt.ordinal}.{attempt}"):
-            pass  # only the final output is sent
-        assert output is not None and output.finished
+        output = await self._final(self.engine.generate(request, self._sampling(), f"{prompt.ordinal}.{attempt}"))
         rollouts = tuple(_rollout(prompt, completion) for completion in output.outputs)
         return Group(prompt, rollouts, attempt, self.replica)
+
+    @staticmethod
+    async def _final(outputs: AsyncIterator[Any]) -> Any:
+        """The finished request; vLLM sends nothing before it."""
+        *_, last = [output async for output in outputs]
+        assert last.finished, "a generation ends with its final output"
+        return last
 
     def _sampling(self) -> Any:
         from vllm import SamplingParams
@@ -163,7 +170,9 @@ class RolloutActor:
     async def begin_receive(self, version: int) -> None:
         """Receive `version` into staging while generation goes on."""
         if self.version is not None and version <= self.version:
-            raise RuntimeError(f"replica {self.replica} holds version {self.version}; versions never go back to {version}")
+            raise RuntimeError(
+                f"replica {self.replica} holds version {self.version}; versions never go back to {version}"
+            )
         await self.engine.collective_rpc("begin_receive", args=(version,))
 
     async def verify(self, version: int, digests: tuple[str, ...]) -> None:
@@ -196,11 +205,8 @@ class RolloutActor:
         sampling = SamplingParams(
             max_tokens=1, temperature=self.settings.generation.temperature, prompt_logprobs=0, detokenize=False
         )
-        request = {"prompt_token_ids": token_ids, "cache_salt": f"check-{time.time_ns()}"}
-        output = None
-        async for output in self.engine.generate(request, sampling, f"check-{time.time_ns()}"):
-            pass
-        assert output is not None
+        request: Any = {"prompt_token_ids": token_ids, "cache_salt": f"check-{time.time_ns()}"}
+        output = await self._final(self.engine.generate(request, sampling, f"check-{time.time_ns()}"))
         scores = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
         return [entry[token].logprob for token, entry in scores]
 
@@ -228,5 +234,3 @@ def _rollout(prompt: Prompt, completion: Any) -> Rollout:
         spans=spans,
         finish_reason=str(completion.finish_reason),
     )
-
-

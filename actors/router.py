@@ -21,8 +21,8 @@ class Router:
     def dispatch(self, index: int, prompt: Prompt, attempt: int) -> tuple[ray.ObjectRef, ray.ObjectRef]:
         """Send the group to replica `index`; references to its summary and to the scored group."""
         self._outstanding[index] += 1
-        summary, scored = self._replicas[index].fill.remote(prompt, attempt)
-        return summary, scored
+        references: tuple[ray.ObjectRef, ray.ObjectRef] = self._replicas[index].fill.remote(prompt, attempt)
+        return references
 
     def done(self, index: int) -> None:
         """The group has left the replica, finished or not."""

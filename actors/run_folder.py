@@ -24,7 +24,7 @@ class RunFolder:
     """The files of one run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path.absolute()  # the actors work in other directories
 
     @property
     def model(self) -> Path:
@@ -47,7 +47,9 @@ class RunFolder:
         """Start a new run here; ValueError when the folder holds another one, unless `overwrite` clears it."""
         if self.path.exists() and any(self.path.iterdir()):
             if not (self.path / "recipe.yaml").exists():
-                raise ValueError(f"run_dir: {self.path} exists and is not a run folder; choose another with run_dir=...")
+                raise ValueError(
+                    f"run_dir: {self.path} exists and is not a run folder; choose another with run_dir=..."
+                )
             if not overwrite:
                 raise ValueError(
                     f"run_dir: {self.path} already holds a run; choose another with run_dir=..., "
@@ -77,4 +79,5 @@ class RunFolder:
         staged.rename(self.path / "summary.json")
 
     def read_summary(self) -> dict[str, Any]:
-        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        return summary

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +33,7 @@ async def run_sft(
     tracker = Tracker(recipe.logging.wandb_project, recipe.name, folder.path, recipe.model_dump(mode="json"))
     async with policy_group(recipe, model, pools) as policy:
         losses, num_trained = await _learn(recipe, examples, policy, folder, progress, tracker)
-        await policy.save(Path(folder.model).absolute())
+        await policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)
     tracker.finish()
     plot_loss(folder.read_metrics(), folder.path / "loss.png")

@@ -1,4 +1,4 @@
-"""Every worker of a run is an actor on its own bundle, and all of them are stopped when the run ends, however it ends."""
+"""Every worker of a run is an actor on its own bundle, and all are stopped when the run ends, however it ends."""
 
 import asyncio
 import contextlib
@@ -57,7 +57,7 @@ async def policy_group(recipe: Recipe, model: ModelSource, pools: ReservedPools)
         optimizer=recipe.optimizer,
         objective=_objective(recipe),
     )
-    actor = ray.remote(PolicyActor)
+    actor: Any = ray.remote(PolicyActor)
     ranks = tuple(
         actor.options(**pools.options("policy", rank)).remote(rank, settings) for rank in range(pool.num_workers)
     )
@@ -78,7 +78,8 @@ async def grpo_workers(recipe: GrpoRecipe, model: ModelSource, pools: ReservedPo
         if recipe.algorithm.beta > 0
         else ()
     )
-    settings, rollout_actor = _rollout_settings(recipe, model), ray.remote(RolloutActor)
+    settings = _rollout_settings(recipe, model)
+    rollout_actor: Any = ray.remote(RolloutActor)
     replicas = tuple(
         rollout_actor.options(**pools.options("rollout", replica)).remote(
             replica, settings, list(rewards), list(references)
@@ -99,7 +100,8 @@ async def grpo_workers(recipe: GrpoRecipe, model: ModelSource, pools: ReservedPo
 
 
 def _spawn(kind: type, pool: str, recipe: Recipe, pools: ReservedPools, *arguments: Any) -> tuple[ActorHandle, ...]:
-    actor, num_workers = ray.remote(kind), getattr(recipe.pools, pool).num_workers
+    actor: Any = ray.remote(kind)
+    num_workers = getattr(recipe.pools, pool).num_workers
     return tuple(actor.options(**pools.options(pool, worker)).remote(*arguments) for worker in range(num_workers))
 
 

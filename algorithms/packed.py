@@ -5,7 +5,7 @@ Legend: T = tokens of the row, S = its sequences, N = its loss tokens (the ones 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class PackedRow:
     reference_logprobs_N: Tensor | None
 
     def to(self, device: torch.device) -> Self:
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) if isinstance(value := getattr(self, name), Tensor) else value
             for name in self.__dataclass_fields__
         }

@@ -84,7 +84,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """A group and its rewards; None is unscorable: out of the baseline and advantage 0, because a failure is never 0."""
+    """A group and its rewards; None is unscorable: out of the baseline, advantage 0. A failure is never 0."""
 
     group: Group
     rewards_G: tuple[float | None, ...]

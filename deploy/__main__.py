@@ -94,7 +94,7 @@ def tiny_model(
 
 @contextmanager
 def _user_errors(but_not: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """What the user can mend is a ValueError and is printed; all else is ours, such as a remote error, and is traced."""
+    """A ValueError is for the user to mend and is printed; all else, such as a remote error, keeps its traceback."""
     try:
         yield
     except but_not:

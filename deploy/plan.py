@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,20 +13,23 @@ from rich.table import Table
 from actors.pools import used_pools
 from actors.recipe import GrpoRecipe, Recipe, RecipeModel, SftRecipe
 from actors.recipe_file import load_recipe
+from actors.run_folder import RunFolder
 from placement.cluster import ClusterSpec, from_ray
 from placement.plan import PlacementError, PlacementPlan, plan
+
+_KNOCK_TIMEOUT_S = 10.0
 
 
 def show(recipe: Recipe, cluster: ClusterSpec, path: str, overrides: Sequence[str]) -> None:
     """Print the plan, or raise PlacementError: nothing is printed of a plan that does not fit."""
     placed = plan(used_pools(recipe), cluster)
     lines = [_describe(cluster), f"{path}: {_summarize(recipe)}"]
-    for first_path, first in _predecessors(recipe, path):
+    for first_path, first in _trained_before(recipe, path):
         try:
             plan(used_pools(first), cluster)
         except PlacementError as error:
-            raise PlacementError(f"{first_path}, which is trained before {path}: {error}") from None
-        lines.insert(1, f"{first_path}, first, unless its run is there: {_summarize(first)}")
+            raise PlacementError(f"{first_path}, which is trained first: {error}") from None
+        lines.insert(1, f"{first_path}, which is trained first: {_summarize(first)}")
     lines.append(f"submit: {_submit_line(path, overrides)}")
     console = Console()
     console.print(_table(placed))
@@ -39,8 +43,9 @@ def live_cluster(address: str) -> ClusterSpec:
     import ray  # here, because plans for clusters that are not there must not wait for Ray's import
 
     try:
+        _knock(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--address {address}: {reason}; start Ray there, or leave --address out") from None
     try:
@@ -49,8 +54,15 @@ def live_cluster(address: str) -> ClusterSpec:
         ray.shutdown()
 
 
-def _predecessors(recipe: Recipe, path: str) -> Iterator[tuple[str, Recipe]]:
-    """The recipes whose runs leave the model behind, nearest first; a circle is an error."""
+def _knock(address: str) -> None:
+    """OSError at once where nobody listens; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+
+
+def _trained_before(recipe: Recipe, path: str) -> Iterator[tuple[str, Recipe]]:
+    """The recipes whose models this one needs and that have not been trained, nearest first; a circle is an error."""
     seen = [Path(path)]
     while isinstance(recipe.model, RecipeModel):
         above, path = path, recipe.model.recipe
@@ -58,6 +70,8 @@ def _predecessors(recipe: Recipe, path: str) -> Iterator[tuple[str, Recipe]]:
             raise ValueError(f"{above}: model.recipe: {path} would be trained before itself; name another recipe")
         seen.append(Path(path))
         recipe = load_recipe(path)
+        if RunFolder(recipe.folder).finished:
+            return
         yield path, recipe
 
 

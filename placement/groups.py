@@ -3,6 +3,7 @@
 The plan proves that the pools fit; which node a bundle gets is Ray's decision.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -46,11 +47,16 @@ def reserve(plan: PlacementPlan, timeout_s: float) -> ReservedPools:
             resources = [_resources(bundle) for bundle in plan.bundles[pool]]
             groups[pool] = placement_group(resources, strategy=plan.strategies[pool].upper(), name=f"paceline-{pool}")
             undo.callback(remove_placement_group, groups[pool])
-        lacking = [pool for pool in order if not groups[pool].wait(max(0.0, deadline - time.monotonic()))]
+        lacking = [pool for pool in order if not groups[pool].wait(_whole_seconds_until(deadline))]
         if lacking:
             raise PlacementError(_lack(lacking, plan, timeout_s))
         undo.pop_all()
     return ReservedPools(plan, groups)
+
+
+def _whole_seconds_until(deadline: float) -> int:
+    """Rounded up, because Ray rounds down and would not wait at all for the last fraction of a second."""
+    return max(0, math.ceil(deadline - time.monotonic()))
 
 
 def _resources(bundle: Bundle) -> dict[str, float]:

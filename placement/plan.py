@@ -44,10 +44,10 @@ class PlacementPlan:
 
 def plan(pools: Mapping[str, PoolConfig], cluster: ClusterSpec) -> PlacementPlan:
     """Place all pools on the cluster or raise PlacementError; the most demanding pools choose first."""
-    needs = _needs(pools, cluster)
-    nodes = _search(needs, _rooms(cluster))
+    needs = _needs(pools, _rooms(cluster, pools))
+    nodes = _search(needs, _rooms(cluster, pools))
     if nodes is None:
-        raise PlacementError(_shortage(needs, cluster))
+        raise PlacementError(_shortage(needs, _rooms(cluster, pools)))
     bundles: dict[str, list[Bundle]] = {name: [] for name in pools}
     for need, node in zip(needs, nodes, strict=True):
         pool = need.config
@@ -100,34 +100,41 @@ def _ten_thousandths(amount: float) -> int:
     return round(amount * _WHOLE)
 
 
-def _amounts(pool: PoolConfig) -> Amounts:
+def _amounts(name: str, pool: PoolConfig) -> Amounts:
     """What one worker takes; nothing is listed that it does not need, and at least the smallest share of a CPU."""
     amounts = {"GPU": _ten_thousandths(pool.gpus_per_worker), "CPU": max(1, _ten_thousandths(pool.cpus_per_worker))}
+    if pool.node_resource in amounts:
+        raise PlacementError(
+            f"pools.{name}.node_resource: {pool.node_resource} is not a custom resource; "
+            f"set pools.{name}.{pool.node_resource.lower()}s_per_worker, and node_resource to null"
+        )
     if pool.node_resource is not None:
         amounts[pool.node_resource] = _ten_thousandths(NODE_RESOURCE_SHARE)
-    return {name: amount for name, amount in amounts.items() if amount}
+    return {resource: amount for resource, amount in amounts.items() if amount}
 
 
-def _rooms(cluster: ClusterSpec) -> list[_Room]:
-    """The empty nodes."""
+def _rooms(cluster: ClusterSpec, pools: Mapping[str, PoolConfig]) -> list[_Room]:
+    """The empty nodes, with what matters to the pools: nodes that differ in nothing else are interchangeable."""
+    custom = {pool.node_resource for pool in pools.values()}
     rooms = []
     for order, node in enumerate(cluster.nodes):
-        offered = {**node.resources, "CPU": node.cpus, "GPU": node.gpus}
+        offered = {name: amount for name, amount in node.resources.items() if name in custom and amount > 0}
+        offered |= {"CPU": node.cpus, "GPU": node.gpus}
         total = {name: _ten_thousandths(amount) for name, amount in offered.items()}
         rooms.append(_Room(node.name, order, total, free=dict(total)))
     return rooms
 
 
-def _needs(pools: Mapping[str, PoolConfig], cluster: ClusterSpec) -> list[_Need]:
+def _needs(pools: Mapping[str, PoolConfig], rooms: Sequence[_Room]) -> list[_Need]:
     """All workers in the order in which they choose: most GPUs first, then fewest nodes to choose from, then CPUs."""
-    rooms = _rooms(cluster)
+    amounts = {name: _amounts(name, pool) for name, pool in pools.items()}
 
-    def demand(name: str) -> tuple[float, ...]:
-        amounts = _amounts(pools[name])
-        return -pools[name].gpus_per_worker, sum(room.capacity(amounts) > 0 for room in rooms), -amounts["CPU"]
+    def demand(name: str) -> tuple[int, ...]:
+        num_nodes = sum(room.capacity(amounts[name]) > 0 for room in rooms)
+        return -pools[name].gpus_per_worker, num_nodes, -amounts[name]["CPU"]
 
     return [
-        _Need(name, worker, pools[name], _amounts(pools[name]))
+        _Need(name, worker, pools[name], amounts[name])
         for name in sorted(pools, key=demand)
         for worker in range(pools[name].num_workers)
     ]
@@ -151,7 +158,7 @@ def _choices(need: _Need, rooms: Sequence[_Room]) -> list[_Room]:
 
 
 MAX_DETOURS = 10_000
-"""Choices that may be taken back before the search gives up; few plans need any."""
+"""Steps beyond the first choices after which the search gives up, as if nothing fitted; few plans need any."""
 
 
 def _search(needs: Sequence[_Need], rooms: Sequence[_Room]) -> list[str] | None:
@@ -199,11 +206,11 @@ def _state(num_placed: int, rooms: Sequence[_Room]) -> tuple[object, ...]:
     return num_placed, *sorted(tuple(sorted(room.free.items())) for room in rooms)
 
 
-def _shortage(needs: Sequence[_Need], cluster: ClusterSpec) -> str:
+def _shortage(needs: Sequence[_Need], rooms: list[_Room]) -> str:
     """What is missing where first choices come to an end, and what would make it fit."""
-    if not cluster.nodes:
+    if not rooms:
         return f"pool {needs[0].pool!r} needs a node, and the cluster has none: start Ray on at least one machine"
-    need, rooms = _first_misfit(needs, _rooms(cluster))
+    need, rooms = _first_misfit(needs, rooms)
     pool, resource, num_workers = need.pool, need.config.node_resource, need.config.num_workers
     if resource is not None:
         rooms = [room for room in rooms if resource in room.total]
@@ -260,7 +267,7 @@ def _remedies(need: _Need, kind: str, held: Amounts, rooms: Sequence[_Room]) -> 
     elif held:
         yield f"lower pools.{max(held, key=lambda pool: held[pool])}.num_workers"
     if kind == "CPU":
-        yield "lower cpus_per_worker, which is a share and no limit"
+        yield "lower cpus_per_worker, which reserves a share and limits nothing"
 
 
 def _count(amount: int, kind: str) -> str:

@@ -5,7 +5,7 @@ be in several (DeepSpeed's among them) and a group can be made anew after a fail
 """
 
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
@@ -18,11 +18,11 @@ class GlooGroup:
         self.rank = rank
         self._store = store  # closes with the last reference
         timeout = timedelta(seconds=timeout_s)
-        options = ProcessGroupGloo._Options()
+        options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timeout
         # Bind to the address that the others reach; the default resolves the host name, which containers often lack.
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]
-        self._group: ProcessGroupGloo | None = ProcessGroupGloo(PrefixStore(group, store), rank, world_size, options)
+        self._group: Any = ProcessGroupGloo(PrefixStore(group, store), rank, world_size, options)
         self._timeout = timeout
 
     @classmethod

@@ -113,7 +113,7 @@ def digest(bucket: Bucket, buffer: torch.Tensor) -> str:
     state = xxhash.xxh3_64()
     for placed in bucket.tensors:
         stop = placed.offset + placed.parameter.num_bytes
-        state.update(memoryview(buffer[placed.offset : stop].numpy()))
+        state.update(buffer[placed.offset : stop].numpy().data)
     return state.hexdigest()
 
 

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms.advantages import advantages
@@ -36,6 +36,7 @@ def test_by_hand(groups: list, scale: str, expected: list) -> None:
         assert ours == pytest.approx(hand, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(batches, scales)
 def test_a_groups_advantages_sum_to_zero_and_the_unscorable_get_exactly_zero(groups: list, scale: str) -> None:
     for group, result in zip(groups, advantages(groups, scale), strict=True):
@@ -44,11 +45,13 @@ def test_a_groups_advantages_sum_to_zero_and_the_unscorable_get_exactly_zero(gro
         assert all(value == 0.0 for reward, value in zip(group, result, strict=True) if reward is None)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=8), scales)
 def test_an_unscorable_rollout_leaves_the_others_as_they_were(group: list, scale: str) -> None:
     assert advantages([[*group, None]], scale)[0][:-1] == advantages([group], scale)[0]
 
 
+@settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.integers(1, 8), scales)
 def test_equal_rewards_give_exactly_zero(reward: float, size: int, scale: str) -> None:
     assert advantages([[reward] * size, [0.0, 1.0]], scale)[0] == (0.0,) * size

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms.corrections import Mode, importance_weights, log_ratio, sequence_sum
@@ -54,6 +54,7 @@ def test_a_sequence_without_tokens_has_weight_one() -> None:
     torch.testing.assert_close(weights.weights_U, torch.tensor([8.0, 1.0, 0.5]))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(-200, 200), st.integers(0, 3)), max_size=12),
     st.sampled_from(get_args(Mode)),

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms.metrics import reward_metrics
@@ -91,6 +91,7 @@ def test_what_has_no_value_is_left_out() -> None:
     assert not [name for name in metrics if "terminated" in name]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.none() | st.floats(-10, 10), min_size=1, max_size=4).map(tuple), max_size=4))
 def test_never_a_nan(rewards: list) -> None:
     metrics = reward_metrics([summary(group) for group in rewards], version=2)

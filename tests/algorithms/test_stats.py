@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms.stats import LossStats, merge
@@ -15,6 +15,7 @@ statistics = st.lists(st.integers(0, 1000).map(float), min_size=len(FIELDS), max
 )
 
 
+@settings(deadline=None)
 @given(st.lists(statistics, max_size=5), st.randoms(use_true_random=False))
 def test_merging_is_associative_commutative_and_has_a_neutral_element(parts: list, random: object) -> None:
     whole = merge(parts)
@@ -30,6 +31,7 @@ def test_each_field_merges_by_its_name() -> None:
     assert (merged.entropy, merged.weight_min, merged.weight_max, merged.logp_difference_max) == (3.0, 1.0, 2.0, 2.0)
 
 
+@settings(deadline=None)
 @given(statistics)
 def test_a_dict_of_plain_floats_gives_the_same_statistics_back(stats: LossStats) -> None:
     values = json.loads(json.dumps(stats.to_dict()))

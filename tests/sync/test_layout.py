@@ -39,7 +39,9 @@ def test_the_layout_travels_as_json() -> None:
 def test_a_flipped_bit_changes_the_digest_and_padding_does_not() -> None:
     layout = plan_layout([Parameter("a", "uint8", (5,)), Parameter("b", "uint8", (5,))], 1024)
     (bucket,) = layout.buckets
-    buffer = pack(bucket, {"a": torch.arange(5), "b": torch.arange(5)}, torch.zeros(bucket.num_bytes, dtype=torch.uint8))
+    buffer = pack(
+        bucket, {"a": torch.arange(5), "b": torch.arange(5)}, torch.zeros(bucket.num_bytes, dtype=torch.uint8)
+    )
     before = digest(bucket, buffer)
     buffer[7] = 1  # between a and b
     assert digest(bucket, buffer) == before

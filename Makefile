@@ -1,0 +1,54 @@
+# Paceline's commands. `make` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Where pip finds the CPU build of torch, when no index or folder that pip already knows has it (see README).
+TORCH_INDEX ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --timeout 20 --retries 2
+REQUIREMENTS := deploy/requirements
+export PYTHONUNBUFFERED := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check prove clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(VENV)/.dev ## build .venv from the pinned requirements (CPU), tests and checks included
+
+$(VENV)/.cpu: $(REQUIREMENTS)/cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "error: Paceline needs Python 3.11; $(PYTHON) is another: make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch (CPU build)"
+	@$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(PIP) install --no-deps "$$(grep '^torch==' $<)" || \
+	  { echo "error: the CPU build of torch was not found. It is in PyTorch's own package index, not in the default one:"; \
+	    echo "       make install TORCH_INDEX=<the CPU index that pytorch.org shows under Get started, Linux, Pip, CPU>"; exit 2; }
+	@echo "installing $$(grep -c '==' $<) pinned packages"
+	$(PIP) install --no-deps -r $<
+	@touch $@
+
+$(VENV)/.dev: $(REQUIREMENTS)/dev.txt $(VENV)/.cpu
+	$(PIP) install --no-deps -r $<
+	@touch $@
+
+demo: $(VENV)/.cpu ## train a tiny model on this CPU: supervised warm-up, then asynchronous GRPO (about 5 minutes)
+	$(PY) -m deploy train recipes/demo_sft.yaml --overwrite
+	$(PY) -m deploy train recipes/demo.yaml --overwrite
+
+check: $(VENV)/.dev ## ruff, types, architecture and the pure tests (under 90 s)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PY) -m pytest -m "not cluster and not gpu"
+
+test: $(VENV)/.dev ## every test that needs no GPU, with real Ray, vLLM and DeepSpeed (under 20 minutes)
+	$(PY) -m pytest -m "not gpu" --durations=10
+
+prove: $(VENV)/.dev ## a million steps of random schedules against the pacer
+	PACELINE_PROVE=1 $(PY) -m pytest tests/algorithms/test_pacing.py
+
+clean: ## remove the environment, caches and runs
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

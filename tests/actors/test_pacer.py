@@ -1,0 +1,90 @@
+"""The waits around the pacer: order of events, deadlines, and who is said to have waited for what."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from actors.deadline import DeadlineError
+from actors.pacer import AsyncPacer, ReadyGroup
+from algorithms.pacing import Pacer, Slot
+from algorithms.types import GroupSummary
+
+
+def ready(slot: Slot, version: int) -> ReadyGroup:
+    summary = GroupSummary(
+        ordinal=slot.ordinal,
+        epoch=0,
+        attempt=slot.attempt,
+        replica=0,
+        num_tokens_G=(4, 4),
+        num_loss_tokens_G=(2, 2),
+        num_prompt_tokens=2,
+        truncated_G=(False, False),
+        tokens_by_version={version: 4},
+        rewards_G=(0.0, 1.0),
+        scores={},
+        failures={},
+        generate_s=0.0,
+        score_s=0.0,
+    )
+    scored: Any = None
+    return ReadyGroup(slot, summary, scored)
+
+
+async def train(pacer: AsyncPacer, num_steps: int, durations: list[float]) -> list[list[int]]:
+    """A whole run with sleeping workers; the ordinals of each batch."""
+    batches = []
+
+    async def fill(slot: Slot) -> None:
+        await asyncio.sleep(durations[slot.ordinal % len(durations)])
+        assert await pacer.finished(slot, ready(slot, slot.version))
+
+    async def produce() -> None:
+        async with asyncio.TaskGroup() as fills:
+            async for slot in pacer.slots():
+                fills.create_task(fill(slot))
+
+    async def learn() -> None:
+        await pacer.published(0)
+        for step in range(num_steps):
+            batches.append([group.slot.ordinal for group in await pacer.take()])
+            await asyncio.sleep(0.005)
+            await pacer.published(step + 1)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(produce())
+        tasks.create_task(learn())
+    return batches
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+async def test_a_run_trains_every_group_once_and_ends(max_staleness: int) -> None:
+    pacer = AsyncPacer(Pacer(groups_per_batch=3, max_staleness=max_staleness, num_batches=8), stall_timeout_s=10.0)
+    batches = await train(pacer, 8, [0.001, 0.02, 0.004, 0.001, 0.05])
+    trained = [ordinal for batch in batches for ordinal in batch]
+    assert sorted(trained) == list(range(24))
+    assert pacer.num_in_flight == pacer.num_ready == 0
+    assert pacer.waits["policy/groups"] > 0
+    if max_staleness == 0:
+        assert batches == [sorted(batch) for batch in batches]
+        assert pacer.waits["rollout/bound"] > 0
+
+
+async def test_a_group_that_never_ends_is_named() -> None:
+    pacer = AsyncPacer(Pacer(groups_per_batch=2, max_staleness=0, num_batches=1), stall_timeout_s=0.1)
+    await pacer.published(0)
+    slots = pacer.slots()
+    first, second = await anext(slots), await anext(slots)
+    await pacer.finished(first, ready(first, 0))
+    with pytest.raises(DeadlineError, match=rf"no group finished .* in flight: {second.ordinal} \(attempt 0\)"):
+        await asyncio.wait_for(pacer.take(), timeout=5.0)
+
+
+async def test_nothing_is_dispatched_before_the_first_committed_version() -> None:
+    pacer = AsyncPacer(Pacer(groups_per_batch=1, max_staleness=0, num_batches=1), stall_timeout_s=5.0)
+    slot = asyncio.ensure_future(anext(pacer.slots()))
+    await asyncio.sleep(0.02)
+    assert not slot.done()
+    await pacer.published(0)
+    assert (await asyncio.wait_for(slot, 1.0)).version == 0

@@ -1,0 +1,172 @@
+"""After a publication a real vLLM replica computes what the policy computes, for tied and untied embeddings.
+
+The replica starts from other weights than the policy on purpose: agreement can only come over the wire.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.policy import Objective, PolicyActor, PolicySettings
+from actors.policy_group import PolicyGroup
+from actors.publisher import Publisher
+from actors.recipe import GenerationConfig, PolicyConfig, RolloutConfig, TinyModel
+from actors.rollout import RolloutActor, RolloutSettings
+from actors.tiny_model import make_tiny_model
+from algorithms.config import GrpoConfig, OptimizerConfig
+from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, ScoredGroup, VersionSpan
+from sync.config import SyncConfig
+
+AGREEMENT = 1e-3  # nats, float32 on both sides
+PROBE = [40, 41, 42, 43, 44, 90, 91, 92, 93, 94, 120, 121, 122, 123]
+
+
+class NoReward:
+    async def score(self, group: Group, completions: list[str]) -> ScoredGroup:
+        return ScoredGroup(group, (None,) * len(group.rollouts), {}, completions=tuple(completions))
+
+
+def probe() -> Rollout:
+    length = len(PROBE)
+    return Rollout(
+        token_ids_T=np.array(PROBE, np.int32),
+        loss_mask_T=np.arange(length) >= 1,
+        logprobs_T=np.full(length, -5.0, np.float32),
+        spans=(VersionSpan(0, 1, length),),
+        finish_reason="stop",
+    )
+
+
+def one_step(version: int) -> tuple[Batch, list[Group]]:
+    group = Group(Prompt(0, 0, (), "", {}), (probe(),), 0, 0)
+    sample = Sample(0, 0, len(PROBE), 1.0)
+    return Batch(version, ((MicroBatch((sample,)),),), 1, len(PROBE) - 1), [group]
+
+
+class Bench:
+    """One policy rank and one replica, joined."""
+
+    def __init__(self, policy_path: Path, replica_path: Path, zero_stage: int, in_flight: bool) -> None:
+        import ray
+
+        generation = GenerationConfig(max_prompt_length=40, max_completion_length=160)
+        self.rank = ray.remote(num_cpus=0.5)(PolicyActor).remote(0, self._policy_settings(policy_path, zero_stage))
+        settings = RolloutSettings(
+            model_path=str(replica_path),
+            revision=None,
+            trust_remote_code=False,
+            num_generations=4,
+            generation=generation,
+            rollout=RolloutConfig(),
+            tensor_parallel_size=1,
+            use_gpu=False,
+            seed=0,
+            in_flight_updates=in_flight,
+            recompute_kv_cache=False,
+        )
+        reward = ray.remote(num_cpus=0.1)(NoReward).remote()
+        self.replica = ray.remote(num_cpus=1)(RolloutActor).remote(0, settings, [reward], [])
+        self.group = PolicyGroup((self.rank,), 160, 120.0)
+        # Small buckets, so that a version takes several broadcasts.
+        config = SyncConfig(bucket_mb=0.1, timeout_s=60.0)
+        self.publisher = Publisher(self.group, (self.replica,), 1, "float32", config)
+
+    @staticmethod
+    def _policy_settings(path: Path, zero_stage: int) -> PolicySettings:
+        return PolicySettings(
+            model_path=str(path),
+            revision=None,
+            trust_remote_code=False,
+            num_ranks=1,
+            use_gpu=False,
+            seed=0,
+            num_steps=10,
+            policy=PolicyConfig(zero_stage=zero_stage),
+            optimizer=OptimizerConfig(learning_rate=3e-2),
+            objective=Objective(GrpoConfig(), 1.0, 160),
+        )
+
+    async def start(self) -> None:
+        await asyncio.gather(self.replica.start.remote(), self.group.start(120.0))
+        await self.publisher.connect()
+
+    async def difference(self) -> float:
+        """Largest difference of a log-probability between policy and replica on the probe."""
+        ours = (await self.rank.logprobs.remote([probe()]))[0]
+        theirs = await self.replica.score_tokens.remote(PROBE)
+        return float(np.abs(np.array(ours) - np.array(theirs)).max())
+
+    def kill(self) -> None:
+        import ray
+
+        ray.get(self.replica.close.remote(), timeout=60)
+        ray.kill(self.rank)
+        ray.kill(self.replica)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("tied", "zero_stage"), [(True, 1), (False, 3)])
+def test_the_replica_computes_what_the_policy_computes(
+    local_ray: None, tmp_path: Path, tied: bool, zero_stage: int
+) -> None:
+    for name, seed in (("policy", 5), ("replica", 6)):
+        config = TinyModel(kind="tiny", hidden_size=64, num_layers=2, num_heads=1, tie_word_embeddings=tied)
+        make_tiny_model(config, tmp_path / name, seed)
+    bench = Bench(tmp_path / "policy", tmp_path / "replica", zero_stage, in_flight=True)
+
+    async def run() -> dict[str, Any]:
+        await bench.start()
+        before = await bench.difference()
+        await bench.publisher.publish(0)
+        differences = [await bench.difference()]
+        for version in range(3):
+            await bench.group.step(*one_step(version))
+            stale = await bench.difference()
+            assert stale > 10 * AGREEMENT, "the step must move the policy for the check to mean something"
+            await bench.publisher.publish(version + 1)
+            differences.append(await bench.difference())
+        return {"before": before, "after": differences, "metrics": bench.publisher.metrics}
+
+    try:
+        result = asyncio.run(run())
+    finally:
+        bench.kill()
+    assert result["before"] > 10 * AGREEMENT
+    assert max(result["after"]) < AGREEMENT, result
+    assert result["metrics"]["weights/version"] == 3
+
+
+@pytest.mark.cluster
+def test_tokens_carry_the_version_that_sampled_them(local_ray: None, tiny_models: dict[str, Path]) -> None:
+    """A version is swapped in while groups are sampled: they go on, and every token knows its weights."""
+    bench = Bench(tiny_models["untied"], tiny_models["other"], 1, in_flight=True)
+
+    async def run() -> list[ScoredGroup]:
+        await bench.start()
+        await bench.publisher.publish(0)
+        prompt = [Prompt(index, 0, tuple(PROBE), "", {}) for index in range(12)]
+        calls = [bench.replica.fill.remote(p, 0) for p in prompt]
+        await bench.group.step(*one_step(0))
+        await bench.publisher.publish(1)
+        late = [bench.replica.fill.remote(Prompt(100, 0, tuple(PROBE), "", {}), 0)]
+        return [await scored for _, scored in calls + late]
+
+    try:
+        groups = asyncio.run(run())
+    finally:
+        bench.kill()
+    versions = set()
+    for scored in groups:
+        for rollout in scored.group.rollouts:
+            assert rollout.spans[0].start == len(PROBE)
+            assert rollout.spans[-1].stop == rollout.num_tokens
+            for earlier, later in zip(rollout.spans, rollout.spans[1:], strict=False):
+                assert earlier.stop == later.start
+                assert earlier.version < later.version
+            versions |= {span.version for span in rollout.spans}
+            assert (rollout.logprobs_T[rollout.loss_mask_T] < 0).all()
+    assert versions == {0, 1}
+    assert {s.version for r in groups[-1].group.rollouts for s in r.spans} == {1}, "after the commit only version 1"

@@ -1,0 +1,79 @@
+"""Reservation on a real local Ray that believes in eight GPUs."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from placement.cluster import from_ray
+from placement.config import PoolConfig
+from placement.groups import reserve
+from placement.plan import PlacementError, plan
+
+pytestmark = pytest.mark.cluster
+
+POOLS = {
+    "policy": PoolConfig(num_workers=2, gpus_per_worker=1, cpus_per_worker=0.5),
+    "reward": PoolConfig(cpus_per_worker=0.25),
+    "rollout": PoolConfig(num_workers=2, gpus_per_worker=2, cpus_per_worker=1, strategy="spread", node_resource="fast"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init("local", num_cpus=4, num_gpus=8, resources={"fast": 1}, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@ray.remote
+class Worker:
+    def gpus(self) -> list[int]:
+        return ray.get_gpu_ids()
+
+
+def free(kind: str) -> float:
+    return ray.available_resources().get(kind, 0.0)
+
+
+def wait_until_free(kind: str, amount: float) -> None:
+    """Ray gives bundles back in the background."""
+    deadline = time.monotonic() + 10
+    while free(kind) != amount and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert free(kind) == amount
+
+
+def test_each_worker_gets_its_own_gpus_and_release_returns_them() -> None:
+    pools = reserve(plan(POOLS, from_ray(ray.nodes())), timeout_s=30)
+    wait_until_free("GPU", 2.0)
+    assert free("CPU") == 0.75
+    assert free("fast") == pytest.approx(0.998)
+    workers = [
+        Worker.options(**pools.options(pool, worker)).remote()
+        for pool, config in POOLS.items()
+        for worker in range(config.num_workers)
+    ]
+    owned = ray.get([worker.gpus.remote() for worker in workers], timeout=60)
+    assert [len(gpus) for gpus in owned] == [1, 1, 0, 2, 2]
+    assert len({gpu for gpus in owned for gpu in gpus}) == 6
+    pools.release()
+    wait_until_free("GPU", 8.0)
+    wait_until_free("CPU", 4.0)
+
+
+def test_a_pool_that_does_not_fit_in_time_is_named_and_nothing_stays_reserved() -> None:
+    first = reserve(plan({"rollout": POOLS["rollout"]}, from_ray(ray.nodes())), timeout_s=30)
+    second = plan(
+        {"policy": PoolConfig(gpus_per_worker=2), "reference": PoolConfig(gpus_per_worker=3)}, from_ray(ray.nodes())
+    )
+    started = time.monotonic()
+    with pytest.raises(PlacementError, match=r"within 1 s: pool 'policy' \(1 x 2 GPUs and 1 CPUs\); .* of 8 GPUs"):
+        reserve(second, timeout_s=1)
+    assert 1 <= time.monotonic() - started < 5
+    wait_until_free("GPU", 4.0)
+    first.release()
+    wait_until_free("GPU", 8.0)
+    reserve(second, timeout_s=10).release()
+    wait_until_free("GPU", 8.0)
