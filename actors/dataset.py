@@ -7,6 +7,7 @@ conversational (lists of messages). All other columns go to the reward functions
 import dataclasses
 import difflib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +158,14 @@ def prompt_of(row: Mapping[str, Any], column: str, where: str) -> str | Messages
     return messages
 
 
+def reward_column_names(column_names: Iterable[str]) -> list[str]:
+    """The columns that reward functions get: all but those that become prompts and completions (TRL's rule)."""
+    return [name for name in column_names if name not in ("prompt", "completion", "completion_ids")]
+
+
 def reward_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The columns that reward functions get (TRL's rule); ValueError when one of them cannot travel as JSON."""
-    columns = {name: value for name, value in row.items() if name not in ("prompt", "completion", "completion_ids")}
+    """What reward functions get of a row; ValueError when a column cannot travel as JSON."""
+    columns = {name: row[name] for name in reward_column_names(row)}
     for name, value in columns.items():
         try:
             json.dumps(value)
@@ -271,6 +277,8 @@ def _read_file(config: DatasetConfig, path: Path) -> datasets.Dataset:
     )
     if path.stat().st_size == 0:
         raise ValueError(f"dataset.path: {config.path} is empty; a run needs at least one row")
+    verbosity = datasets.utils.logging.get_verbosity()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs tracebacks of what is raised, and said, below
     try:
         return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split=config.split)
     except (OSError, ValueError, DatasetsError) as error:
@@ -281,6 +289,8 @@ def _read_file(config: DatasetConfig, path: Path) -> datasets.Dataset:
             f"dataset.path: {config.path} cannot be read as {path.suffix[1:]} (split '{config.split}'): "
             f"{_reason(error)}; correct the file, or dataset.split"
         ) from error
+    finally:
+        datasets.utils.logging.set_verbosity(verbosity)
 
 
 def _read_folder(config: DatasetConfig, path: Path) -> datasets.Dataset:

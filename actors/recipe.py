@@ -118,7 +118,8 @@ class PolicyConfig(BaseModel):
 
     model_config = CLOSED
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: int = Field(1, ge=0, le=3)
+    """DeepSpeed ZeRO: 0 replicates everything, 1 shards the optimizer, 2 the gradients too, 3 the weights too."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_tokens_per_micro_batch: int = Field(8192, ge=16)
     """Token budget of one forward pass."""

@@ -43,19 +43,22 @@ class RunFolder:
         """Whether a run ended here: the summary is written last."""
         return (self.path / "summary.json").exists()
 
+    def check_free(self, overwrite: bool) -> None:
+        """ValueError when the folder holds another run that may not be overwritten, or something else altogether."""
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not (self.path / "recipe.yaml").exists():
+            raise ValueError(f"run_dir: {self.path} exists and is not a run folder; choose another with run_dir=...")
+        if not overwrite:
+            raise ValueError(
+                f"run_dir: {self.path} already holds a run; choose another with run_dir=..., "
+                "or replace it with --overwrite"
+            )
+
     def create(self, recipe: Recipe, overwrite: bool) -> None:
-        """Start a new run here; ValueError when the folder holds another one, unless `overwrite` clears it."""
-        if self.path.exists() and any(self.path.iterdir()):
-            if not (self.path / "recipe.yaml").exists():
-                raise ValueError(
-                    f"run_dir: {self.path} exists and is not a run folder; choose another with run_dir=..."
-                )
-            if not overwrite:
-                raise ValueError(
-                    f"run_dir: {self.path} already holds a run; choose another with run_dir=..., "
-                    "or replace it with --overwrite"
-                )
-            shutil.rmtree(self.path)
+        """Start a new run here; ValueError as in `check_free`."""
+        self.check_free(overwrite)
+        shutil.rmtree(self.path, ignore_errors=True)
         (self.path / "completions").mkdir(parents=True)
         dump_recipe(recipe, self.path / "recipe.yaml")
 

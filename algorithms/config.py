@@ -12,7 +12,7 @@ class GrpoConfig(BaseModel):
 
     model_config = CLOSED
 
-    num_generations: int = Field(8, ge=1)
+    num_generations: int = 8
     """Rollouts per prompt (the group size G). The baseline is the group's mean, so at least 2 are needed."""
     beta: float = Field(0.0, ge=0.0)
     """Weight of the KL penalty against the reference; at 0 no reference worker is started."""

@@ -44,7 +44,7 @@ def train(
     from deploy.train import train as run
 
     with _user_errors(but_not=RayError):
-        run(loaded, address, overwrite, Console())
+        run(loaded, recipe, address, overwrite, Console())
 
 
 @app.command()

@@ -4,16 +4,14 @@ import logging
 import shlex
 import socket
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from actors.lineage import trained_before
 from actors.pools import used_pools
-from actors.recipe import GrpoRecipe, Recipe, RecipeModel, SftRecipe
-from actors.recipe_file import load_recipe
-from actors.run_folder import RunFolder
+from actors.recipe import GrpoRecipe, Recipe, SftRecipe
 from placement.cluster import ClusterSpec, from_ray
 from placement.plan import PlacementError, PlacementPlan, plan
 
@@ -24,7 +22,7 @@ def show(recipe: Recipe, cluster: ClusterSpec, path: str, overrides: Sequence[st
     """Print the plan, or raise PlacementError: nothing is printed of a plan that does not fit."""
     placed = plan(used_pools(recipe), cluster)
     lines = [_describe(cluster), f"{path}: {_summarize(recipe)}"]
-    for first_path, first in _trained_before(recipe, path):
+    for first_path, first in reversed(trained_before(recipe, path)):
         try:
             plan(used_pools(first), cluster)
         except PlacementError as error:
@@ -59,20 +57,6 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()
-
-
-def _trained_before(recipe: Recipe, path: str) -> Iterator[tuple[str, Recipe]]:
-    """The recipes whose models this one needs and that have not been trained, nearest first; a circle is an error."""
-    seen = [Path(path)]
-    while isinstance(recipe.model, RecipeModel):
-        above, path = path, recipe.model.recipe
-        if Path(path) in seen:
-            raise ValueError(f"{above}: model.recipe: {path} would be trained before itself; name another recipe")
-        seen.append(Path(path))
-        recipe = load_recipe(path)
-        if RunFolder(recipe.folder).finished:
-            return
-        yield path, recipe
 
 
 def _table(placed: PlacementPlan) -> Table:

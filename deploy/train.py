@@ -4,15 +4,15 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 from rich.console import Console
 
-from actors.dataset import Rows, load_rows
+from actors.dataset import Rows, load_rows, reward_column_names
 from actors.examples import ExampleStream
 from actors.grpo_run import run_grpo
+from actors.lineage import trained_before
 from actors.model import load_tokenizer, max_model_length
 from actors.pools import used_pools
 from actors.progress import RunProgress
@@ -31,56 +31,43 @@ from placement.plan import plan
 _RESERVE_TIMEOUT_S = 120.0
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """A recipe that can run: its data, rewards and placement have been looked at."""
+def train(recipe: Recipe, path: str, address: str | None, overwrite: bool, console: Console) -> None:
+    """Run the recipe and, first, those that its model comes from; ValueError for what the user can mend.
 
-    recipe: Recipe
-    rows: Rows
-    folder: RunFolder
-    before: "Checked | None"
-    """The run whose model this one starts from, when it has not been made yet."""
-
-
-def train(recipe: Recipe, address: str | None, overwrite: bool, console: Console) -> RunFolder:
-    """Run the recipe and, first, the recipes that its model comes from; ValueError for what the user can mend."""
-    checked = check(recipe, this_machine() if address is None else None, overwrite)
+    `path` is where the recipe was read, for messages.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    runs = [recipe for _, recipe in trained_before(recipe, path)] + [recipe]
+    cluster = this_machine() if address is None else None
+    for index, run in enumerate(runs):
+        check(run, cluster, model_exists=index == 0)
+    RunFolder(recipe.folder).check_free(overwrite)
     with ray_session(address):
-        _run(checked, console)
-    return checked.folder
+        for run in runs:
+            _run(run, overwrite=overwrite or run is not recipe, console=console)
 
 
-def check(recipe: Recipe, cluster: ClusterSpec | None, overwrite: bool) -> Checked:
+def check(recipe: Recipe, cluster: ClusterSpec | None, model_exists: bool) -> None:
     """Everything that can be known without workers; ValueError names the key, the file and the fix."""
     rows = load_rows(recipe.dataset)
     if isinstance(recipe, GrpoRecipe):
         for reward in recipe.rewards.functions:
-            check_reward(reward.function)
+            check_reward(reward.function, reward_column_names(rows.column_names))
     if cluster is not None:
         plan(used_pools(recipe), cluster)
+    if model_exists and not isinstance(recipe.model, TinyModel):
+        _stream(recipe, rows, _source(recipe, RunFolder(recipe.folder)))
+
+
+def _run(recipe: Recipe, overwrite: bool, console: Console) -> None:
     folder = RunFolder(recipe.folder)
-    before = None
-    if isinstance(recipe.model, RecipeModel):
-        source = load_recipe(recipe.model.recipe)
-        if not RunFolder(source.folder).finished:
-            before = check(source, cluster, overwrite=True)
-    if before is None and not isinstance(recipe.model, TinyModel):
-        _stream(recipe, rows, _source(recipe, folder))
     folder.create(recipe, overwrite)
-    return Checked(recipe, rows, folder, before)
-
-
-def _run(checked: Checked, console: Console) -> None:
-    if checked.before is not None:
-        _run(checked.before, console)
-    recipe, folder = checked.recipe, checked.folder
     if isinstance(recipe.model, TinyModel):
         make_tiny_model(recipe.model, folder.path / "initial_model", recipe.seed)
     model = _source(recipe, folder)
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
-    stream = _stream(recipe, checked.rows, model)
-    placement = plan(used_pools(recipe), from_ray(ray.nodes()))
-    pools = reserve(placement, _RESERVE_TIMEOUT_S)
+    stream = _stream(recipe, load_rows(recipe.dataset), model)
+    pools = reserve(plan(used_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
     try:
         with RunProgress(recipe.name, recipe.steps, console) as progress:
             match recipe, stream:
@@ -90,14 +77,15 @@ def _run(checked: Checked, console: Console) -> None:
                     asyncio.run(run_sft(recipe, model, stream, tokenizer, pools, folder, progress))
     finally:
         pools.release()
+    console.print(f"{recipe.name}: finished; everything is in {os.path.relpath(folder.path)}", highlight=False)
 
 
 def _source(recipe: Recipe, folder: RunFolder) -> ModelSource:
     match recipe.model:
         case TinyModel():
-            return ModelSource(str((folder.path / "initial_model").absolute()))
+            return ModelSource(str(folder.path / "initial_model"))
         case RecipeModel():
-            return ModelSource(str(RunFolder(load_recipe(recipe.model.recipe).folder).model.absolute()))
+            return ModelSource(str(RunFolder(load_recipe(recipe.model.recipe).folder).model))
         case PretrainedModel() as model:
             local = Path(model.path).expanduser()
             path = str(local.absolute()) if local.is_dir() else model.path
@@ -133,9 +121,8 @@ def _stream(recipe: Recipe, rows: Rows, model: ModelSource) -> PromptStream | Ex
 
 @contextlib.contextmanager
 def ray_session(address: str | None) -> Iterator[None]:
-    """Join the cluster at `address` (or RAY_ADDRESS), else start a local Ray; a Ray started here ends here."""
+    """Join the cluster at `address`, else start a local Ray; a Ray started here ends here."""
     here = str(Path.cwd())
-    address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         # Replicas and reward workers start processes of their own, which must find these packages too.
         runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}}

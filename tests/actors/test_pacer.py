@@ -1,35 +1,13 @@
 """The waits around the pacer: order of events, deadlines, and who is said to have waited for what."""
 
 import asyncio
-from typing import Any
 
 import pytest
 
 from actors.deadline import DeadlineError
-from actors.pacer import AsyncPacer, ReadyGroup
+from actors.pacer import AsyncPacer
 from algorithms.pacing import Pacer, Slot
-from algorithms.types import GroupSummary
-
-
-def ready(slot: Slot, version: int) -> ReadyGroup:
-    summary = GroupSummary(
-        ordinal=slot.ordinal,
-        epoch=0,
-        attempt=slot.attempt,
-        replica=0,
-        num_tokens_G=(4, 4),
-        num_loss_tokens_G=(2, 2),
-        num_prompt_tokens=2,
-        truncated_G=(False, False),
-        tokens_by_version={version: 4},
-        rewards_G=(0.0, 1.0),
-        scores={},
-        failures={},
-        generate_s=0.0,
-        score_s=0.0,
-    )
-    scored: Any = None
-    return ReadyGroup(slot, summary, scored)
+from tests.actors.groups import ready
 
 
 async def train(pacer: AsyncPacer, num_steps: int, durations: list[float]) -> list[list[int]]:

@@ -26,7 +26,7 @@ def local_ray() -> Iterator[None]:
     """One Ray for the whole session, with logical CPUs enough for every pool."""
     import ray
 
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[1])
     env = {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
     os.environ.pop("RAY_ADDRESS", None)
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})

@@ -1,0 +1,28 @@
+"""Scored groups without tokens, for tests of what only looks at summaries."""
+
+from typing import Any
+
+from actors.pacer import ReadyGroup
+from algorithms.pacing import Slot
+from algorithms.types import GroupSummary
+
+
+def ready(slot: Slot, version: int) -> ReadyGroup:
+    summary = GroupSummary(
+        ordinal=slot.ordinal,
+        epoch=0,
+        attempt=slot.attempt,
+        replica=0,
+        num_tokens_G=(4, 4),
+        num_loss_tokens_G=(2, 2),
+        num_prompt_tokens=2,
+        truncated_G=(False, False),
+        tokens_by_version={version: 4},
+        rewards_G=(0.0, 1.0),
+        scores={},
+        failures={},
+        generate_s=0.0,
+        score_s=0.0,
+    )
+    scored: Any = None
+    return ReadyGroup(slot, summary, scored)

@@ -1,0 +1,52 @@
+"""The ledger knows one fate for every ordinal, in memory and in the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from actors.ledger import Ledger
+from actors.pacer import ReadyGroup
+from algorithms.pacing import Slot
+from algorithms.types import Update
+from tests.actors.groups import ready
+
+
+def trained(ledger: Ledger, groups: list[ReadyGroup], step: int) -> None:
+    ledger.trained(groups, Update(step, step + 1, {}))
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_fate_is_written_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    first, second, third = (Slot(ordinal, 0, 0) for ordinal in range(3))
+    for slot in (first, second, third):
+        ledger.dispatched(slot, replica=0)
+    ledger.scored(ready(first, 0).summary)
+    ledger.failed(second, "the engine is gone")
+    again = Slot(1, 1, 0)
+    ledger.dispatched(again, replica=1)
+    ledger.late(second)
+    ledger.quarantined(third, "too long")
+    assert ledger.lost() == {0, 1}
+    trained(ledger, [ready(first, 0), ready(again, 0)], step=0)
+    assert ledger.lost() == set()
+    assert (ledger.num_trained, ledger.num_duplicated, ledger.num_quarantined) == (2, 0, 1)
+    assert (ledger.num_redispatched, ledger.num_late) == (1, 1)
+    ledger.close()
+    fates = [
+        (event["event"], event["ordinal"]) for event in events(path) if event["event"] in ("trained", "quarantined")
+    ]
+    assert fates == [("quarantined", 2), ("trained", 0), ("trained", 1)]
+
+
+def test_training_twice_is_seen(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    slot = Slot(0, 0, 0)
+    ledger.dispatched(slot, replica=0)
+    for step in range(2):
+        trained(ledger, [ready(slot, 0)], step)
+    assert ledger.num_duplicated == 1

@@ -1,0 +1,60 @@
+"""A run folder is never shared by two runs, and what was written can be read back."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from actors.plot import plot_loss, plot_run
+from actors.recipe_file import load_recipe
+from actors.run_folder import RunFolder
+
+RECIPE = load_recipe("recipes/demo.yaml")
+
+
+def test_the_resolved_recipe_comes_first_and_loads_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(RECIPE, overwrite=False)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == RECIPE
+    assert not folder.finished
+    folder.write_summary({"steps": 3})
+    assert folder.finished
+    assert folder.read_summary() == {"steps": 3}
+
+
+def test_another_run_is_not_written_over(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create(RECIPE, overwrite=False)
+    folder.write_summary({})
+    with pytest.raises(ValueError, match=r"already holds a run.*--overwrite"):
+        folder.create(RECIPE, overwrite=False)
+    folder.create(RECIPE, overwrite=True)
+    assert not folder.finished
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not a run folder"):
+        RunFolder(tmp_path).create(RECIPE, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_metrics_are_json_even_when_a_value_is_not_finite(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create(RECIPE, overwrite=False)
+    folder.write_metrics(0, {"reward": 0.5, "loss": float("nan")})
+    folder.write_metrics(1, {"reward": 0.75, "grad_norm": float("inf")})
+    assert folder.read_metrics() == [{"step": 0, "reward": 0.5}, {"step": 1, "reward": 0.75}]
+    folder.write_completions(1, [{"prompt": "é", "completion": "\n"}])
+    assert json.loads((tmp_path / "completions" / "step_00001.jsonl").read_text()) == {
+        "prompt": "é",
+        "completion": "\n",
+    }
+
+
+def test_the_plots_are_pictures(tmp_path: Path) -> None:
+    rows = [{"step": i, "reward": i / 9, "loss": 1.0, "staleness/max": i % 3, "staleness/mean": 0.5} for i in range(10)]
+    plot_run(rows, 2, tmp_path / "reward.png")
+    plot_loss(rows, tmp_path / "loss.png")
+    for name in ("reward.png", "loss.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
