@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 from rich.console import Console
@@ -123,14 +125,15 @@ def _stream(recipe: Recipe, rows: Rows, model: ModelSource) -> PromptStream | Ex
 def ray_session(address: str | None) -> Iterator[None]:
     """Join the cluster at `address`, else start a local Ray; a Ray started here ends here."""
     here = str(Path.cwd())
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         # Replicas and reward workers start processes of their own, which must find these packages too.
         runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}}
-        ray.init(include_dashboard=False, log_to_driver=False, runtime_env=runtime_env)
+        ray.init(include_dashboard=False, runtime_env=runtime_env, **quiet)
     elif "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        ray.init(address, log_to_driver=False)  # a submitted job has brought its working directory already
+        ray.init(address, **quiet)  # a submitted job has brought its working directory already
     else:
-        ray.init(address, log_to_driver=False, runtime_env={"working_dir": here})
+        ray.init(address, runtime_env={"working_dir": here}, **quiet)
     try:
         yield
     finally:

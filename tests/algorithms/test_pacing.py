@@ -1,5 +1,7 @@
 """The pacer under arbitrary interleavings: the bound, one fate per ordinal, no deadlock."""
 
+import os
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -168,7 +170,9 @@ class Schedule(RuleBasedStateMachine):
         assert set(self.trained) | self.dropped == self.seen, "an ordinal was lost"
 
 
-Schedule.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+# `make prove` walks a million steps, `make check` some thousands.
+NUM_SCHEDULES = 20_000 if os.environ.get("PACELINE_PROVE") else 150
+Schedule.TestCase.settings = settings(max_examples=NUM_SCHEDULES, stateful_step_count=60, deadline=None)
 test_schedules = Schedule.TestCase
 
 

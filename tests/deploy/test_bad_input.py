@@ -91,8 +91,8 @@ CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "run folder of something else": ([], {"run/thesis.txt": "mine"}, ["not a run folder"]),
     "supervised data without completion": (
         ["kind=sft", "batch_size=2"],
-        {"recipe.yaml": "kind: sft\nname: case\nsteps: 1\nbatch_size: 2\nmax_length: 64\nmodel: {{kind: pretrained, path: {model}}}\n"
-         "dataset: {{path: {folder}/rows.jsonl}}\n"},
+        {"recipe.yaml": "kind: sft\nname: case\nsteps: 1\nbatch_size: 2\nmax_length: 64\n"
+         "model: {{kind: pretrained, path: {model}}}\ndataset: {{path: {folder}/rows.jsonl}}\n"},
         ["no column 'completion'"],
     ),
 }  # fmt: skip
