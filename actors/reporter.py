@@ -149,13 +149,17 @@ def _mean(values: list[float]) -> float:
 
 def _figures(metrics: Mapping[str, float]) -> dict[str, str]:
     """What the progress display shows of a step."""
-    policy = sum(value for name, value in metrics.items() if name.startswith("wait/policy/"))
-    rollout = sum(value for name, value in metrics.items() if name.startswith("wait/rollout/"))
-    step_s = metrics["step_time"]
+    policy, rollout = (_waited(metrics, side) for side in ("policy", "rollout"))
     return {
         "reward": f"{metrics.get('reward', float('nan')):.3f}",
         "staleness": f"{metrics['staleness/mean']:.2f} (max {metrics['staleness/max']:.0f})",
         "rollout": f"{metrics['rollout_tok_per_s']:.0f} tok/s",
         "policy": f"{metrics['policy_tok_per_s']:.0f} tok/s",
-        "waiting": f"policy {policy / step_s:.0%}, rollouts {rollout / step_s:.0%}",
+        "waiting": f"policy {policy:.0%}, rollouts {rollout:.0%}",
     }
+
+
+def _waited(metrics: Mapping[str, float], side: str) -> float:
+    """Share of the step that this side waited; a wait is booked when it ends, so it may be longer than the step."""
+    seconds = sum(value for name, value in metrics.items() if name.startswith(f"wait/{side}/"))
+    return min(1.0, seconds / metrics["step_time"])

@@ -2,7 +2,7 @@
 
     python -m benchmarks.demo_seeds [SEED ...]
 
-Each seed is a whole demo (supervised warm-up and GRPO) by the command line, the warm-up seeded as well. Prints a table and, as its last
+Each seed is a whole demo by the command line, the supervised warm-up seeded as well. Prints a table and, as its last
 line, one JSON object: `reward_gain_min`, `max_staleness_seen`, `max_staleness_allowed`, `seconds_max` and the rows.
 """
 
