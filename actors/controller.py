@@ -11,9 +11,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.deadline import within
+from actors.errors import ReplicaDeadError, RunError, last_line
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
@@ -24,11 +25,7 @@ from algorithms.advantages import advantages
 from algorithms.config import GrpoConfig
 from algorithms.pacing import Slot
 from algorithms.packing import build_batch
-from algorithms.types import Batch, Update
-
-
-class ReplicaLostError(RuntimeError):
-    """A rollout replica died."""
+from algorithms.types import Batch, Prompt, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +43,7 @@ class Controller:
     """Wires the actors; every decision is made elsewhere, in pure code."""
 
     num_steps: int
+    max_staleness: int
     algorithm: GrpoConfig
     max_tokens_per_micro_batch: int
     limits: Limits
@@ -71,14 +69,15 @@ class Controller:
                 fills.create_task(self.fill(slot), name=f"group-{slot.ordinal}")
 
     async def fill(self, slot: Slot) -> None:
+        prompt = self._prompt(slot)
         replica = self.router.choose()
         self.ledger.dispatched(slot, replica)
-        summary, scored = self.router.dispatch(replica, self.prompts.prompt(slot.ordinal), slot.attempt)
+        summary, scored = self.router.dispatch(replica, prompt, slot.attempt)
         try:
             group = ReadyGroup(
                 slot, await within(self.limits.group_timeout_s, summary, f"group {slot.ordinal}"), scored
             )
-        except (RayTaskError, TimeoutError, RuntimeError) as error:
+        except (RayError, RunError) as error:
             await self._failed(slot, replica, error)
         else:
             self.ledger.scored(group.summary)
@@ -99,15 +98,24 @@ class Controller:
     def batch(self, groups: list[ReadyGroup]) -> Batch:
         """Advantages against each group's own baseline, packed for the ranks."""
         summaries = [group.summary for group in groups]
-        assert self.publisher.committed is not None
+        version = self.publisher.committed
+        assert version is not None
+        oldest = min(summary.oldest_version for summary in summaries)
+        assert 0 <= version - oldest <= self.max_staleness, f"tokens of version {oldest} in the batch of {version}"
         return build_batch(
             summaries,
             advantages([s.rewards_G for s in summaries], self.algorithm.scale_rewards),
-            version=self.publisher.committed,
+            version=version,
             num_ranks=len(self.policy.ranks),
             max_tokens=self.max_tokens_per_micro_batch,
             mask_truncated=self.algorithm.mask_truncated_completions,
         )
+
+    def _prompt(self, slot: Slot) -> Prompt:
+        try:
+            return self.prompts.prompt(slot.ordinal)
+        except ValueError as error:
+            raise RunError(str(error)) from error
 
     async def _publish(self, version: int) -> None:
         await self.publisher.publish(version)
@@ -115,23 +123,20 @@ class Controller:
 
     async def _failed(self, slot: Slot, replica: int, error: BaseException) -> None:
         """Try the prompt again under its ordinal; after too many attempts set it aside, and count it."""
-        cause = _cause(error)
-        if isinstance(error, RayActorError):
-            raise ReplicaLostError(f"rollout replica {replica} died while it sampled group {slot.ordinal}: {cause}")
+        cause = f"replica {replica}: {last_line(error)}"
+        died = isinstance(error, RayActorError) and not isinstance(
+            error, RayTaskError
+        )  # the latter: a worker behind it
+        if died or isinstance(error, ReplicaDeadError):
+            raise RunError(f"rollout replica {replica} died while it sampled group {slot.ordinal}: {last_line(error)}")
         self.ledger.failed(slot, cause)
         if slot.attempt + 1 < self.limits.max_attempts:
             await self.pacer.failed(slot)
             return
         self.ledger.quarantined(slot, cause)
         if self.ledger.num_quarantined > self.limits.max_quarantined:
-            raise RuntimeError(
+            raise RunError(
                 f"group {slot.ordinal} failed {slot.attempt + 1} times ({cause}); rollout.max_quarantined allows "
                 f"{self.limits.max_quarantined} such groups in a run"
             )
         await self.pacer.dropped(slot)
-
-
-def _cause(error: BaseException) -> str:
-    """The last line of what went wrong, without the remote traceback."""
-    inner = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
-    return (str(inner).strip().splitlines() or [type(inner).__name__])[-1]

@@ -43,14 +43,28 @@ def packed_attention(
     segments: Segments,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sequence of the row; returns (1, T, H, D).
 
     Sequences are padded for this one operation only and start at the left, so the plain causal kernel is exact: a real
-    token never looks at padding. Everything else in the model runs on the packed row.
+    token never looks at padding. Everything else in the model runs on the packed row. A sliding window is honoured;
+    ValueError for models whose attention has soft-capped scores or sinks, which this kernel cannot give.
     """
     assert attention_mask is None, "packed rows carry no mask"
+    if softcap is not None or s_aux is not None:
+        raise ValueError(
+            "model.path: this model's attention has soft-capped scores or attention sinks, which the packed forward "
+            "pass does not compute; choose a model without them"
+        )
+    window_LL = None
+    if sliding_window is not None and sliding_window < segments.longest:
+        place_L = torch.arange(segments.longest, device=query_1HTD.device)
+        distance_LL = place_L[:, None] - place_L[None, :]
+        window_LL = (distance_LL >= 0) & (distance_LL < sliding_window)
 
     def spread(packed_1HTD: Tensor) -> Tensor:
         heads, size = packed_1HTD.shape[1], packed_1HTD.shape[3]
@@ -62,7 +76,8 @@ def packed_attention(
         spread(query_1HTD),
         spread(key_1HTD),
         spread(value_1HTD),
-        is_causal=True,
+        attn_mask=window_LL,
+        is_causal=window_LL is None,
         scale=scaling,
         dropout_p=dropout,
         enable_gqa=key_1HTD.shape[1] != query_1HTD.shape[1],

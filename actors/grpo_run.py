@@ -14,7 +14,7 @@ from actors.reporter import Reporter
 from actors.router import Router
 from actors.run_folder import RunFolder
 from actors.tracker import Tracker
-from actors.workers import ModelSource, Workers, grpo_workers
+from actors.workers import ModelSource, Workers, grpo_workers, max_groups_in_flight, score_timeout_s
 from algorithms.pacing import Pacer
 from placement.groups import ReservedPools
 
@@ -30,7 +30,7 @@ async def run_grpo(
 ) -> None:
     """Train; raises what stopped the run, after the workers are gone."""
     progress.say("starting the policy, the rollout replicas and the reward workers")
-    async with grpo_workers(recipe, model, pools) as workers:
+    async with grpo_workers(recipe, model, pools, folder.path) as workers:
         publisher = _publisher(recipe, workers)
         await publisher.connect()
         ledger, pacer = Ledger(folder.ledger), _pacer(recipe)
@@ -38,6 +38,7 @@ async def run_grpo(
         reporter = Reporter(recipe, folder, progress, tracker, pacer, publisher, ledger)
         controller = Controller(
             num_steps=recipe.steps,
+            max_staleness=recipe.staleness.max_staleness,
             algorithm=recipe.algorithm,
             max_tokens_per_micro_batch=recipe.policy.max_tokens_per_micro_batch,
             limits=_limits(recipe),
@@ -59,14 +60,12 @@ async def run_grpo(
 
 
 def _pacer(recipe: GrpoRecipe) -> AsyncPacer:
-    # More groups than a replica can decode at once would only grow stale in its queue.
-    per_replica = max(1, recipe.rollout.max_num_seqs // recipe.algorithm.num_generations)
     pacer = Pacer(
         groups_per_batch=recipe.groups_per_batch,
         max_staleness=recipe.staleness.max_staleness,
         num_batches=recipe.steps,
         pipeline_depth=recipe.staleness.pipeline_depth,
-        max_in_flight=per_replica * recipe.pools.rollout.num_workers,
+        max_in_flight=max_groups_in_flight(recipe),
     )
     return AsyncPacer(pacer, stall_timeout_s=2 * _group_timeout_s(recipe))
 
@@ -78,6 +77,7 @@ def _publisher(recipe: GrpoRecipe, workers: Workers) -> Publisher:
         workers_per_replica=max(1, recipe.pools.rollout.gpus_per_worker),
         dtype=recipe.rollout.dtype,
         config=recipe.sync,
+        drain_timeout_s=0.0 if recipe.staleness.in_flight_updates else recipe.generation.timeout_s,
     )
 
 
@@ -90,6 +90,5 @@ def _limits(recipe: GrpoRecipe) -> Limits:
 
 
 def _group_timeout_s(recipe: GrpoRecipe) -> float:
-    """Generation, then every reward function, each up to its own deadline; groups may queue for a reward worker."""
-    scoring_s = len(recipe.rewards.functions) * recipe.rewards.timeout_s
-    return 60.0 + recipe.generation.timeout_s + 10 * scoring_s
+    """Longer than the deadlines that the replica itself keeps, which name the cause better."""
+    return 60.0 + recipe.generation.timeout_s + score_timeout_s(recipe)

@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -37,7 +44,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """The causal language model with its weights in `dtype`, on the CPU; ValueError as in `load_tokenizer`."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -46,6 +53,26 @@ def load_causal_lm(
         )
     except (OSError, ValueError) as error:
         raise ValueError(_why(path, revision, trust_remote_code, "model", error)) from error
+    others = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others:
+        raise ValueError(
+            f"model.path: '{path}' has layers of type {', '.join(sorted(others))}, through which packed "
+            "sequences would see each other; choose a model of attention layers only"
+        )
+    return model
+
+
+def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> list[int]:
+    """The tokens that end a completion: the tokenizer's EOS, and those that the model's generation config adds.
+
+    Chat models often end their turn with another token than the one that ends a text.
+    """
+    ids = {int(tokenizer.eos_token_id)}
+    try:
+        listed = GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id
+    except OSError:
+        listed = None  # a model without a generation config
+    return sorted(ids | set([listed] if isinstance(listed, int) else listed or []))
 
 
 def max_model_length(path: str, revision: str | None, trust_remote_code: bool) -> int:

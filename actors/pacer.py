@@ -42,7 +42,9 @@ class AsyncPacer:
         self._version: int | None = None
         self._progress = time.monotonic()
         self.waits: dict[str, float] = defaultdict(float)
-        """Seconds waited so far: `policy/<why>` and `rollout/<why>`."""
+        """Seconds waited so far: `policy/<why>` (for a batch), `dispatch/<why>` (for a slot), and `rollout/idle`, when
+        no group was in flight."""
+        self._idle_since: float | None = time.monotonic()
 
     @property
     def num_in_flight(self) -> int:
@@ -55,7 +57,7 @@ class AsyncPacer:
     async def slots(self) -> AsyncIterator[Slot]:
         """Leave to dispatch, one group at a time, until the last batch has been taken."""
         while True:
-            slot = await self._wait("rollout", self._dispatch, self._why_no_slot)
+            slot = await self._wait("dispatch", self._dispatch, self._why_no_slot)
             if slot is None:
                 return
             yield slot
@@ -100,7 +102,14 @@ class AsyncPacer:
         async with self._changed:
             self._progress = time.monotonic()
             yield
+            self._count_idle()
             self._changed.notify_all()
+
+    def _count_idle(self) -> None:
+        now = time.monotonic()
+        if self._idle_since is not None:
+            self.waits["rollout/idle"] += now - self._idle_since
+        self._idle_since = None if self._pacer.num_in_flight else now
 
     async def _wait(
         self, side: str, decide: Callable[[], Decision | None], why: Callable[[], str | None]
@@ -111,6 +120,7 @@ class AsyncPacer:
                 reason = why()
                 decision = decide()
                 if decision is not None:
+                    self._count_idle()
                     self._changed.notify_all()
                     return decision
                 if self._pacer.exhausted:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors.errors import RunError
 from actors.recipe import PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.losses import Normalizer, grpo_loss, sft_loss
@@ -50,6 +51,8 @@ class PolicySettings:
     policy: PolicyConfig
     optimizer: OptimizerConfig
     objective: Objective
+    run_dir: str
+    """Where the model will be saved; rank 0's node must see it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,11 @@ class PolicyActor:
     def start(self, host: str, port: int) -> None:
         """Load the model and join the other ranks at `host:port`."""
         settings = self.settings
+        if self.rank == 0 and not Path(settings.run_dir).is_dir():
+            raise RunError(
+                f"run_dir: the node of policy rank 0 ({node_ip()}) does not see {settings.run_dir}; "
+                "put run_dir on storage that all nodes share"
+            )
         os.environ |= {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(settings.num_ranks),
@@ -106,6 +114,9 @@ class PolicyActor:
         from actors.forward import PACKED_ATTENTION
         from actors.model import load_causal_lm
 
+        # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
+        # killed meanwhile leaves behind: every later start would wait for it without end.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.set_num_threads(settings.policy.num_threads or max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         set_seed(settings.seed)
         deepspeed.init_distributed("nccl" if settings.use_gpu else "gloo", verbose=False)
@@ -275,6 +286,8 @@ def _deepspeed_config(settings: PolicySettings) -> dict[str, Any]:
         "gradient_clipping": settings.optimizer.max_grad_norm,
         "zero_optimization": {"stage": settings.policy.zero_stage},
         "bf16": {"enabled": settings.policy.dtype == "bfloat16"},
+        # Many small micro-batches summed in bfloat16 would lose the small ones.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

@@ -1,6 +1,7 @@
 """The policy as one: every call goes to all ranks, and all must answer within the deadline."""
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import ray
 
 from actors.deadline import within
+from actors.errors import RunError
 from actors.policy import RankBatch, RankUpdate
 from algorithms.losses import Normalizer
 from algorithms.stats import LossStats, merge
@@ -43,7 +45,14 @@ class PolicyGroup:
         what = f"the policy step at version {batch.version}"
         updates: list[RankUpdate] = await within(self.timeout_s, asyncio.gather(*calls), what)
         assert {update.version for update in updates} == {batch.version + 1}, "only the policy counts versions, by one"
-        return _merge(batch, updates, time.perf_counter() - started)
+        update = _merge(batch, updates, time.perf_counter() - started)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(update.metrics[name]):
+                raise RunError(
+                    f"the {name} of the step at version {batch.version} is {update.metrics[name]}: the update was not "
+                    "published; lower optimizer.learning_rate, or look for a reward or a logit that is out of range"
+                )
+        return update
 
     async def plan_weights(self, dtype: str, bucket_mb: float) -> str:
         layouts: list[str] = await self._all("plan_weights", dtype, bucket_mb, timeout_s=self.timeout_s)

@@ -53,6 +53,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, where
     tokens or end with EOS."""
     if isinstance(prompt, str):
         token_ids = text_ids(tokenizer, prompt, where, special_tokens=True)
+    elif prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{where}: the prompt ends with the assistant's own message, which would be answered by the assistant "
+            "again; end the prompt with the user's message, and put the answer into 'completion'"
+        )
     else:
         token_ids = conversation_ids(tokenizer, prompt, where, add_generation_prompt=True)
     if not token_ids:

@@ -1,4 +1,4 @@
-"""A version is published whole or not at all: nobody swaps before everybody holds every byte of it, verified.
+"""No replica swaps to a version before every replica holds all of its bytes, verified.
 
 announce -> stream -> verify (all replicas) -> swap (pause, load, resume; all replicas) -> committed
 """
@@ -10,12 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from actors.deadline import within
+from actors.errors import RunError, last_line
 from actors.policy_group import PolicyGroup
 from actors.rollout import Swapped
 from sync.config import SyncConfig
 from sync.sender import Sent
+
+# What is waited beyond the workers' own deadlines, whose messages name the cause better than ours.
+_GRACE_S = 10.0
 
 
 @dataclass(slots=True)
@@ -28,6 +33,8 @@ class Publisher:
     dtype: str
     """The dtype that the replicas hold, in which the weights travel."""
     config: SyncConfig
+    drain_timeout_s: float = 0.0
+    """How long running requests may take to finish before a swap, when they are not swapped under."""
     committed: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last publication, under `sync/*`."""
@@ -44,16 +51,16 @@ class Publisher:
         await within(timeout_s, asyncio.gather(*calls), "forming the weight group")
 
     async def publish(self, version: int) -> None:
-        """Every replica serves `version` when this returns; raises naming the phase that failed."""
+        """Every replica serves `version` when this returns; RunError names the phase and the replica that failed."""
         assert self.committed is None or version == self.committed + 1, "versions are published one by one"
         started = time.perf_counter()
         await self._phase("announcing", version, [r.begin_receive.remote(version) for r in self.replicas])
-        sent: Sent = await self.policy.send_weights(self.config.timeout_s)
+        sent: Sent = await self.policy.send_weights(self.config.timeout_s + _GRACE_S)
         assert sent.version == version
         streamed = time.perf_counter()
         await self._phase("verifying", version, [r.verify.remote(version, sent.digests) for r in self.replicas])
         swaps = [r.swap.remote(version, self.config.timeout_s) for r in self.replicas]
-        swapped: list[Swapped] = await self._phase("swapping", version, swaps)
+        swapped: list[Swapped] = await self._phase("swapping to", version, swaps, self.drain_timeout_s)
         self.committed = version
         self.metrics = {
             "weights/version": float(version),
@@ -65,5 +72,17 @@ class Publisher:
             "sync/replicas": float(len(self.replicas)),
         }
 
-    async def _phase(self, phase: str, version: int, calls: Sequence[ray.ObjectRef]) -> list[Any]:
-        return await within(self.config.timeout_s, asyncio.gather(*calls), f"{phase} version {version}")
+    async def _phase(
+        self, phase: str, version: int, calls: Sequence[Awaitable[Any]], extra_s: float = 0.0
+    ) -> list[Any]:
+        """The answers of all replicas, in order."""
+        timeout_s = self.config.timeout_s + extra_s + _GRACE_S
+        answers = [_answer(call, timeout_s, f"replica {n}, {phase} version {version}") for n, call in enumerate(calls)]
+        return await asyncio.gather(*answers)
+
+
+async def _answer(call: Awaitable[Any], timeout_s: float, what: str) -> Any:
+    try:
+        return await within(timeout_s, call, what)
+    except RayError as error:
+        raise RunError(f"{what}: {last_line(error)}") from error

@@ -141,7 +141,8 @@ class RolloutConfig(BaseModel):
     gpu_memory_utilization: float = Field(0.85, gt=0.0, le=1.0)
     cpu_kv_cache_gb: int = Field(1, ge=1)
     """KV cache of a replica on the CPU (GiB)."""
-    enforce_eager: bool = True
+    enforce_eager: bool | None = None
+    """Run without CUDA graphs; null is true on the CPU and false on GPUs."""
     num_threads: int | None = Field(None, ge=1)
     """CPU threads of each replica; null lets vLLM choose."""
     start_timeout_s: float = Field(600.0, gt=0.0)
@@ -181,6 +182,17 @@ class _Recipe(BaseModel):
     policy: PolicyConfig = PolicyConfig()
     pools: PoolsConfig = PoolsConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _one_gpu_a_rank(self) -> Self:
+        for name in ("policy", "reference"):
+            gpus = getattr(self.pools, name).gpus_per_worker
+            if gpus > 1:
+                raise ValueError(
+                    f"pools.{name}.gpus_per_worker: {gpus}, but each {name} worker drives one GPU; raise "
+                    f"pools.{name}.num_workers instead"
+                )
+        return self
 
     @property
     def folder(self) -> Path:

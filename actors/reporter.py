@@ -64,7 +64,7 @@ class Reporter:
                 self._staleness_sum += count * (batch.version - version)
                 self._tokens_sampled += count
         self._tokens_trained += batch.num_loss_tokens
-        rewards = reward_metrics(summaries, version=batch.version)
+        rewards = reward_metrics(summaries, version=batch.version, scale_rewards=self._recipe.algorithm.scale_rewards)
         if "reward" in rewards:
             self._rewards.append(rewards["reward"])
         return {
@@ -155,11 +155,11 @@ def _figures(metrics: Mapping[str, float]) -> dict[str, str]:
         "staleness": f"{metrics['staleness/mean']:.2f} (max {metrics['staleness/max']:.0f})",
         "rollout": f"{metrics['rollout_tok_per_s']:.0f} tok/s",
         "policy": f"{metrics['policy_tok_per_s']:.0f} tok/s",
-        "waiting": f"policy {policy:.0%}, rollouts {rollout:.0%}",
+        "idle": f"policy {policy:.0%}, rollouts {rollout:.0%}",
     }
 
 
 def _waited(metrics: Mapping[str, float], side: str) -> float:
-    """Share of the step that this side waited; a wait is booked when it ends, so it may be longer than the step."""
+    """Share of the step that this side had nothing to do; booked when it ends, so it may be longer than the step."""
     seconds = sum(value for name, value in metrics.items() if name.startswith(f"wait/{side}/"))
     return min(1.0, seconds / metrics["step_time"])

@@ -16,6 +16,7 @@ import numpy as np
 import ray
 
 from actors.deadline import within
+from actors.errors import ReplicaDeadError
 from actors.policy import node_ip
 from actors.recipe import GenerationConfig, RolloutConfig
 from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, VersionSpan, summarize
@@ -34,16 +35,20 @@ class RolloutSettings:
     tensor_parallel_size: int
     use_gpu: bool
     seed: int
+    score_timeout_s: float
+    """Deadline of one group's reference and rewards, the queue at the workers included."""
     in_flight_updates: bool
     recompute_kv_cache: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Swapped:
-    """How long a replica stood still for a version: the pause alone, and the swap inside it."""
+    """How long a replica stood still for a version."""
 
     pause_s: float
+    """From the pause to the resumption; running requests that are let finish first do not count."""
     swap_s: float
+    """The loading of the weights, inside the pause."""
 
 
 class RolloutActor:
@@ -77,9 +82,10 @@ class RolloutActor:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from actors.model import load_tokenizer
+        from actors.model import load_tokenizer, stop_token_ids
 
         self._tokenizer = load_tokenizer(settings.model_path, settings.revision, settings.trust_remote_code)
+        self._stop_token_ids = stop_token_ids(settings.model_path, self._tokenizer, settings.revision)
         generation = settings.generation
         arguments: dict[str, Any] = (
             {"gpu_memory_utilization": rollout.gpu_memory_utilization} if settings.use_gpu else {}
@@ -95,7 +101,9 @@ class RolloutActor:
                 max_model_len=generation.max_prompt_length + generation.max_completion_length,
                 max_num_seqs=rollout.max_num_seqs,
                 tensor_parallel_size=settings.tensor_parallel_size,
-                enforce_eager=rollout.enforce_eager,
+                # This actor holds the GPUs; inside a placement group vLLM would ask Ray for others.
+                distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else None,
+                enforce_eager=not settings.use_gpu if rollout.enforce_eager is None else rollout.enforce_eager,
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",  # after temperature: the distribution that was sampled from
                 worker_extension_cls="sync.receiver.WeightReceiver",
@@ -103,9 +111,6 @@ class RolloutActor:
                 **arguments,
             )
         )
-
-    def node_ip(self) -> str:
-        return node_ip()
 
     # Groups ------------------------------------------------------------------------------------------------------
 
@@ -115,10 +120,7 @@ class RolloutActor:
         started = time.perf_counter()
         group = await within(self.settings.generation.timeout_s, self._generate(prompt, attempt), "generating a group")
         generated = time.perf_counter()
-        if self._references:
-            group = await self._references[prompt.ordinal % len(self._references)].score.remote(group)
-        texts = [self._tokenizer.decode(r.completion_ids, skip_special_tokens=True) for r in group.rollouts]
-        scored = await self._rewards[prompt.ordinal % len(self._rewards)].score.remote(group, texts)
+        scored = await within(self.settings.score_timeout_s, self._score(group), "scoring a group")
         done = time.perf_counter()
         return summarize(scored, generate_s=generated - started, score_s=done - generated), scored
 
@@ -126,12 +128,25 @@ class RolloutActor:
         assert self.version is not None, "a replica serves no token before it holds a committed version"
         request: Any = {
             "prompt_token_ids": list(prompt.token_ids),
-            # Prefixes computed by other weights are never shared: the cache is keyed by the version as well.
-            "cache_salt": f"v{self.version}",
+            # Only the rollouts of one prompt share their prefix: another group's may come from other weights.
+            "cache_salt": f"{prompt.ordinal}.{attempt}",
         }
-        output = await self._final(self.engine.generate(request, self._sampling(), f"{prompt.ordinal}.{attempt}"))
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            output = await self._final(self.engine.generate(request, self._sampling(), f"{prompt.ordinal}.{attempt}"))
+        except EngineDeadError as error:
+            raise ReplicaDeadError(f"the engine of rollout replica {self.replica} died") from error
         rollouts = tuple(_rollout(prompt, completion) for completion in output.outputs)
         return Group(prompt, rollouts, attempt, self.replica)
+
+    async def _score(self, group: Group) -> ScoredGroup:
+        ordinal = group.prompt.ordinal
+        if self._references:
+            group = await self._references[ordinal % len(self._references)].score.remote(group)
+        texts = [self._tokenizer.decode(r.completion_ids, skip_special_tokens=True) for r in group.rollouts]
+        scored: ScoredGroup = await self._rewards[ordinal % len(self._rewards)].score.remote(group, texts)
+        return scored
 
     @staticmethod
     async def _final(outputs: AsyncIterator[Any]) -> Any:
@@ -151,7 +166,7 @@ class RolloutActor:
             top_p=generation.top_p,
             top_k=generation.top_k,
             max_tokens=generation.max_completion_length,
-            stop_token_ids=[self._tokenizer.eos_token_id],
+            stop_token_ids=self._stop_token_ids,
             logprobs=0,  # of the sampled token alone
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -180,7 +195,9 @@ class RolloutActor:
         await self.engine.collective_rpc("verify", args=(version, list(digests)))
 
     async def swap(self, version: int, timeout_s: float) -> Swapped:
-        """Serve `version` from the next token on."""
+        """Serve `version` from the next token on; without in-flight updates, once the running requests are done."""
+        if not self.settings.in_flight_updates:
+            timeout_s += self.settings.generation.timeout_s
         return await within(timeout_s, self._swap(version), f"swapping replica {self.replica} to version {version}")
 
     async def _swap(self, version: int) -> Swapped:
@@ -196,7 +213,8 @@ class RolloutActor:
         self.version = version
         swapped = time.perf_counter()
         await self.engine.resume_generation()
-        return Swapped(pause_s=time.perf_counter() - started, swap_s=swapped - paused)
+        stopped = started if settings.in_flight_updates else paused
+        return Swapped(pause_s=time.perf_counter() - stopped, swap_s=swapped - paused)
 
     async def score_tokens(self, token_ids: list[int]) -> list[float]:
         """Log-probability of every token but the first under the weights that serve now; for checks."""

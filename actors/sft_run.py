@@ -31,7 +31,7 @@ async def run_sft(
     started = time.monotonic()
     progress.say("starting the policy")
     tracker = Tracker(recipe.logging.wandb_project, recipe.name, folder.path, recipe.model_dump(mode="json"))
-    async with policy_group(recipe, model, pools) as policy:
+    async with policy_group(recipe, model, pools, folder.path) as policy:
         losses, num_trained = await _learn(recipe, examples, policy, folder, progress, tracker)
         await policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)

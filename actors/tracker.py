@@ -1,9 +1,22 @@
-"""A run is tracked by Weights & Biases only when its recipe asks, and never waits for it."""
+"""A run is tracked by Weights & Biases only when its recipe asks; the run folder has every metric in any case."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def check_tracker(project: str | None) -> None:
+    """ValueError when a project is asked for and there is no key to reach it with."""
+    if project is None or os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    import wandb
+
+    if not wandb.api.api_key:
+        raise ValueError(
+            "logging.wandb_project: there is no Weights & Biases key; set WANDB_API_KEY, or WANDB_MODE=offline to keep "
+            "the metrics in the run folder"
+        )
 
 
 class Tracker:
@@ -12,16 +25,10 @@ class Tracker:
     def __init__(self, project: str | None, name: str, folder: Path, config: Mapping[str, Any]) -> None:
         """The key comes from the environment (WANDB_API_KEY); WANDB_MODE=offline keeps everything in `folder`."""
         self._run: Any = None
-        if project is None:
-            return
-        import wandb
+        if project is not None:
+            import wandb
 
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
-            raise ValueError(
-                "logging.wandb_project: no Weights & Biases key; set WANDB_API_KEY, or WANDB_MODE=offline to keep the "
-                "metrics in the run folder"
-            )
-        self._run = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
+            self._run = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._run is not None:

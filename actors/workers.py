@@ -2,14 +2,16 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from actors.deadline import DeadlineError, within
+from actors.errors import RunError, last_line
 from actors.policy import Objective, PolicyActor, PolicySettings
 from actors.policy_group import PolicyGroup
 from actors.recipe import GrpoRecipe, Recipe, SftRecipe
@@ -42,77 +44,109 @@ class Workers:
 
 
 @contextlib.asynccontextmanager
-async def policy_group(recipe: Recipe, model: ModelSource, pools: ReservedPools) -> AsyncIterator[PolicyGroup]:
+async def policy_group(
+    recipe: Recipe, model: ModelSource, pools: ReservedPools, run_dir: Path
+) -> AsyncIterator[PolicyGroup]:
     """All policy ranks, with the model loaded."""
-    pool = recipe.pools.policy
+    spawned: list[ActorHandle] = []
+    try:
+        group = _policy_group(recipe, model, pools, run_dir, spawned)
+        await group.start(_START_TIMEOUT_S)
+        yield group
+    finally:
+        _kill(spawned)
+
+
+@contextlib.asynccontextmanager
+async def grpo_workers(
+    recipe: GrpoRecipe, model: ModelSource, pools: ReservedPools, run_dir: Path
+) -> AsyncIterator[Workers]:
+    """All workers of the run, started side by side; the first that fails stops the start of the others."""
+    spawned: list[ActorHandle] = []
+    closing: list[ActorHandle] = []
+    try:
+        workers = _spawn_all(recipe, model, pools, run_dir, spawned)
+        closing += (*workers.replicas, *workers.rewards)
+        async with asyncio.TaskGroup() as starts:
+            starts.create_task(workers.policy.start(_START_TIMEOUT_S))
+            for index, replica in enumerate(workers.replicas):
+                starts.create_task(_started(replica.start, f"rollout replica {index}", recipe.rollout.start_timeout_s))
+            for index, reference in enumerate(workers.references):
+                starts.create_task(_started(reference.start, f"reference worker {index}", _START_TIMEOUT_S))
+            for index, reward in enumerate(workers.rewards):
+                starts.create_task(_started(reward.check, f"reward worker {index}", _START_TIMEOUT_S))
+        yield workers
+    finally:
+        await _close(closing)
+        _kill(spawned)
+
+
+async def _started(method: Any, who: str, timeout_s: float) -> None:
+    """Start one worker; RunError says who could not, and why."""
+    try:
+        await within(timeout_s, method.remote(), f"starting {who}")
+    except ray.exceptions.RayError as error:
+        raise RunError(f"{who} could not start: {last_line(error)}") from error
+
+
+def _spawn_all(
+    recipe: GrpoRecipe, model: ModelSource, pools: ReservedPools, run_dir: Path, spawned: list[ActorHandle]
+) -> Workers:
+    functions, timeout_s = recipe.rewards.functions, recipe.rewards.timeout_s
+    rewards = _spawn(RewardActor, "reward", recipe, pools, spawned, lambda _: (functions, timeout_s))
+    references: tuple[ActorHandle, ...] = ()
+    if recipe.algorithm.beta > 0:
+        frozen = _reference_settings(recipe, model)
+        references = _spawn(ReferenceActor, "reference", recipe, pools, spawned, lambda _: (frozen,))
+    settings, scorers = _rollout_settings(recipe, model), (list(rewards), list(references))
+    replicas = _spawn(RolloutActor, "rollout", recipe, pools, spawned, lambda replica: (replica, settings, *scorers))
+    return Workers(_policy_group(recipe, model, pools, run_dir, spawned), references, rewards, replicas)
+
+
+def _spawn(
+    kind: type,
+    pool: str,
+    recipe: Recipe,
+    pools: ReservedPools,
+    spawned: list[ActorHandle],
+    arguments: Callable[[int], tuple[Any, ...]],
+) -> tuple[ActorHandle, ...]:
+    """One actor on each bundle of the pool; `arguments` gives those of worker n."""
+    actor: Any = ray.remote(kind)
+    num_workers = getattr(recipe.pools, pool).num_workers
+    handles = tuple(actor.options(**pools.options(pool, n)).remote(*arguments(n)) for n in range(num_workers))
+    spawned += handles
+    return handles
+
+
+def _policy_group(
+    recipe: Recipe, model: ModelSource, pools: ReservedPools, run_dir: Path, spawned: list[ActorHandle]
+) -> PolicyGroup:
     settings = PolicySettings(
         model_path=model.path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
-        num_ranks=pool.num_workers,
-        use_gpu=pool.gpus_per_worker > 0,
+        num_ranks=recipe.pools.policy.num_workers,
+        use_gpu=recipe.pools.policy.gpus_per_worker > 0,
         seed=recipe.seed,
         num_steps=recipe.steps,
         policy=recipe.policy,
         optimizer=recipe.optimizer,
         objective=_objective(recipe),
+        run_dir=str(run_dir),
     )
-    actor: Any = ray.remote(PolicyActor)
-    ranks = tuple(
-        actor.options(**pools.options("policy", rank)).remote(rank, settings) for rank in range(pool.num_workers)
-    )
-    try:
-        group = PolicyGroup(ranks, settings.objective.max_completion_length, recipe.policy.timeout_s)
-        await group.start(_START_TIMEOUT_S)
-        yield group
-    finally:
-        _kill(ranks)
+    ranks = _spawn(PolicyActor, "policy", recipe, pools, spawned, lambda rank: (rank, settings))
+    return PolicyGroup(ranks, settings.objective.max_completion_length, recipe.policy.timeout_s)
 
 
-@contextlib.asynccontextmanager
-async def grpo_workers(recipe: GrpoRecipe, model: ModelSource, pools: ReservedPools) -> AsyncIterator[Workers]:
-    """All workers of the run, started side by side."""
-    rewards = _spawn(RewardActor, "reward", recipe, pools, recipe.rewards.functions, recipe.rewards.timeout_s)
-    references = (
-        _spawn(ReferenceActor, "reference", recipe, pools, _reference_settings(recipe, model))
-        if recipe.algorithm.beta > 0
-        else ()
-    )
-    settings = _rollout_settings(recipe, model)
-    rollout_actor: Any = ray.remote(RolloutActor)
-    replicas = tuple(
-        rollout_actor.options(**pools.options("rollout", replica)).remote(
-            replica, settings, list(rewards), list(references)
-        )
-        for replica in range(recipe.pools.rollout.num_workers)
-    )
-    try:
-        starts = [within(recipe.rollout.start_timeout_s, r.start.remote(), f"starting {r}") for r in replicas]
-        starts += [within(_START_TIMEOUT_S, r.start.remote(), f"starting {r}") for r in references]
-        starts += [within(_START_TIMEOUT_S, r.check.remote(), f"starting {r}") for r in rewards]
-        started = asyncio.gather(*starts)
-        async with policy_group(recipe, model, pools) as policy:
-            await started
-            yield Workers(policy, references, rewards, replicas)
-    finally:
-        await _close((*replicas, *rewards))
-        _kill((*replicas, *rewards, *references))
-
-
-def _spawn(kind: type, pool: str, recipe: Recipe, pools: ReservedPools, *arguments: Any) -> tuple[ActorHandle, ...]:
-    actor: Any = ray.remote(kind)
-    num_workers = getattr(recipe.pools, pool).num_workers
-    return tuple(actor.options(**pools.options(pool, worker)).remote(*arguments) for worker in range(num_workers))
-
-
-async def _close(actors: tuple[ActorHandle, ...]) -> None:
+async def _close(actors: Sequence[ActorHandle]) -> None:
     """Let actors that own child processes end them; a worker that does not answer is killed with its children."""
     with contextlib.suppress(DeadlineError, ray.exceptions.RayError):
         closing = asyncio.gather(*(actor.close.remote() for actor in actors), return_exceptions=True)
         await within(_CLOSE_TIMEOUT_S, closing, "closing the workers")
 
 
-def _kill(actors: tuple[ActorHandle, ...]) -> None:
+def _kill(actors: Sequence[ActorHandle]) -> None:
     for actor in actors:
         ray.kill(actor)
 
@@ -138,6 +172,19 @@ def _reference_settings(recipe: GrpoRecipe, model: ModelSource) -> ReferenceSett
     )
 
 
+def score_timeout_s(recipe: GrpoRecipe) -> float:
+    """Every reward function up to its own deadline, and before it all the groups that may queue for the worker."""
+    queue = -(-max_groups_in_flight(recipe) // recipe.pools.reward.num_workers)
+    reference_s = recipe.policy.timeout_s if recipe.algorithm.beta > 0 else 0.0
+    return 60.0 + queue * len(recipe.rewards.functions) * recipe.rewards.timeout_s + reference_s
+
+
+def max_groups_in_flight(recipe: GrpoRecipe) -> int:
+    """Groups that all replicas decode at once; more would only grow stale in their queues."""
+    per_replica = max(1, recipe.rollout.max_num_seqs // recipe.algorithm.num_generations)
+    return per_replica * recipe.pools.rollout.num_workers
+
+
 def _rollout_settings(recipe: GrpoRecipe, model: ModelSource) -> RolloutSettings:
     pool = recipe.pools.rollout
     return RolloutSettings(
@@ -150,6 +197,7 @@ def _rollout_settings(recipe: GrpoRecipe, model: ModelSource) -> RolloutSettings
         tensor_parallel_size=max(1, pool.gpus_per_worker),
         use_gpu=pool.gpus_per_worker > 0,
         seed=recipe.seed,
+        score_timeout_s=score_timeout_s(recipe),
         in_flight_updates=recipe.staleness.in_flight_updates and recipe.staleness.max_staleness > 0,
         recompute_kv_cache=recipe.staleness.kv_cache == "recompute",
     )

@@ -1,5 +1,6 @@
 """The command line: a user's error ends in one message and exit code 2, never in a traceback."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,13 +39,19 @@ def train(
     with _user_errors():
         loaded = load_recipe(recipe, overrides or ())
     # After the recipe is known to be good: these load Ray and torch, which takes seconds.
-    from ray.exceptions import RayError
     from rich.console import Console
 
-    from deploy.train import train as run
+    from actors.errors import RunError
+    from deploy.train import execute, prepare
 
-    with _user_errors(but_not=RayError):
-        run(loaded, recipe, address, overwrite, Console())
+    address = address or os.environ.get("RAY_ADDRESS")
+    with _user_errors():
+        jobs = prepare(loaded, recipe, address, overwrite)
+    try:
+        execute(jobs, address, Console())
+    except RunError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -93,12 +100,10 @@ def tiny_model(
 
 
 @contextmanager
-def _user_errors(but_not: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """A ValueError is for the user to mend and is printed; all else, such as a remote error, keeps its traceback."""
+def _user_errors() -> Iterator[None]:
+    """A ValueError is for the user to mend and is printed; all else keeps its traceback."""
     try:
         yield
-    except but_not:
-        raise
     except ValueError as error:
         first, *others = str(error).splitlines() or [repr(error)]
         typer.echo("\n".join([f"error: {first}", *(f"       {line}" for line in others)]), err=True)

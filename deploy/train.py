@@ -1,17 +1,20 @@
-"""`python -m deploy train`: everything that can be wrong with a recipe is found before anything is started."""
+"""`python -m deploy train`: what can be known to be wrong with a recipe is found before anything is started."""
 
 import asyncio
 import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from actors.dataset import Rows, load_rows, reward_column_names
+from actors.errors import first_cause
 from actors.examples import ExampleStream
 from actors.grpo_run import run_grpo
 from actors.lineage import trained_before
@@ -24,65 +27,81 @@ from actors.recipe_file import load_recipe
 from actors.reward_functions import check_reward
 from actors.run_folder import RunFolder
 from actors.sft_run import run_sft
-from actors.tiny_model import make_tiny_model
+from actors.tiny_model import byte_tokenizer, make_tiny_model
+from actors.tracker import check_tracker
 from actors.workers import ModelSource
-from placement.cluster import ClusterSpec, from_ray, this_machine
+from placement.cluster import from_ray, this_machine
 from placement.groups import reserve
 from placement.plan import plan
 
 _RESERVE_TIMEOUT_S = 120.0
 
 
-def train(recipe: Recipe, path: str, address: str | None, overwrite: bool, console: Console) -> None:
-    """Run the recipe and, first, those that its model comes from; ValueError for what the user can mend.
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run that has been checked: nothing that can be known beforehand stands in its way."""
 
-    `path` is where the recipe was read, for messages.
+    recipe: Recipe
+    rows: Rows
+    folder: RunFolder
+    overwrite: bool
+
+
+def prepare(recipe: Recipe, path: str, address: str | None, overwrite: bool) -> list[Job]:
+    """The runs that the recipe asks for, in order; ValueError names the key, the file and the fix.
+
+    `path` is where the recipe was read, for messages. Without an `address` the workers must fit on this machine.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
-    runs = [recipe for _, recipe in trained_before(recipe, path)] + [recipe]
-    cluster = this_machine() if address is None else None
-    for index, run in enumerate(runs):
-        check(run, cluster, model_exists=index == 0)
-    RunFolder(recipe.folder).check_free(overwrite)
+    jobs: list[Job] = []
+    for run in [before for _, before in trained_before(recipe, path)] + [recipe]:
+        rows = load_rows(run.dataset)
+        if isinstance(run, GrpoRecipe):
+            for reward in run.rewards.functions:
+                check_reward(reward.function, reward_column_names(rows.column_names))
+        if address is None:
+            plan(used_pools(run), this_machine())
+        check_tracker(run.logging.wandb_project)
+        _stream(run, rows, *_words(run))
+        folder = RunFolder(run.folder)
+        folder.check_free(overwrite)
+        jobs.append(Job(run, rows, folder, overwrite))
+    return jobs
+
+
+def execute(jobs: list[Job], address: str | None, console: Console) -> None:
+    """Run the jobs one after another on one Ray; raises what stopped a run."""
     with ray_session(address):
-        for run in runs:
-            _run(run, overwrite=overwrite or run is not recipe, console=console)
+        for job in jobs:
+            _run(job, console)
 
 
-def check(recipe: Recipe, cluster: ClusterSpec | None, model_exists: bool) -> None:
-    """Everything that can be known without workers; ValueError names the key, the file and the fix."""
-    rows = load_rows(recipe.dataset)
-    if isinstance(recipe, GrpoRecipe):
-        for reward in recipe.rewards.functions:
-            check_reward(reward.function, reward_column_names(rows.column_names))
-    if cluster is not None:
-        plan(used_pools(recipe), cluster)
-    if model_exists and not isinstance(recipe.model, TinyModel):
-        _stream(recipe, rows, _source(recipe, RunFolder(recipe.folder)))
-
-
-def _run(recipe: Recipe, overwrite: bool, console: Console) -> None:
-    folder = RunFolder(recipe.folder)
-    folder.create(recipe, overwrite)
-    if isinstance(recipe.model, TinyModel):
-        make_tiny_model(recipe.model, folder.path / "initial_model", recipe.seed)
-    model = _source(recipe, folder)
-    tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
-    stream = _stream(recipe, load_rows(recipe.dataset), model)
+def _run(job: Job, console: Console) -> None:
+    recipe, folder = job.recipe, job.folder
     pools = reserve(plan(used_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
     try:
+        folder.create(recipe, job.overwrite)
+        if isinstance(recipe.model, TinyModel):
+            make_tiny_model(recipe.model, folder.path / "initial_model", recipe.seed)
+        model = _source(recipe, folder)
+        tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
+        stream = _stream(
+            recipe, job.rows, tokenizer, max_model_length(model.path, model.revision, model.trust_remote_code)
+        )
         with RunProgress(recipe.name, recipe.steps, console) as progress:
             match recipe, stream:
                 case GrpoRecipe(), PromptStream():
                     asyncio.run(run_grpo(recipe, model, stream, tokenizer, pools, folder, progress))
                 case SftRecipe(), ExampleStream():
                     asyncio.run(run_sft(recipe, model, stream, tokenizer, pools, folder, progress))
+    except BaseExceptionGroup as errors:
+        raise first_cause(errors) from None
     finally:
         pools.release()
     console.print(f"{recipe.name}: finished; everything is in {os.path.relpath(folder.path)}", highlight=False)
 
 
 def _source(recipe: Recipe, folder: RunFolder) -> ModelSource:
+    """Where the workers find the model when the run begins."""
     match recipe.model:
         case TinyModel():
             return ModelSource(str(folder.path / "initial_model"))
@@ -94,27 +113,42 @@ def _source(recipe: Recipe, folder: RunFolder) -> ModelSource:
             return ModelSource(path, model.revision, model.trust_remote_code)
 
 
-def _stream(recipe: Recipe, rows: Rows, model: ModelSource) -> PromptStream | ExampleStream:
-    """The tokenized data, its first rows looked at; ValueError when the model has no room for it."""
+def _words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer, and the positions that the model has, also of a model that has yet to be made."""
+    match recipe.model:
+        case TinyModel() as tiny:
+            return byte_tokenizer(tiny.max_position_embeddings), tiny.max_position_embeddings
+        case RecipeModel():
+            source = load_recipe(recipe.model.recipe)
+            if not RunFolder(source.folder).finished:
+                return _words(source)
+    model = _source(recipe, RunFolder(recipe.folder))
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
-    room = max_model_length(model.path, model.revision, model.trust_remote_code)
+    return tokenizer, max_model_length(model.path, model.revision, model.trust_remote_code)
+
+
+def _stream(
+    recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, num_positions: int
+) -> PromptStream | ExampleStream:
+    """The tokenized data, its first rows looked at; ValueError when the model has no room for it."""
     match recipe:
         case GrpoRecipe():
             generation = recipe.generation
             longest = generation.max_prompt_length + generation.max_completion_length
-            if longest > room:
+            if longest > num_positions:
                 raise ValueError(
                     f"generation: max_prompt_length {generation.max_prompt_length} + max_completion_length "
-                    f"{generation.max_completion_length} = {longest} tokens, but the model has {room} positions; "
-                    "lower one of them"
+                    f"{generation.max_completion_length} = {longest} tokens, but the model has {num_positions} "
+                    "positions; lower one of them"
                 )
             prompts = PromptStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, generation.max_prompt_length)
             prompts.preflight()
             return prompts
         case SftRecipe():
-            if recipe.max_length > room:
+            if recipe.max_length > num_positions:
                 raise ValueError(
-                    f"max_length: {recipe.max_length} tokens, but the model has {room} positions; lower max_length"
+                    f"max_length: {recipe.max_length} tokens, but the model has {num_positions} positions; "
+                    "lower max_length"
                 )
             examples = ExampleStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, recipe.max_length)
             examples.preflight()
@@ -129,7 +163,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     if address is None:
         # Replicas and reward workers start processes of their own, which must find these packages too.
         runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}}
-        ray.init(include_dashboard=False, runtime_env=runtime_env, **quiet)
+        ray.init("local", include_dashboard=False, runtime_env=runtime_env, **quiet)
     elif "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         ray.init(address, **quiet)  # a submitted job has brought its working directory already
     else:

@@ -38,14 +38,10 @@ class GlooGroup:
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Send (rank 0) or fill (others) `tensor`; raises RuntimeError when a peer is gone or the deadline passes."""
-        assert self._group is not None, "the group is closed"
         options = BroadcastOptions()
         options.rootRank = 0
         options.timeout = self._timeout
         self._group.broadcast([tensor], options).wait(self._timeout)
-
-    def close(self) -> None:
-        self._group = None
 
 
 def open_store(host: str, timeout_s: float) -> TCPStore:

@@ -55,10 +55,6 @@ class Layout:
     def num_bytes(self) -> int:
         return sum(bucket.num_bytes for bucket in self.buckets)
 
-    @property
-    def num_tensors(self) -> int:
-        return sum(len(bucket.tensors) for bucket in self.buckets)
-
     def to_json(self) -> str:
         return msgspec.json.encode(asdict(self)).decode()
 

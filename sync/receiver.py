@@ -57,10 +57,6 @@ class Staging:
             digests.append(digest(bucket, buffer))
         return digests
 
-    def close(self) -> None:
-        self._group.close()
-        self._thread.shutdown(wait=False)
-
 
 class WeightReceiver:
     """vLLM mixes this class into its worker; `model_runner` and `rank` are the worker's own."""
@@ -90,9 +86,13 @@ class WeightReceiver:
 
         model = self.model_runner.model
         device = next(model.parameters()).device
+        expected = {name for name, _ in model.named_parameters()}
         initialize_layerwise_reload(model)
-        model.load_weights((name, tensor.to(device)) for name, tensor in self.staging.tensors())
+        loaded = model.load_weights((name, tensor.to(device)) for name, tensor in self.staging.tensors())
         finalize_layerwise_reload(model, self.model_runner.model_config)
+        if missing := sorted(expected - loaded):
+            # vLLM would go on with the old values and only log it.
+            raise RuntimeError(f"{len(missing)} parameters were not among the weights sent: {', '.join(missing[:5])}")
         _repack_tied_head(model)
 
 

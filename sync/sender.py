@@ -1,6 +1,5 @@
 """Every policy rank takes part in the gather; rank 0 alone puts bytes on the wire, bucket by bucket."""
 
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -17,12 +16,11 @@ Gather = Callable[[tuple[str, ...]], AbstractContextManager[Mapping[str, torch.T
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What went over the wire for one version: one digest per bucket, and how long it took."""
+    """What went over the wire for one version: one digest per bucket."""
 
     version: int
     digests: tuple[str, ...]
     num_bytes: int
-    seconds: float
 
 
 class Sender:
@@ -37,7 +35,6 @@ class Sender:
 
     def send(self, version: int, gather: Gather) -> Sent:
         """Stream all buckets of `version`; raises RuntimeError when the wire fails or passes its deadline."""
-        started = time.perf_counter()
         if self._group is not None:
             digests = self._stream(self._group, gather)
         else:
@@ -45,7 +42,7 @@ class Sender:
                 with gather(_names(bucket)):
                     pass
             digests = []
-        return Sent(version, tuple(digests), self._layout.num_bytes, time.perf_counter() - started)
+        return Sent(version, tuple(digests), self._layout.num_bytes)
 
     def _stream(self, group: GlooGroup, gather: Gather) -> list[str]:
         digests: list[str] = []

@@ -46,7 +46,8 @@ async def test_a_run_trains_every_group_once_and_ends(max_staleness: int) -> Non
     assert pacer.waits["policy/groups"] > 0
     if max_staleness == 0:
         assert batches == [sorted(batch) for batch in batches]
-        assert pacer.waits["rollout/bound"] > 0
+        assert pacer.waits["dispatch/bound"] > 0
+        assert pacer.waits["rollout/idle"] > 0
 
 
 async def test_a_group_that_never_ends_is_named() -> None:

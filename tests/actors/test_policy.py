@@ -63,6 +63,7 @@ def train(
         policy=PolicyConfig(zero_stage=zero_stage),
         optimizer=OPTIMIZER,
         objective=Objective(GrpoConfig(loss_type="grpo"), 1.0, 16),
+        run_dir=str(folder),
     )
     actor = ray.remote(num_cpus=0.5)(PolicyActor)
     ranks = tuple(actor.remote(rank, settings) for rank in range(num_ranks))

@@ -49,7 +49,7 @@ def one_step(version: int) -> tuple[Batch, list[Group]]:
 class Bench:
     """One policy rank and one replica, joined."""
 
-    def __init__(self, policy_path: Path, replica_path: Path, zero_stage: int, in_flight: bool) -> None:
+    def __init__(self, policy_path: Path, replica_path: Path, zero_stage: int, update: str) -> None:
         import ray
 
         generation = GenerationConfig(max_prompt_length=40, max_completion_length=160)
@@ -64,8 +64,9 @@ class Bench:
             tensor_parallel_size=1,
             use_gpu=False,
             seed=0,
-            in_flight_updates=in_flight,
-            recompute_kv_cache=False,
+            score_timeout_s=60.0,
+            in_flight_updates=update != "finish",
+            recompute_kv_cache=update == "recompute",
         )
         reward = ray.remote(num_cpus=0.1)(NoReward).remote()
         self.replica = ray.remote(num_cpus=1)(RolloutActor).remote(0, settings, [reward], [])
@@ -87,6 +88,7 @@ class Bench:
             policy=PolicyConfig(zero_stage=zero_stage),
             optimizer=OptimizerConfig(learning_rate=3e-2),
             objective=Objective(GrpoConfig(), 1.0, 160),
+            run_dir=str(path),
         )
 
     async def start(self) -> None:
@@ -115,7 +117,7 @@ def test_the_replica_computes_what_the_policy_computes(
     for name, seed in (("policy", 5), ("replica", 6)):
         config = TinyModel(kind="tiny", hidden_size=64, num_layers=2, num_heads=1, tie_word_embeddings=tied)
         make_tiny_model(config, tmp_path / name, seed)
-    bench = Bench(tmp_path / "policy", tmp_path / "replica", zero_stage, in_flight=True)
+    bench = Bench(tmp_path / "policy", tmp_path / "replica", zero_stage, "keep")
 
     async def run() -> dict[str, Any]:
         await bench.start()
@@ -140,9 +142,10 @@ def test_the_replica_computes_what_the_policy_computes(
 
 
 @pytest.mark.cluster
-def test_tokens_carry_the_version_that_sampled_them(local_ray: None, tiny_models: dict[str, Path]) -> None:
-    """A version is swapped in while groups are sampled: they go on, and every token knows its weights."""
-    bench = Bench(tiny_models["untied"], tiny_models["other"], 1, in_flight=True)
+@pytest.mark.parametrize("update", ["keep", "recompute", "finish"])
+def test_tokens_carry_the_version_that_sampled_them(local_ray: None, tiny_models: dict[str, Path], update: str) -> None:
+    """A version is swapped in while groups are sampled: they go on (or finish first); every token knows its weights."""
+    bench = Bench(tiny_models["untied"], tiny_models["other"], 1, update)
 
     async def run() -> list[ScoredGroup]:
         await bench.start()
@@ -169,4 +172,6 @@ def test_tokens_carry_the_version_that_sampled_them(local_ray: None, tiny_models
             versions |= {span.version for span in rollout.spans}
             assert (rollout.logprobs_T[rollout.loss_mask_T] < 0).all()
     assert versions == {0, 1}
+    mixed = any(len(rollout.spans) > 1 for scored in groups for rollout in scored.group.rollouts)
+    assert mixed == (update != "finish")
     assert {s.version for r in groups[-1].group.rollouts for s in r.spans} == {1}, "after the commit only version 1"

@@ -1,0 +1,21 @@
+"""What stops a run and can be said in one sentence; the command line prints the sentence and exits with 1."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message names the suspect."""
+
+
+class ReplicaDeadError(RunError):
+    """A rollout replica's engine is gone."""
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The first error of nested groups: the one that stopped the others."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def last_line(error: BaseException) -> str:
+    """What went wrong, without the remote traceback that Ray puts before it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
