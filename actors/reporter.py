@@ -57,6 +57,8 @@ class Reporter:
     def _count(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> dict[str, float]:
         summaries = [group.summary for group in groups]
         for summary in summaries:
+            for note in summary.notes:
+                self._progress.say(f"warning: {note}")
             self._num_tokens += sum(summary.num_tokens_G)
             self._unscorable += sum(reward is None for reward in summary.rewards_G)
             for version, count in summary.tokens_by_version.items():

@@ -6,10 +6,9 @@ own score and nothing else. Weighted sum over the functions that gave a number, 
 
 import asyncio
 import json
-import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -20,8 +19,6 @@ from algorithms.types import Group, ScoredGroup
 
 LOAD_TIMEOUT_S = 120.0
 """Deadline for a child to import the reward functions; it is not part of a call's deadline."""
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -51,7 +48,6 @@ class RewardActor:
         assert len(completions) == len(group.rollouts), "one text per rollout"
         arguments = arguments_of(group, completions)
         outcomes = await self._in_thread(self._outcomes, arguments, len(completions))
-        self._report(outcomes)
         rewards_G, num_overflows = total_rewards([outcome.scores for outcome in outcomes], self._weights)
         failures = Counter(outcome.cause for outcome in outcomes if outcome.cause is not None)
         if num_overflows:
@@ -62,6 +58,7 @@ class RewardActor:
             scores=dict(zip(self._names, (outcome.scores for outcome in outcomes), strict=True)),
             failures=dict(failures),
             completions=tuple(completions),
+            notes=tuple(self._news(outcomes)),
         )
 
     def close(self) -> None:
@@ -91,12 +88,12 @@ class RewardActor:
                 outcomes |= {index: Outcome(nothing, error.cause, str(error)) for index in called}
         return [outcomes[index] for index in range(len(self._names))]
 
-    def _report(self, outcomes: Sequence[Outcome]) -> None:
-        """Say what went wrong, once for each function and cause; how often is in the metrics."""
+    def _news(self, outcomes: Sequence[Outcome]) -> Iterator[str]:
+        """What went wrong, once for each function and cause; how often is in the metrics."""
         for name, outcome in zip(self._names, outcomes, strict=True):
             if outcome.cause is not None and (name, outcome.cause) not in self._reported:
                 self._reported.add((name, outcome.cause))
-                log.warning("reward function %s: %s: %s", name, outcome.cause, outcome.detail)
+                yield f"reward function {name}: {outcome.cause}: {outcome.detail}"
 
 
 def score_names(functions: Sequence[str]) -> tuple[str, ...]:

@@ -95,6 +95,8 @@ class ScoredGroup:
     """Failed reward calls by cause: `timeout`, `exception`, `died`, `bad_output`."""
     completions: tuple[str, ...] = ()
     """The completions as text, for the sample log."""
+    notes: tuple[str, ...] = ()
+    """What the user should read of the failures; each function and cause is told once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ class GroupSummary:
     failures: Mapping[str, int]
     generate_s: float
     score_s: float
+    notes: tuple[str, ...] = ()
 
     @property
     def oldest_version(self) -> int:
@@ -144,6 +147,7 @@ def summarize(scored: ScoredGroup, generate_s: float, score_s: float) -> GroupSu
         failures=scored.failures,
         generate_s=generate_s,
         score_s=score_s,
+        notes=scored.notes,
     )
 
 
