@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from actors.data.prompts import PromptStream
 from actors.deadline import within
 from actors.errors import ReplicaDeadError, RunError, last_line
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
-from actors.prompts import PromptStream
 from actors.publisher import Publisher
 from actors.router import Router
 from algorithms.advantages import advantages

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import RunError
-from actors.recipe import PolicyConfig
+from actors.recipe.schema import PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.losses import Normalizer, grpo_loss, sft_loss
 from algorithms.packed import PackedRow, pack_row
@@ -111,8 +111,8 @@ class PolicyActor:
         import deepspeed
         from transformers import get_scheduler, set_seed
 
-        from actors.forward import PACKED_ATTENTION
-        from actors.model import load_causal_lm
+        from actors.model.forward import PACKED_ATTENTION
+        from actors.model.load import load_causal_lm
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
         # killed meanwhile leaves behind: every later start would wait for it without end.
@@ -166,7 +166,7 @@ class PolicyActor:
         return pack_row(rollouts, [sample.advantage for sample in samples], self.pad_id).to(self.engine.device)
 
     def _loss(self, row: PackedRow, normalizer: Normalizer) -> tuple[Tensor, LossStats]:
-        from actors.forward import row_logprobs
+        from actors.model.forward import row_logprobs
 
         objective = self.settings.objective
         logprobs_N, entropy_N = row_logprobs(self.engine, row, objective.temperature)
@@ -237,7 +237,7 @@ class PolicyActor:
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Log-probability of each loss token under the current weights; every rank is called with the same rollouts."""
-        from actors.forward import row_logprobs
+        from actors.model.forward import row_logprobs
 
         row = pack_row(rollouts, [0.0] * len(rollouts), self.pad_id).to(self.engine.device)
         with torch.no_grad():

@@ -34,8 +34,8 @@ class ReferenceActor:
         self.settings = settings
 
     def start(self) -> None:
-        from actors.forward import PACKED_ATTENTION
-        from actors.model import load_causal_lm
+        from actors.model.forward import PACKED_ATTENTION
+        from actors.model.load import load_causal_lm
 
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         settings = self.settings
@@ -52,7 +52,7 @@ class ReferenceActor:
     @torch.no_grad()
     def score(self, group: Group) -> Group:
         """The group with the reference log-probabilities of every loss token filled in."""
-        from actors.forward import row_logprobs
+        from actors.model.forward import row_logprobs
 
         scored: dict[int, Rollout] = {}
         lengths = [rollout.num_tokens for rollout in group.rollouts]

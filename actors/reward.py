@@ -1,6 +1,6 @@
 """A rollout's reward is what the reward functions gave it, or None; a function that fails never gives 0.
 
-The functions run in a child process (reward_process.py), so one that hangs, crashes or changes global state costs its
+The functions run in a child process (rewards/process.py), so one that hangs, crashes or changes global state costs its
 own score and nothing else. Weighted sum over the functions that gave a number, None when none did: TRL's rule.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from actors.recipe import RewardConfig
-from actors.reward_functions import name_of
-from actors.reward_process import ChildError, Outcome, RewardProcess
+from actors.recipe.schema import RewardConfig
+from actors.rewards.functions import name_of
+from actors.rewards.process import ChildError, Outcome, RewardProcess
 from algorithms.types import Group, ScoredGroup
 
 LOAD_TIMEOUT_S = 120.0

@@ -18,7 +18,7 @@ import ray
 from actors.deadline import within
 from actors.errors import ReplicaDeadError
 from actors.policy import node_ip
-from actors.recipe import GenerationConfig, RolloutConfig
+from actors.recipe.schema import GenerationConfig, RolloutConfig
 from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, VersionSpan, summarize
 
 
@@ -82,7 +82,7 @@ class RolloutActor:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from actors.model import load_tokenizer, stop_token_ids
+        from actors.model.load import load_tokenizer, stop_token_ids
 
         self._tokenizer = load_tokenizer(settings.model_path, settings.revision, settings.trust_remote_code)
         self._stop_token_ids = stop_token_ids(settings.model_path, self._tokenizer, settings.revision)

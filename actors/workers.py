@@ -14,7 +14,7 @@ from actors.deadline import DeadlineError, within
 from actors.errors import RunError, last_line
 from actors.policy import Objective, PolicyActor, PolicySettings
 from actors.policy_group import PolicyGroup
-from actors.recipe import GrpoRecipe, Recipe, SftRecipe
+from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.reference import ReferenceActor, ReferenceSettings
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor, RolloutSettings

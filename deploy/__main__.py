@@ -34,7 +34,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has left.")] = False,
 ) -> None:
     """Train what the recipe says."""
-    from actors.recipe_file import load_recipe
+    from actors.recipe.file import load_recipe
 
     with _user_errors():
         loaded = load_recipe(recipe, overrides or ())
@@ -66,7 +66,7 @@ def plan(
     address: Annotated[str | None, typer.Option(help="Plan for the live Ray cluster at this address.")] = None,
 ) -> None:
     """Show what the recipe would run, and where, without starting anything."""
-    from actors.recipe_file import load_recipe
+    from actors.recipe.file import load_recipe
     from deploy.plan import live_cluster, show
     from placement.cluster import this_machine, uniform
 
@@ -91,8 +91,8 @@ def tiny_model(
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write the byte-level model with random weights that demos and tests use."""
-    from actors.recipe import TinyModel
-    from actors.tiny_model import make_tiny_model
+    from actors.model.tiny import make_tiny_model
+    from actors.recipe.schema import TinyModel
 
     with _user_errors():
         make_tiny_model(TinyModel(kind="tiny"), out_dir, seed)

@@ -13,22 +13,22 @@ import ray
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from actors.dataset import Rows, load_rows, reward_column_names
+from actors.data.dataset import Rows, load_rows, reward_column_names
+from actors.data.examples import ExampleStream
+from actors.data.prompts import PromptStream
 from actors.errors import first_cause
-from actors.examples import ExampleStream
-from actors.grpo_run import run_grpo
-from actors.lineage import trained_before
-from actors.model import load_tokenizer, max_model_length
-from actors.pools import used_pools
-from actors.progress import RunProgress
-from actors.prompts import PromptStream
-from actors.recipe import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe, TinyModel
-from actors.recipe_file import load_recipe
-from actors.reward_functions import check_reward
-from actors.run_folder import RunFolder
-from actors.sft_run import run_sft
-from actors.tiny_model import byte_tokenizer, make_tiny_model
-from actors.tracker import check_tracker
+from actors.model.load import load_tokenizer, max_model_length
+from actors.model.tiny import byte_tokenizer, make_tiny_model
+from actors.recipe.file import load_recipe
+from actors.recipe.lineage import trained_before
+from actors.recipe.pools import used_pools
+from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe, TinyModel
+from actors.rewards.functions import check_reward
+from actors.run.folder import RunFolder
+from actors.run.grpo import run_grpo
+from actors.run.progress import RunProgress
+from actors.run.sft import run_sft
+from actors.run.tracker import check_tracker
 from actors.workers import ModelSource
 from placement.cluster import from_ray, this_machine
 from placement.groups import reserve

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from actors.recipe import TinyModel
+from actors.recipe.schema import TinyModel
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`tied` and `untied` tiny models on disk, and a second untied one with other weights."""
-    from actors.tiny_model import make_tiny_model
+    from actors.model.tiny import make_tiny_model
 
     folder = tmp_path_factory.mktemp("models")
     config = {"hidden_size": 64, "num_layers": 2, "num_heads": 1}

@@ -9,7 +9,7 @@ import torch
 
 from actors.policy import Objective, PolicyActor, PolicySettings
 from actors.policy_group import PolicyGroup
-from actors.recipe import PolicyConfig
+from actors.recipe.schema import PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.packing import pack
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, Update, VersionSpan

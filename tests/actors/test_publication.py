@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.model.tiny import make_tiny_model
 from actors.policy import Objective, PolicyActor, PolicySettings
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
-from actors.recipe import GenerationConfig, PolicyConfig, RolloutConfig, TinyModel
+from actors.recipe.schema import GenerationConfig, PolicyConfig, RolloutConfig, TinyModel
 from actors.rollout import RolloutActor, RolloutSettings
-from actors.tiny_model import make_tiny_model
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, ScoredGroup, VersionSpan
 from sync.config import SyncConfig

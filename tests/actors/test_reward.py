@@ -13,9 +13,9 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.recipe import RewardConfig
+from actors.recipe.schema import RewardConfig
 from actors.reward import RewardActor, next_call, score_names, total_rewards
-from actors.reward_functions import check_reward, checked_scores
+from actors.rewards.functions import check_reward, checked_scores
 from algorithms.types import Group, Messages, Prompt, Rollout, ScoredGroup
 
 FILE = "tests/actors/misbehaving_rewards.py"

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from actors.dataset import Rows, prompt_of, reward_columns
+from actors.data.dataset import Rows, prompt_of, reward_columns
 from algorithms.order import row_of
 from algorithms.types import Messages, Prompt
 

@@ -1,6 +1,6 @@
 """A pool is placed iff the recipe has work for it."""
 
-from actors.recipe import GrpoRecipe, Recipe, SftRecipe
+from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from placement.config import PoolConfig
 
 

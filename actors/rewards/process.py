@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.reward_pipe import receive, send
+from actors.rewards.pipe import receive, send
 
 _ROOT = Path(__file__).resolve().parent.parent
 _KILL_TIMEOUT_S = 10.0
@@ -139,7 +139,7 @@ def _spawn(functions: tuple[str, ...], columns: tuple[str, ...] | None) -> _Chil
     numbers = (str(child_reads), str(child_writes), str(os.getpid()))
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "actors.reward_child", *numbers, json.dumps(columns), *functions],
+        [sys.executable, "-m", "actors.rewards.child", *numbers, json.dumps(columns), *functions],
         pass_fds=(child_reads, child_writes),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,  # a function that prints without end must neither block nor fill a disk

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from actors.plain_yaml import PlainYamlError, parse, write
-from actors.recipe import Recipe
-from actors.recipe_errors import Key, dotted, explain, show
+from actors.recipe.errors import Key, dotted, explain, show
+from actors.recipe.plain_yaml import PlainYamlError, parse, write
+from actors.recipe.schema import Recipe
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Annotated[Recipe, Field(discriminator="kind")])
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from actors.plot import plot_loss, plot_run
-from actors.recipe_file import load_recipe
-from actors.run_folder import RunFolder
+from actors.recipe.file import load_recipe
+from actors.run.folder import RunFolder
+from actors.run.plot import plot_loss, plot_run
 
 RECIPE = load_recipe("recipes/demo.yaml")
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from actors.plain_yaml import FLOAT, INT
-from actors.recipe import Recipe
+from actors.recipe.plain_yaml import FLOAT, INT
+from actors.recipe.schema import Recipe
 
 Key = tuple[str | int, ...]
 """Place of a value in the recipe: names of keys and indices of lists."""

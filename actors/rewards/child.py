@@ -1,7 +1,7 @@
 """The process in which reward functions run: it may hang, print or die at any moment, and its parent notices.
 
-`python -m actors.reward_child REQUEST_FD RESPONSE_FD PARENT_PID COLUMNS FUNCTION...` loads the functions, says whether
-each is async, and then answers requests until the pipe closes. See reward_process.py for the other side.
+`python -m actors.rewards.child REQUEST_FD RESPONSE_FD PARENT_PID COLUMNS FUNCTION...` loads the functions, says whether
+each is async, and then answers requests until the pipe closes. See process.py for the other side.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from actors.reward_functions import RewardError, checked_scores, describe, load
-from actors.reward_pipe import receive, send
+from actors.rewards.functions import RewardError, checked_scores, describe, load
+from actors.rewards.pipe import receive, send
 
 _PR_SET_PDEATHSIG = 1
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from actors.forward import PACKED_ATTENTION, row_logprobs
+from actors.model.forward import PACKED_ATTENTION, row_logprobs
 from algorithms.packed import pack_row
 from algorithms.types import Rollout
 

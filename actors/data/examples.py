@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from actors.dataset import Rows, prompt_of
-from actors.prompts import conversation_ids, prompt_ids, text_ids
+from actors.data.dataset import Rows, prompt_of
+from actors.data.prompts import conversation_ids, prompt_ids, text_ids
 from algorithms.order import row_of
 from algorithms.types import Messages, Rollout
 

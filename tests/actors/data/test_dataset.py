@@ -10,8 +10,8 @@ import datasets
 import huggingface_hub
 import pytest
 
-from actors.dataset import load_rows, prompt_of, reward_columns
-from actors.recipe import DatasetConfig
+from actors.data.dataset import load_rows, prompt_of, reward_columns
+from actors.recipe.schema import DatasetConfig
 
 TALK = [{"role": "user", "content": "hi"}]
 

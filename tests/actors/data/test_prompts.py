@@ -7,10 +7,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from actors.dataset import load_rows
-from actors.prompts import PromptStream, prompt_ids
-from actors.recipe import DatasetConfig
-from actors.tiny_model import byte_tokenizer
+from actors.data.dataset import load_rows
+from actors.data.prompts import PromptStream, prompt_ids
+from actors.model.tiny import byte_tokenizer
+from actors.recipe.schema import DatasetConfig
 
 BYTES = byte_tokenizer(max_length=256)
 TALK = [{"role": "user", "content": "hi"}]

@@ -8,11 +8,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actors.plain_yaml import PlainYamlError, parse, write
-from actors.pools import used_pools
-from actors.recipe import GrpoRecipe, PretrainedModel, Recipe, SftRecipe, TinyModel
-from actors.recipe_errors import all_keys
-from actors.recipe_file import RecipeError, dump_recipe, load_recipe
+from actors.recipe.errors import all_keys
+from actors.recipe.file import RecipeError, dump_recipe, load_recipe
+from actors.recipe.plain_yaml import PlainYamlError, parse, write
+from actors.recipe.pools import used_pools
+from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, SftRecipe, TinyModel
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -192,7 +192,7 @@ VALUES = {
     "generation.top_p=2": "generation.top_p: 2 is out of range; it must be at most 1",
     "model.num_layers=0": "model.num_layers: 0 is out of range",
     "algorithm.loss_type=drgrpo": "algorithm.loss_type: 'drgrpo' is not one of 'grpo', 'dr_grpo', 'dapo', 'bnpo'; did",
-    "policy.zero_stage=4": "policy.zero_stage: 4 is not one of 0, 1, 2, 3",
+    "policy.zero_stage=4": "policy.zero_stage: 4 is out of range; it must be at most 3",
     "kind=gropo": "kind: 'gropo' is not one of 'grpo', 'sft'; did you mean 'grpo'?",
     "kind=": "kind: null is not one of 'grpo', 'sft'",
     "kind=[grpo]": "kind: a list is not one of 'grpo', 'sft'",

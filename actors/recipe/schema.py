@@ -1,6 +1,6 @@
 """A recipe is the whole configuration of one run: frozen, closed, and checked before anything is started.
 
-`load_recipe` reads one YAML file and `dotted.key=value` overrides (see recipe_file.py for how keys are checked).
+`load_recipe` reads one YAML file and `dotted.key=value` overrides (see file.py for how keys are checked).
 """
 
 from pathlib import Path

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from actors.examples import ExampleStream
-from actors.plot import plot_loss
+from actors.data.examples import ExampleStream
 from actors.policy_group import PolicyGroup
-from actors.progress import RunProgress
-from actors.recipe import SftRecipe
-from actors.run_folder import RunFolder
-from actors.tracker import Tracker
+from actors.recipe.schema import SftRecipe
+from actors.run.folder import RunFolder
+from actors.run.plot import plot_loss
+from actors.run.progress import RunProgress
+from actors.run.tracker import Tracker
 from actors.workers import ModelSource, policy_group
 from algorithms.packing import pack
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample

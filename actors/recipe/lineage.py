@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from actors.recipe import Recipe, RecipeModel
-from actors.recipe_file import load_recipe
-from actors.run_folder import RunFolder
+from actors.recipe.file import load_recipe
+from actors.recipe.schema import Recipe, RecipeModel
+from actors.run.folder import RunFolder
 
 
 def trained_before(recipe: Recipe, path: str) -> list[tuple[str, Recipe]]:

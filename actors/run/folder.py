@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.recipe import Recipe
-from actors.recipe_file import dump_recipe
+from actors.recipe.file import dump_recipe
+from actors.recipe.schema import Recipe
 
 
 class RunFolder:

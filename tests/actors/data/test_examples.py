@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.dataset import load_rows
-from actors.examples import ExampleStream
-from actors.recipe import DatasetConfig
-from actors.tiny_model import byte_tokenizer
+from actors.data.dataset import load_rows
+from actors.data.examples import ExampleStream
+from actors.model.tiny import byte_tokenizer
+from actors.recipe.schema import DatasetConfig
 from algorithms.types import Rollout
-from tests.actors.test_prompts import TALK, TALK_TEXT, WRITES_BOS, ListRows, bos_tokenizer
+from tests.actors.data.test_prompts import TALK, TALK_TEXT, WRITES_BOS, ListRows, bos_tokenizer
 
 BYTES = byte_tokenizer(max_length=256)
 ANSWER = [{"role": "assistant", "content": "ho"}]

@@ -3,17 +3,17 @@
 from transformers import PreTrainedTokenizerBase
 
 from actors.controller import Controller, Limits
+from actors.data.prompts import PromptStream
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer
-from actors.plot import plot_run
-from actors.progress import RunProgress
-from actors.prompts import PromptStream
 from actors.publisher import Publisher
-from actors.recipe import GrpoRecipe
-from actors.reporter import Reporter
+from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
-from actors.run_folder import RunFolder
-from actors.tracker import Tracker
+from actors.run.folder import RunFolder
+from actors.run.plot import plot_run
+from actors.run.progress import RunProgress
+from actors.run.reporter import Reporter
+from actors.run.tracker import Tracker
 from actors.workers import ModelSource, Workers, grpo_workers, max_groups_in_flight, score_timeout_s
 from algorithms.pacing import Pacer
 from placement.groups import ReservedPools

@@ -7,11 +7,11 @@ from typing import Any
 from actors.deadline import within
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
-from actors.progress import RunProgress
 from actors.publisher import Publisher
-from actors.recipe import GrpoRecipe
-from actors.run_folder import RunFolder
-from actors.tracker import Tracker
+from actors.recipe.schema import GrpoRecipe
+from actors.run.folder import RunFolder
+from actors.run.progress import RunProgress
+from actors.run.tracker import Tracker
 from algorithms.metrics import reward_metrics
 from algorithms.types import Batch, ScoredGroup, Update
 

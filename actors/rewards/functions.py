@@ -1,6 +1,6 @@
 """A reward function that cannot be loaded, or that cannot be called as TRL calls it, is found before the run starts.
 
-`load` and `checked_scores` run in the child process (reward_child.py), where user code may do what it likes;
+`load` and `checked_scores` run in the child process (child.py), where user code may do what it likes;
 `check_reward` runs in the parent. Nothing here imports more than the standard library, so a child starts at once.
 """
 
@@ -33,7 +33,7 @@ def check_reward(function: str, columns: Collection[str] | None = None, timeout_
     With `columns` (those of the data set) the function's parameters are checked against them, too.
     """
     # The process imports what is above, so it is imported where it is used.
-    from actors.reward_process import ChildError, RewardProcess
+    from actors.rewards.process import ChildError, RewardProcess
 
     process = RewardProcess((function,), None if columns is None else tuple(columns))
     try:

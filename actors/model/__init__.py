@@ -1,0 +1,5 @@
+"""The language model.
+
+load.py   weights and tokenizer     tiny.py   make a small one from a config
+forward.py   log-probabilities of a packed row
+"""
