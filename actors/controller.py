@@ -124,9 +124,8 @@ class Controller:
     async def _failed(self, slot: Slot, replica: int, error: BaseException) -> None:
         """Try the prompt again under its ordinal; after too many attempts set it aside, and count it."""
         cause = f"replica {replica}: {last_line(error)}"
-        died = isinstance(error, RayActorError) and not isinstance(
-            error, RayTaskError
-        )  # the latter: a worker behind it
+        # An actor error that comes wrapped in a task error is about a worker behind the replica.
+        died = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
         if died or isinstance(error, ReplicaDeadError):
             raise RunError(f"rollout replica {replica} died while it sampled group {slot.ordinal}: {last_line(error)}")
         self.ledger.failed(slot, cause)

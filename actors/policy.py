@@ -2,7 +2,7 @@
 
 One PolicyActor is one DeepSpeed rank. All ranks receive the same calls in the same order; each trains its own
 micro-batches, and the gradient is that of the global batch whatever the number of ranks, the ZeRO stage or the split
-into micro-batches.
+into micro-batches (`loss_type: bnpo` alone depends on the split, by definition).
 """
 
 import contextlib

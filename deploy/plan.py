@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from actors.recipe.lineage import trained_before
 from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
+from actors.run.lineage import trained_before
 from placement.cluster import ClusterSpec, from_ray
 from placement.plan import PlacementError, PlacementPlan, plan
 

@@ -20,12 +20,12 @@ from actors.errors import first_cause
 from actors.model.load import load_tokenizer, max_model_length
 from actors.model.tiny import byte_tokenizer, make_tiny_model
 from actors.recipe.file import load_recipe
-from actors.recipe.lineage import trained_before
 from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe, TinyModel
 from actors.rewards.functions import check_reward
 from actors.run.folder import RunFolder
 from actors.run.grpo import run_grpo
+from actors.run.lineage import trained_before
 from actors.run.progress import RunProgress
 from actors.run.sft import run_sft
 from actors.run.tracker import check_tracker

@@ -1,5 +1,5 @@
 """A recipe is the whole configuration of one run.
 
 schema.py    what may be said           file.py        read, override, check, write (plain_yaml.py, errors.py)
-lineage.py   which recipes come first   pools.py       which pools a recipe uses
+pools.py     which pools a recipe uses
 """

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors.model.load import Dtype
 from actors.policy import Objective, PolicyActor, PolicySettings
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import PolicyConfig
@@ -46,9 +47,9 @@ def batch(num_ranks: int, max_tokens: int, version: int = 0) -> tuple[Batch, lis
 
 
 def train(
-    path: Path, folder: Path, num_ranks: int, zero_stage: int, max_tokens: int, num_steps: int = 2
+    path: Path, folder: Path, num_ranks: int, zero_stage: int, max_tokens: int, dtype: Dtype = "float32"
 ) -> tuple[dict[str, torch.Tensor], list[Update]]:
-    """Weights after `num_steps` steps on the same batch, and the updates."""
+    """Weights after two steps on the same batch, and the updates."""
     import ray
     from safetensors.torch import load_file
 
@@ -59,8 +60,8 @@ def train(
         num_ranks=num_ranks,
         use_gpu=False,
         seed=0,
-        num_steps=num_steps,
-        policy=PolicyConfig(zero_stage=zero_stage),
+        num_steps=2,
+        policy=PolicyConfig(zero_stage=zero_stage, dtype=dtype),
         optimizer=OPTIMIZER,
         objective=Objective(GrpoConfig(loss_type="grpo"), 1.0, 16),
         run_dir=str(folder),
@@ -71,7 +72,7 @@ def train(
     async def run() -> list[Update]:
         group = PolicyGroup(ranks, 16, 60.0)
         await group.start(120.0)
-        updates = [await group.step(*batch(num_ranks, max_tokens, step)) for step in range(num_steps)]
+        updates = [await group.step(*batch(num_ranks, max_tokens, step)) for step in range(2)]
         await group.save(folder)
         return updates
 
@@ -140,3 +141,15 @@ def test_ranks_stages_and_micro_batches_do_not_matter(
             assert update.metrics[metric] == pytest.approx(other.metrics[metric], rel=1e-4, abs=1e-6), metric
     for name, tensor in expected_weights.items():
         assert torch.allclose(weights[name], tensor, atol=5e-6), name
+
+
+@pytest.mark.cluster
+def test_bfloat16_takes_the_same_step_to_its_precision(expected, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    weights, updates = train(tiny_models["untied"], tmp_path, 2, 2, 20, dtype="bfloat16")
+    expected_weights, expected_updates = expected
+    for update, other in zip(updates, expected_updates, strict=True):
+        for metric in ("loss", "grad_norm", "entropy"):
+            assert update.metrics[metric] == pytest.approx(other.metrics[metric], rel=0.05, abs=0.02), metric
+    for name, tensor in expected_weights.items():
+        assert weights[name].dtype == torch.bfloat16
+        assert torch.allclose(weights[name].float(), tensor, atol=5e-3, rtol=1e-2), name
