@@ -32,7 +32,8 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     command = [
         str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
-        "--num-cpus=4", "--node-ip-address=127.0.0.1", "--ray-client-server-port", str(free_port()),
+        "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--ray-client-server-port={free_port()}",
+        f"--dashboard-agent-listen-port={free_port()}",
     ]  # fmt: skip
     with (tmp_path / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -58,18 +59,25 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], deadline_s: float
     raise AssertionError(f"the job server did not come up in {deadline_s:g} s")
 
 
+def submit(address: str, env: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit`, again while the head's agent is still starting."""
+    deadline = time.monotonic() + 60.0
+    while True:
+        result = subprocess.run(
+            [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", *command],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+        if "No available agent" not in result.stderr or time.monotonic() > deadline:
+            return result
+        time.sleep(2.0)
+
+
 @pytest.mark.cluster
 def test_a_submitted_job_trains(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
-    address, env = head
     run = tmp_path / "run"
-    result = subprocess.run(
-        [
-            str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--",
-            "python", "-m", "deploy", "train", "recipes/demo.yaml", f"run_dir={run}", "steps=2", "groups_per_batch=2",
-            "'model={kind: tiny, hidden_size: 64, num_layers: 2, num_heads: 1}'",
-        ],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+    recipe = ("recipes/demo.yaml", f"run_dir={run}", "steps=2", "groups_per_batch=2")
+    model = "model={kind: tiny, hidden_size: 64, num_layers: 2, num_heads: 1}"
+    result = submit(*head, "python", "-m", "deploy", "train", *recipe, model)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "demo  2/2" in result.stdout, "the job's progress reaches the one who submitted it"
     summary = json.loads((run / "summary.json").read_text())
