@@ -39,7 +39,7 @@ def test_a_plan_shows_pools_figures_and_the_submit_line() -> None:
     ]
     assert [row[0] for row in rows] == ["policy", "reward", "rollout", "rollout"]
     assert "cluster: 2 x (32 CPUs, 8 GPUs)" in out
-    assert "220 steps of 128 rollouts (16 groups x 8); staleness at most 2 versions, 24 groups in flight at most" in out
+    assert "340 steps of 128 rollouts (16 groups x 8); staleness at most 2 versions, 24 groups in flight at most" in out
     assert "recipes/demo_sft.yaml, which is trained first: sft, 120 steps of 64 sequences" in out
     assert (
         "ray job submit --working-dir . -- python -m deploy train recipes/demo.yaml pools.rollout.num_workers=2 "
