@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from actors.recipe.file import load_recipe
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,8 +30,13 @@ def deploy(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_plan_shows_pools_figures_and_the_submit_line() -> None:
-    overrides = ["pools.rollout.num_workers=2", "pools.rollout.gpus_per_worker=4", "dataset.split=a b"]
+def test_a_plan_shows_pools_figures_and_the_submit_line(tmp_path: Path) -> None:
+    first = tmp_path / "first.yaml"
+    first.write_text(Path("recipes/demo_sft.yaml").read_text() + f"run_dir: {tmp_path}/run\n")
+    overrides = [
+        *("pools.rollout.num_workers=2", "pools.rollout.gpus_per_worker=4", "dataset.split=a b"),
+        *("steps=7", f"model.recipe={first}"),
+    ]
     code, out, err = deploy("plan", "recipes/demo.yaml", *overrides, "--nodes", "2", "--gpus-per-node", "8")
     assert (code, err) == (0, "")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
@@ -39,11 +46,11 @@ def test_a_plan_shows_pools_figures_and_the_submit_line() -> None:
     ]
     assert [row[0] for row in rows] == ["policy", "reward", "rollout", "rollout"]
     assert "cluster: 2 x (32 CPUs, 8 GPUs)" in out
-    assert "340 steps of 128 rollouts (16 groups x 8); staleness at most 2 versions, 24 groups in flight at most" in out
-    assert "recipes/demo_sft.yaml, which is trained first: sft, 120 steps of 64 sequences" in out
+    assert "7 steps of 128 rollouts (16 groups x 8); staleness at most 2 versions, 24 groups in flight at most" in out
+    assert f"{first}, which is trained first: sft, {load_recipe(first).steps} steps of 64 sequences" in out
     assert (
         "ray job submit --working-dir . -- python -m deploy train recipes/demo.yaml pools.rollout.num_workers=2 "
-        "pools.rollout.gpus_per_worker=4 'dataset.split=a b'\n"
+        f"pools.rollout.gpus_per_worker=4 'dataset.split=a b' steps=7 model.recipe={first}\n"
     ) in out
 
 
