@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from actors.pacer import ReadyGroup
 from algorithms.pacing import Slot
@@ -70,7 +71,10 @@ class Ledger:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _write(self, event: str, ordinal: int, **details: object) -> None:

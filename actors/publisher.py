@@ -44,11 +44,11 @@ class Publisher:
         timeout_s = self.config.timeout_s
         layout = await self.policy.plan_weights(self.dtype, self.config.bucket_mb)
         opening: Awaitable[tuple[str, int]] = self.policy.ranks[0].open_store.remote(timeout_s)
-        store = await within(timeout_s, opening, "opening the weight store")
+        store = await _answer(opening, timeout_s, "opening the weight store")
         size, group = 1 + len(self.replicas) * self.workers_per_replica, "weights-0"
         calls = [rank.join_weights.remote(layout, group, size, timeout_s) for rank in self.policy.ranks]
         calls += [replica.join_weights.remote(store, group, size, layout, timeout_s) for replica in self.replicas]
-        await within(timeout_s, asyncio.gather(*calls), "forming the weight group")
+        await _answer(asyncio.gather(*calls), timeout_s + _GRACE_S, "forming the weight group")
 
     async def publish(self, version: int) -> None:
         """Every replica serves `version` when this returns; RunError names the phase and the replica that failed."""

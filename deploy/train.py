@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.examples import ExampleStream
@@ -70,6 +71,7 @@ def prepare(recipe: Recipe, path: str, address: str | None, overwrite: bool) -> 
 
 def execute(jobs: list[Job], address: str | None, console: Console) -> None:
     """Run the jobs one after another on one Ray; raises what stopped a run."""
+    disable_progress_bar()  # a line for each file of a model would hide ours
     with ray_session(address):
         for job in jobs:
             _run(job, console)
@@ -97,7 +99,23 @@ def _run(job: Job, console: Console) -> None:
         raise first_cause(errors) from None
     finally:
         pools.release()
-    console.print(f"{recipe.name}: finished; everything is in {os.path.relpath(folder.path)}", highlight=False)
+    _conclude(folder, console)
+
+
+def _conclude(folder: RunFolder, console: Console) -> None:
+    """What came of the run, and where to look."""
+    summary, where = folder.read_summary(), os.path.relpath(folder.path)
+    lines = [f"finished in {summary['wall_s']:.0f} s: see {where} (summary.json, metrics.jsonl, model/)"]
+    if summary.get("reward_first") is not None:
+        lines = [
+            f"mean reward {summary['reward_first']:.3f} in the first tenth of the steps, "
+            f"{summary['reward_last']:.3f} in the last (picture: {where}/{folder.plot.name})",
+            f"staleness {summary['max_staleness_seen']} at most, {summary['max_staleness_allowed']} allowed; "
+            f"groups trained {summary['groups_trained']}, lost {summary['groups_lost']}, "
+            f"twice {summary['groups_duplicated']}",
+            *lines,
+        ]
+    console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
 
 
 def _source(recipe: Recipe, folder: RunFolder) -> ModelSource:

@@ -30,31 +30,32 @@ async def run_grpo(
 ) -> None:
     """Train; raises what stopped the run, after the workers are gone."""
     progress.say("starting the policy, the rollout replicas and the reward workers")
+    config = recipe.model_dump(mode="json")
     async with grpo_workers(recipe, model, pools, folder.path) as workers:
-        publisher = _publisher(recipe, workers)
+        publisher, pacer = _publisher(recipe, workers), _pacer(recipe)
         await publisher.connect()
-        ledger, pacer = Ledger(folder.ledger), _pacer(recipe)
-        tracker = Tracker(recipe.logging.wandb_project, recipe.name, folder.path, recipe.model_dump(mode="json"))
-        reporter = Reporter(recipe, folder, progress, tracker, pacer, publisher, ledger)
-        controller = Controller(
-            num_steps=recipe.steps,
-            max_staleness=recipe.staleness.max_staleness,
-            algorithm=recipe.algorithm,
-            max_tokens_per_micro_batch=recipe.policy.max_tokens_per_micro_batch,
-            limits=_limits(recipe),
-            prompts=prompts,
-            pacer=pacer,
-            router=Router(workers.replicas),
-            policy=workers.policy,
-            publisher=publisher,
-            ledger=ledger,
-            report=reporter.report,
-        )
-        await controller.run()
+        with (
+            Ledger(folder.ledger) as ledger,
+            Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker,
+        ):
+            reporter = Reporter(recipe, folder, progress, tracker, pacer, publisher, ledger)
+            controller = Controller(
+                num_steps=recipe.steps,
+                max_staleness=recipe.staleness.max_staleness,
+                algorithm=recipe.algorithm,
+                max_tokens_per_micro_batch=recipe.policy.max_tokens_per_micro_batch,
+                limits=_limits(recipe),
+                prompts=prompts,
+                pacer=pacer,
+                router=Router(workers.replicas),
+                policy=workers.policy,
+                publisher=publisher,
+                ledger=ledger,
+                report=reporter.report,
+            )
+            await controller.run()
         await workers.policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)
-    ledger.close()
-    tracker.finish()
     plot_run(folder.read_metrics(), recipe.staleness.max_staleness, folder.plot)
     folder.write_summary(reporter.summary())
 

@@ -30,12 +30,12 @@ async def run_sft(
     """Train; raises what stopped the run, after the workers are gone."""
     started = time.monotonic()
     progress.say("starting the policy")
-    tracker = Tracker(recipe.logging.wandb_project, recipe.name, folder.path, recipe.model_dump(mode="json"))
+    config = recipe.model_dump(mode="json")
     async with policy_group(recipe, model, pools, folder.path) as policy:
-        losses, num_trained = await _learn(recipe, examples, policy, folder, progress, tracker)
+        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
+            losses, num_trained = await _learn(recipe, examples, policy, folder, progress, tracker)
         await policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)
-    tracker.finish()
     plot_loss(folder.read_metrics(), folder.path / "loss.png")
     tenth = max(1, len(losses) // 10)
     folder.write_summary(

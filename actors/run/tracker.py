@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 
 def check_tracker(project: str | None) -> None:
@@ -34,6 +34,9 @@ class Tracker:
         if self._run is not None:
             self._run.log(dict(metrics), step=step)
 
-    def finish(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=int(kind is not None))
