@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check prove clean
+.PHONY: help install demo test check static pure prove clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,11 +37,16 @@ demo: $(VENV)/.cpu ## train a tiny model on this CPU: supervised warm-up, then a
 	$(PY) -m deploy train recipes/demo_sft.yaml --overwrite
 	$(PY) -m deploy train recipes/demo.yaml --overwrite
 
-check: $(VENV)/.dev ## ruff, types, architecture and the pure tests (under 90 s)
+check: $(VENV)/.dev ## ruff, types, architecture and the pure tests, side by side (under 90 s)
+	@$(MAKE) --no-print-directory -j2 --output-sync=target static pure
+
+static: $(VENV)/.dev ## ruff, types, architecture
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+pure: $(VENV)/.dev ## the tests that start no Ray, vLLM or DeepSpeed
 	$(PY) -m pytest -m "not cluster and not gpu"
 
 test: $(VENV)/.dev ## every test that needs no GPU, with real Ray, vLLM and DeepSpeed (under 20 minutes)
