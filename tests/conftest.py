@@ -21,14 +21,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("tied", "untied", "other")}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """One Ray for the whole session, with logical CPUs enough for every pool."""
+    """One Ray for the tests of a file, with logical CPUs enough for every pool."""
     import ray
 
     root = str(Path(__file__).parents[1])
     env = {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
     os.environ.pop("RAY_ADDRESS", None)
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
     yield
     ray.shutdown()
