@@ -33,6 +33,7 @@ $(VENV)/.dev: $(REQUIREMENTS)/dev.txt $(VENV)/.cpu
 	$(PIP) install --no-deps -r $<
 	@touch $@
 
+demo: export HF_HUB_OFFLINE := 1  # everything is made here
 demo: $(VENV)/.cpu ## train a tiny model on this CPU: supervised warm-up, then asynchronous GRPO (about 5 minutes)
 	$(PY) -m deploy train recipes/demo_sft.yaml --overwrite
 	$(PY) -m deploy train recipes/demo.yaml --overwrite
