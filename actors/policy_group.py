@@ -34,7 +34,7 @@ class PolicyGroup:
         await self._all("start", *meeting, timeout_s=timeout_s)
 
     async def step(self, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> Update:
-        """Train on one batch: each rank fetches the groups that it needs, straight from where they were sampled."""
+        """Train on one batch; each rank is sent only the groups that it needs, by reference."""
         started = time.perf_counter()
         normalizer = Normalizer.of(batch, self.max_completion_length)
         calls: list[Any] = []

@@ -36,7 +36,8 @@ def test_every_fate_is_written_and_counted(tmp_path: Path) -> None:
     assert ledger.lost() == set()
     assert (ledger.num_trained, ledger.num_duplicated, ledger.num_quarantined) == (2, 0, 1)
     assert (ledger.num_redispatched, ledger.num_late) == (1, 1)
-    ledger.__exit__()
+    with ledger:
+        pass  # leaving it closes the file
     fates = [
         (event["event"], event["ordinal"]) for event in events(path) if event["event"] in ("trained", "quarantined")
     ]
