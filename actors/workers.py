@@ -180,9 +180,14 @@ def score_timeout_s(recipe: GrpoRecipe) -> float:
 
 
 def max_groups_in_flight(recipe: GrpoRecipe) -> int:
-    """Groups that all replicas decode at once; more would only grow stale in their queues."""
-    per_replica = max(1, recipe.rollout.max_num_seqs // recipe.algorithm.num_generations)
-    return per_replica * recipe.pools.rollout.num_workers
+    """Groups that all replicas together may hold."""
+    return max_groups_per_replica(recipe) * recipe.pools.rollout.num_workers
+
+
+def max_groups_per_replica(recipe: GrpoRecipe) -> int:
+    """Groups that one replica may hold, decoding or queued."""
+    rollout = recipe.rollout
+    return rollout.max_groups_per_replica or max(1, -(-4 * rollout.max_num_seqs // recipe.algorithm.num_generations))
 
 
 def _rollout_settings(recipe: GrpoRecipe, model: ModelSource) -> RolloutSettings:

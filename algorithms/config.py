@@ -1,10 +1,41 @@
 """What a recipe may say about mathematics and decisions; names and defaults are TRL's where the concept is TRL's."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ZeroStdFilter(BaseModel):
+    """Leave out groups whose rewards are all equal: their advantages are 0 (DAPO's dynamic sampling)."""
+
+    model_config = CLOSED
+
+    kind: Literal["zero_std"]
+    max_filtered_in_a_row: int = Field(10_000, ge=1)
+    """More groups than this, one after another without a single one to train on, stop the run."""
+
+
+class RewardBandFilter(BaseModel):
+    """Leave out groups whose mean reward lies outside [min, max]: too hard or too easy to learn from."""
+
+    model_config = CLOSED
+
+    kind: Literal["reward_band"]
+    min: float
+    max: float
+    max_filtered_in_a_row: int = Field(10_000, ge=1)
+    """More groups than this, one after another without a single one to train on, stop the run."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.min >= self.max:
+            raise ValueError(f"min: {self.min:g} is not below max {self.max:g}; no group would pass, lower min")
+        return self
+
+
+FilterConfig = Annotated[ZeroStdFilter | RewardBandFilter, Field(discriminator="kind")]
 
 
 class GrpoConfig(BaseModel):
@@ -30,6 +61,8 @@ class GrpoConfig(BaseModel):
     (DeepSeek-V3.2, arXiv 2512.02556)."""
     mask_truncated_completions: bool = False
     """Leave rollouts that hit the length limit out of the loss (DAPO, arXiv 2503.14476)."""
+    dynamic_sampling: FilterConfig | None = None
+    """Which groups carry no signal: they are left out and others sampled in their place; null trains on every group."""
     old_logprobs: Literal["recomputed", "sampled"] = "recomputed"
     """Denominator of the clipped ratio: the policy's own log-probabilities when the step begins (corrected by
     importance sampling below), or the ones recorded at sampling (the ratio itself is then the correction)."""
@@ -64,6 +97,30 @@ class GrpoConfig(BaseModel):
         return self.old_logprobs == "sampled" or self.vllm_importance_sampling_correction
 
 
+class AdaptDepthConfig(BaseModel):
+    """The depth grows while the samples are nearly on policy and shrinks when they are not; never past the bound."""
+
+    model_config = CLOSED
+
+    ess_low: float = Field(0.5, gt=0.0, lt=1.0)
+    """Effective sample size (`sampling/ess`, a fraction of the tokens) under which the depth shrinks."""
+    ess_high: float = Field(0.8, gt=0.0, le=1.0)
+    """Effective sample size over which the depth grows; between the two it stays."""
+    kl_max: float | None = Field(None, gt=0.0)
+    """Also shrink when the KL divergence from the reference (`kl`, nats per token) exceeds this; needs beta > 0."""
+    smoothing: float = Field(0.7, ge=0.0, lt=1.0)
+    """Weight of the past in the running means that are compared with the band."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.ess_low >= self.ess_high:
+            raise ValueError(
+                f"ess_low: {self.ess_low:g} is not below ess_high {self.ess_high:g}; the band between them is where the "
+                "depth stays, lower ess_low"
+            )
+        return self
+
+
 class StalenessConfig(BaseModel):
     """How far rollouts may trail the policy; two knobs, because one knob makes every sample sit at the bound."""
 
@@ -73,14 +130,36 @@ class StalenessConfig(BaseModel):
     """Hard bound: no token is trained more than this many weight versions after the weights that sampled it.
     0 is synchronous on-policy training."""
     pipeline_depth: int | None = Field(None, ge=1)
-    """Most groups dispatched and not yet trained; null takes groups_per_batch x (max_staleness + 1), the most that
-    the bound allows. Smaller depths give fresher samples."""
-    when_stale: Literal["pace"] = "pace"
-    """What keeps the bound: `pace` makes the step wait for the oldest group, and nothing is dropped."""
+    """Most groups dispatched and not yet trained; null takes groups_per_batch x (max_staleness + 1) x over_sampling,
+    the most that the bound allows. Smaller depths give fresher samples."""
+    when_stale: Literal["pace", "mask", "requeue"] = "pace"
+    """What keeps the bound. `pace`: the step waits for the oldest group, and nothing is dropped. `mask`: the step does
+    not wait, and tokens beyond the bound leave the loss (needs in_flight_updates, or whole groups would be lost).
+    `requeue`: a group that can no longer be trained in time is aborted and its prompt sampled again; long samples are
+    then trained less often than they are drawn, which the run warns of."""
+    over_sampling: float = Field(1.0, ge=1.0, le=8.0)
+    """Dispatch this many times the groups that will be trained, for recipes whose groups are often filtered; those that
+    turn out not to be needed are left out as surplus."""
+    adapt_depth: AdaptDepthConfig | None = None
+    """Let the pipeline depth follow how far off policy the samples are measured to be; null keeps it fixed."""
     in_flight_updates: bool = True
     """Swap weights in the middle of a generation (pause, swap, resume); false lets every generation finish first."""
     kv_cache: Literal["keep", "recompute"] = "keep"
     """What becomes of the running requests' KV cache at an in-flight update."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.when_stale == "mask" and self.max_staleness == 0:
+            raise ValueError(
+                "when_stale: with max_staleness 0 nothing is ever stale, so there is nothing to mask; set when_stale to "
+                "'pace' or max_staleness to 1 or more"
+            )
+        if self.when_stale == "mask" and not self.in_flight_updates:
+            raise ValueError(
+                "when_stale: 'mask' leaves single tokens out of a group that began under older weights; without "
+                "in_flight_updates a group has one version, and whole groups would be lost; set in_flight_updates to true"
+            )
+        return self
 
 
 class OptimizerConfig(BaseModel):

@@ -138,6 +138,9 @@ class RolloutConfig(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_num_seqs: int = Field(128, ge=1)
     """Sequences that one replica decodes at once."""
+    max_groups_per_replica: int | None = Field(None, ge=1)
+    """Most groups that one replica holds, decoding or queued; null takes 4 x max_num_seqs / num_generations, so that
+    its slots stay full although most rollouts of a group end before its longest. More would only grow stale there."""
     gpu_memory_utilization: float = Field(0.85, gt=0.0, le=1.0)
     cpu_kv_cache_gb: int = Field(1, ge=1)
     """KV cache of a replica on the CPU (GiB)."""
@@ -220,6 +223,12 @@ class GrpoRecipe(_Recipe):
                 f"staleness.max_staleness: {staleness.max_staleness} trains on stale samples without an off-policy "
                 "correction; set algorithm.vllm_importance_sampling_correction to true, algorithm.old_logprobs to "
                 "'sampled', or staleness.max_staleness to 0"
+            )
+        adapt = staleness.adapt_depth
+        if adapt is not None and adapt.kl_max is not None and algorithm.beta == 0:
+            raise ValueError(
+                "staleness.adapt_depth.kl_max: the KL divergence from the reference is measured only when algorithm.beta "
+                "is above 0; set algorithm.beta, or leave kl_max out"
             )
         depth = staleness.pipeline_depth
         if depth is not None and depth < self.groups_per_batch:
