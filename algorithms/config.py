@@ -115,8 +115,8 @@ class AdaptDepthConfig(BaseModel):
     def _sound(self) -> Self:
         if self.ess_low >= self.ess_high:
             raise ValueError(
-                f"ess_low: {self.ess_low:g} is not below ess_high {self.ess_high:g}; the band between them is where the "
-                "depth stays, lower ess_low"
+                f"ess_low: {self.ess_low:g} is not below ess_high {self.ess_high:g}; the band between them is where "
+                "the depth stays, lower ess_low"
             )
         return self
 
@@ -151,13 +151,14 @@ class StalenessConfig(BaseModel):
     def _sound(self) -> Self:
         if self.when_stale == "mask" and self.max_staleness == 0:
             raise ValueError(
-                "when_stale: with max_staleness 0 nothing is ever stale, so there is nothing to mask; set when_stale to "
-                "'pace' or max_staleness to 1 or more"
+                "when_stale: with max_staleness 0 nothing is ever stale, so there is nothing to mask; set when_stale "
+                "to 'pace' or max_staleness to 1 or more"
             )
         if self.when_stale == "mask" and not self.in_flight_updates:
             raise ValueError(
                 "when_stale: 'mask' leaves single tokens out of a group that began under older weights; without "
-                "in_flight_updates a group has one version, and whole groups would be lost; set in_flight_updates to true"
+                "in_flight_updates a group has one version, and whole groups would be lost; set in_flight_updates "
+                "to true"
             )
         return self
 

@@ -227,8 +227,8 @@ class GrpoRecipe(_Recipe):
         adapt = staleness.adapt_depth
         if adapt is not None and adapt.kl_max is not None and algorithm.beta == 0:
             raise ValueError(
-                "staleness.adapt_depth.kl_max: the KL divergence from the reference is measured only when algorithm.beta "
-                "is above 0; set algorithm.beta, or leave kl_max out"
+                "staleness.adapt_depth.kl_max: the KL divergence from the reference is measured only when "
+                "algorithm.beta is above 0; set algorithm.beta, or leave kl_max out"
             )
         depth = staleness.pipeline_depth
         if depth is not None and depth < self.groups_per_batch:
