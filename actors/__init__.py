@@ -1,8 +1,9 @@
 """The Ray actors and the loop that drives them. Read controller.py first: it is the whole algorithm.
 
 The loop     controller.py   two coroutines: prompts become groups, batches become weight versions
-             pacer.py        algorithms/pacing.py as waits        router.py        which replica samples a group
-             publisher.py    one version to all replicas          ledger.py        one fate for every group
+             pacer.py        algorithms/pacing.py as waits        attempts.py      what becomes of one dispatch
+             router.py       groups to replicas and back          ledger.py        one fate for every group, waste
+             publisher.py    one version to all replicas
 The actors   policy.py       one DeepSpeed rank                   policy_group.py  all ranks as one
              rollout.py      one vLLM replica                     reference.py     frozen log-probabilities
              reward.py       scores, in a killable child          workers.py       starts and stops all of them

@@ -8,34 +8,20 @@ loop.
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
-
-from actors.data.prompts import PromptStream
-from actors.deadline import within
-from actors.errors import ReplicaDeadError, RunError, last_line
+from actors.attempts import Attempts
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
-from actors.router import Router
 from algorithms.advantages import advantages
-from algorithms.config import GrpoConfig
-from algorithms.pacing import Slot
+from algorithms.config import GrpoConfig, StalenessConfig
+from algorithms.depth import DepthController
 from algorithms.packing import build_batch
-from algorithms.types import Batch, Prompt, Update
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """When to give up on one group, and when on the run."""
-
-    group_timeout_s: float
-    """Deadline of one group: generation, reference and reward."""
-    max_attempts: int
-    max_quarantined: int
+from algorithms.types import Batch, Update
 
 
 @dataclass(slots=True)
@@ -43,16 +29,16 @@ class Controller:
     """Wires the actors; every decision is made elsewhere, in pure code."""
 
     num_steps: int
-    max_staleness: int
+    staleness: StalenessConfig
     algorithm: GrpoConfig
     max_tokens_per_micro_batch: int
-    limits: Limits
-    prompts: PromptStream
     pacer: AsyncPacer
-    router: Router
+    attempts: Attempts
     policy: PolicyGroup
     publisher: Publisher
     ledger: Ledger
+    depth: DepthController | None
+    """Moves the pipeline depth with what the steps measure; None keeps it."""
     report: Callable[[list[ReadyGroup], Batch, Update], Awaitable[None]]
     """Called after each step with its groups, the batch and the update: metrics, samples, progress."""
 
@@ -62,80 +48,50 @@ class Controller:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.produce(), name="produce")
             tasks.create_task(self.learn(), name="learn")
+        self.ledger.unneeded(self.pacer.leftover)
 
     async def produce(self) -> None:
-        async with asyncio.TaskGroup() as fills:
+        async with asyncio.TaskGroup() as groups:
             async for slot in self.pacer.slots():
-                fills.create_task(self.fill(slot), name=f"group-{slot.ordinal}")
-
-    async def fill(self, slot: Slot) -> None:
-        prompt = self._prompt(slot)
-        replica = self.router.choose()
-        self.ledger.dispatched(slot, replica)
-        summary, scored = self.router.dispatch(replica, prompt, slot.attempt)
-        try:
-            group = ReadyGroup(
-                slot, await within(self.limits.group_timeout_s, summary, f"group {slot.ordinal}"), scored
-            )
-        except (RayError, RunError) as error:
-            await self._failed(slot, replica, error)
-        else:
-            self.ledger.scored(group.summary)
-            if not await self.pacer.finished(slot, group):
-                self.ledger.late(slot)
-        finally:
-            self.router.done(replica)
+                groups.create_task(self.attempts.make(slot), name=f"group-{slot.ordinal}")
 
     async def learn(self) -> None:
         for _ in range(self.num_steps):
-            groups = await self.pacer.take()
-            batch = self.batch(groups)
-            update = await self.policy.step(batch, [group.scored for group in groups])
+            taken = await self.pacer.take()
+            self.attempts.discard(taken)
+            batch = self.batch(taken.batch)
+            update = await self.policy.step(batch, [group.scored for group in taken.batch])
             await self._publish(update.version)
-            self.ledger.trained(groups, update)
-            await self.report(groups, batch, update)
+            self.ledger.trained(taken.batch, update, batch.oldest_version)
+            await self._follow(update)
+            await self.report(taken.batch, batch, update)
 
     def batch(self, groups: list[ReadyGroup]) -> Batch:
         """Advantages against each group's own baseline, packed for the ranks."""
         summaries = [group.summary for group in groups]
         version = self.publisher.committed
         assert version is not None
-        oldest = min(summary.oldest_version for summary in summaries)
-        assert 0 <= version - oldest <= self.max_staleness, f"tokens of version {oldest} in the batch of {version}"
+        oldest_version = max(0, version - self.staleness.max_staleness)
+        for summary in summaries:
+            counts = summary.newest_version if self.staleness.when_stale == "mask" else summary.oldest_version
+            assert oldest_version <= counts <= version, f"tokens of version {counts} in the batch of {version}"
         return build_batch(
             summaries,
             advantages([s.rewards_G for s in summaries], self.algorithm.scale_rewards),
             version=version,
+            oldest_version=oldest_version,
             num_ranks=len(self.policy.ranks),
             max_tokens=self.max_tokens_per_micro_batch,
             mask_truncated=self.algorithm.mask_truncated_completions,
         )
 
-    def _prompt(self, slot: Slot) -> Prompt:
-        try:
-            return self.prompts.prompt(slot.ordinal)
-        except ValueError as error:
-            raise RunError(str(error)) from error
-
     async def _publish(self, version: int) -> None:
         await self.publisher.publish(version)
         await self.pacer.published(version)
 
-    async def _failed(self, slot: Slot, replica: int, error: BaseException) -> None:
-        """Try the prompt again under its ordinal; after too many attempts set it aside, and count it."""
-        cause = f"replica {replica}: {last_line(error)}"
-        # An actor error that comes wrapped in a task error is about a worker behind the replica.
-        died = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
-        if died or isinstance(error, ReplicaDeadError):
-            raise RunError(f"rollout replica {replica} died while it sampled group {slot.ordinal}: {last_line(error)}")
-        self.ledger.failed(slot, cause)
-        if slot.attempt + 1 < self.limits.max_attempts:
-            await self.pacer.failed(slot)
-            return
-        self.ledger.quarantined(slot, cause)
-        if self.ledger.num_quarantined > self.limits.max_quarantined:
-            raise RunError(
-                f"group {slot.ordinal} failed {slot.attempt + 1} times ({cause}); rollout.max_quarantined allows "
-                f"{self.limits.max_quarantined} such groups in a run"
-            )
-        await self.pacer.dropped(slot)
+    async def _follow(self, update: Update) -> None:
+        """The pipeline gets shallower when its samples are too far off policy, and deeper when they are not."""
+        if self.depth is not None:
+            # A sample size that is no finite number is not among the metrics, and the worst there is.
+            ess = update.metrics.get("sampling/ess", math.nan)
+            await self.pacer.set_depth(self.depth.update(ess, update.metrics.get("kl")))

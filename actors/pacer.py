@@ -30,6 +30,19 @@ class ReadyGroup:
     scored: ray.ObjectRef
 
 
+@dataclass(frozen=True, slots=True)
+class TakenGroups:
+    """What leaves the pacer with a batch (algorithms/pacing.py, Taken), the scored groups in hand."""
+
+    batch: list[ReadyGroup]
+    aborted: list[Slot]
+    """Attempts in flight that can no longer be trained in time; their prompts are sampled again."""
+    requeued: list[ReadyGroup]
+    """The same of groups that were scored already."""
+    left_out: list[ReadyGroup]
+    """Scored groups that no step will train."""
+
+
 class AsyncPacer:
     """One condition: every change of the pacer's state wakes whoever waits for a decision."""
 
@@ -54,6 +67,33 @@ class AsyncPacer:
     def num_ready(self) -> int:
         return self._pacer.num_ready
 
+    @property
+    def left_out_cause(self) -> str:
+        return self._pacer.left_out_cause
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last batch has been taken."""
+        return self._pacer.exhausted
+
+    @property
+    def in_flight(self) -> list[Slot]:
+        return list(self._pacer.in_flight.values())
+
+    @property
+    def leftover(self) -> tuple[int, ...]:
+        """Ordinals that no step will train any more, once the run is over."""
+        return self._pacer.leftover()
+
+    @property
+    def pipeline_depth(self) -> int:
+        return self._pacer.pipeline_depth
+
+    async def set_depth(self, pipeline_depth: int) -> None:
+        """From now on as many groups may be dispatched and not yet trained."""
+        async with self._change():
+            self._pacer.pipeline_depth = pipeline_depth
+
     async def slots(self) -> AsyncIterator[Slot]:
         """Leave to dispatch, one group at a time, until the last batch has been taken."""
         while True:
@@ -62,24 +102,34 @@ class AsyncPacer:
                 return
             yield slot
 
-    async def take(self) -> list[ReadyGroup]:
+    async def take(self) -> TakenGroups:
         """The next batch, oldest first; raises DeadlineError when no group finishes any more."""
         self._progress = time.monotonic()
-        batch = await self._wait("policy", self._pacer.take, self._pacer.waiting)
-        assert batch is not None
-        return [self._ready.pop(ordinal) for ordinal in batch]
+        taken = await self._wait("policy", self._pacer.take, self._pacer.waiting)
+        assert taken is not None
+        return TakenGroups(
+            batch=[self._ready.pop(ordinal) for ordinal in taken.batch],
+            aborted=[slot for slot in taken.requeued if slot.ordinal not in self._ready],
+            requeued=[self._ready.pop(slot.ordinal) for slot in taken.requeued if slot.ordinal in self._ready],
+            left_out=[self._ready.pop(ordinal) for ordinal in taken.left_out],
+        )
 
     async def finished(self, slot: Slot, group: ReadyGroup) -> bool:
         """Hand in a scored group; False when another attempt came first."""
         async with self._change():
-            taken = self._pacer.finished(slot, group.summary.oldest_version)
-            if taken:
+            accepted = self._pacer.finished(slot, group.summary.oldest_version, group.summary.newest_version)
+            if accepted:
                 self._ready[slot.ordinal] = group
-            return taken
+            return accepted
 
     async def failed(self, slot: Slot) -> bool:
         async with self._change():
             return self._pacer.failed(slot)
+
+    async def interrupted(self, slot: Slot, oldest_version: int | None) -> bool:
+        """The attempt goes on elsewhere; False when it was aborted and its prompt is to be sampled anew."""
+        async with self._change():
+            return self._pacer.interrupted(slot, oldest_version)
 
     async def dropped(self, slot: Slot) -> bool:
         async with self._change():

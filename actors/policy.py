@@ -61,6 +61,8 @@ class RankBatch:
 
     micro_batches: tuple[MicroBatch, ...]
     normalizer: Normalizer
+    oldest_version: int
+    """Tokens sampled by weights older than this leave the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class PolicyActor:
         losses, stats = [], []
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batch.micro_batches) - 1)
-            loss, micro_stats = self._loss(self._row(micro_batch, groups), batch.normalizer)
+            loss, micro_stats = self._loss(self._row(micro_batch, groups, batch.oldest_version), batch.normalizer)
             # DeepSpeed averages gradients over the ranks; our shares are to be summed.
             self.engine.backward(loss * self.settings.num_ranks)
             losses.append(loss.item())
@@ -160,10 +162,11 @@ class PolicyActor:
         self.version += 1
         return RankUpdate(self.version, sum(losses), grad_norm, learning_rate, merge(stats).to_dict())
 
-    def _row(self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group]) -> PackedRow:
+    def _row(self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group], oldest_version: int) -> PackedRow:
         samples = micro_batch.samples
         rollouts = [_rollouts(groups[sample.group])[sample.rollout] for sample in samples]
-        return pack_row(rollouts, [sample.advantage for sample in samples], self.pad_id).to(self.engine.device)
+        row = pack_row(rollouts, [sample.advantage for sample in samples], self.pad_id, oldest_version)
+        return row.to(self.engine.device)
 
     def _loss(self, row: PackedRow, normalizer: Normalizer) -> tuple[Tensor, LossStats]:
         from actors.model.forward import row_logprobs
@@ -182,6 +185,7 @@ class PolicyActor:
             num_sequences=len(row.lengths_S),
             config=objective.grpo,
             normalizer=normalizer,
+            fresh_N=row.fresh_N,
         )
 
     def _step_optimizer(self) -> float:

@@ -40,7 +40,7 @@ class PolicyGroup:
         calls: list[Any] = []
         for rank, micro_batches in zip(self.ranks, batch.ranks, strict=True):
             needed = sorted({sample.group for micro in micro_batches for sample in micro.samples})
-            share = RankBatch(_renumbered(micro_batches, needed), normalizer)
+            share = RankBatch(_renumbered(micro_batches, needed), normalizer, batch.oldest_version)
             calls.append(rank.step.remote(share, *(groups[index] for index in needed)))
         what = f"the policy step at version {batch.version}"
         updates: list[RankUpdate] = await within(self.timeout_s, asyncio.gather(*calls), what)

@@ -2,14 +2,16 @@
 
 One RolloutActor owns one vLLM engine. The G rollouts of a prompt are one request, so its prefix cache holds the prompt
 once. Scoring is chained here, behind the generation, so that a group costs the controller a single call: what returns
-to it is a summary; the tokens stay in this node's object store until a policy rank asks for them.
+to it is a summary; the tokens stay in this node's object store until a policy rank asks for them. A group that is
+interrupted returns what it has sampled instead, and any replica can go on from there.
 """
 
 import asyncio
+import itertools
 import os
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,12 @@ from actors.errors import ReplicaDeadError
 from actors.policy import node_ip
 from actors.recipe.schema import GenerationConfig, RolloutConfig
 from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, VersionSpan, summarize
+
+INTERRUPTED = "interrupted"
+"""Finish reason of a rollout that is not finished."""
+
+# An abort is a message to the engine, which answers nothing; only a dead engine keeps it waiting.
+_ABORT_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,32 @@ class Swapped:
     """The loading of the weights, inside the pause."""
 
 
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """A group came back before its end; no token that it had sampled is lost, and none was sampled after."""
+
+    ordinal: int
+    attempt: int
+    replica: int
+    num_loss_tokens_G: tuple[int, ...]
+    """Sampled so far, earlier replicas included."""
+    oldest_version: int | None
+    """None when nothing was sampled yet."""
+    newest_version: int | None
+    generate_s: float
+    """On this replica; what earlier ones spent is not in it."""
+
+
+@dataclass(slots=True)
+class _Generation:
+    """A group in the engine: once `admitted`, all of its requests are there and can be aborted together."""
+
+    request_id: str
+    """All of the group's requests bear it."""
+    admitted: bool = False
+    interrupted: bool = False
+
+
 class RolloutActor:
     """One inference engine and its place in the broadcast group."""
 
@@ -66,6 +100,8 @@ class RolloutActor:
         self.version: int | None = None
         self._rewards = rewards
         self._references = references
+        self._generations: dict[tuple[int, int], _Generation] = {}  # (ordinal, attempt) -> what the engine samples now
+        self._num_fills = itertools.count()
 
     async def start(self) -> None:
         """Start the engine; it serves nothing before its first committed version."""
@@ -115,30 +151,83 @@ class RolloutActor:
     # Groups ------------------------------------------------------------------------------------------------------
 
     @ray.method(num_returns=2)
-    async def fill(self, prompt: Prompt, attempt: int) -> tuple[GroupSummary, ScoredGroup]:
-        """Sample and score one group; the summary goes to the controller, the group stays here as an object."""
+    async def fill(
+        self, prompt: Prompt, attempt: int, partial: Group | None = None
+    ) -> tuple[GroupSummary, ScoredGroup] | tuple[Interrupted, Group]:
+        """Sample and score one group; the summary goes to the controller, the group stays here as an object.
+
+        `partial` is what an interrupted attempt, here or on another replica, has sampled; it is continued. A group
+        that is interrupted returns what it has, unscored, and says so.
+        """
         started = time.perf_counter()
-        group = await within(self.settings.generation.timeout_s, self._generate(prompt, attempt), "generating a group")
+        rollouts = partial.rollouts if partial else (_unsampled(prompt),) * self.settings.num_generations
+        generating = self._generate(prompt, attempt, rollouts)
+        group = await within(self.settings.generation.timeout_s, generating, "generating a group")
         generated = time.perf_counter()
+        if any(rollout.finish_reason == INTERRUPTED for rollout in group.rollouts):
+            return _interrupted(group, generated - started), group
         scored = await within(self.settings.score_timeout_s, self._score(group), "scoring a group")
         done = time.perf_counter()
         return summarize(scored, generate_s=generated - started, score_s=done - generated), scored
 
-    async def _generate(self, prompt: Prompt, attempt: int) -> Group:
+    async def interrupt(self, ordinals: list[tuple[int, int]] | None) -> None:
+        """The named groups (ordinal, attempt), or all, sample no further token: their `fill` returns what they have.
+
+        Groups that are past generation, and those that this replica does not know, are left alone.
+        """
+        keys = list(self._generations) if ordinals is None else ordinals
+        generations = [self._generations[key] for key in map(tuple, keys) if key in self._generations]
+        for generation in generations:
+            generation.interrupted = True
+        await self._abort(generation.request_id for generation in generations if generation.admitted)
+
+    async def _abort(self, request_ids: Iterable[str]) -> None:
+        """Every unfinished request of these ids ends now, with the tokens that it has."""
+        await within(_ABORT_TIMEOUT_S, self.engine.abort(list(request_ids)), "aborting requests")
+
+    async def _generate(self, prompt: Prompt, attempt: int, rollouts: Sequence[Rollout]) -> Group:
+        """The group with each rollout at its end, or as far as it got when the group is interrupted."""
         assert self.version is not None, "a replica serves no token before it holds a committed version"
-        request: Any = {
-            "prompt_token_ids": list(prompt.token_ids),
-            # Only the rollouts of one prompt share their prefix: another group's may come from other weights.
-            "cache_salt": f"{prompt.ordinal}.{attempt}",
-        }
+        key = prompt.ordinal, attempt
+        assert key not in self._generations, "an attempt is on a replica once"
+        generation = _Generation(f"{prompt.ordinal}.{attempt}.{next(self._num_fills)}")
+        self._generations[key] = generation
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            output = await self._final(self.engine.generate(request, self._sampling(), f"{prompt.ordinal}.{attempt}"))
+            return Group(prompt, await self._sample(generation, rollouts), attempt, self.replica)
         except EngineDeadError as error:
             raise ReplicaDeadError(f"the engine of rollout replica {self.replica} died") from error
-        rollouts = tuple(_rollout(prompt, completion) for completion in output.outputs)
-        return Group(prompt, rollouts, attempt, self.replica)
+        finally:
+            del self._generations[key]
+            # No request outlives its group when one of them failed, or the deadline passed; else this does nothing.
+            await self._abort([generation.request_id])
+
+    async def _sample(self, generation: _Generation, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
+        """Every unfinished rollout goes on from its last token; rollouts at the same tokens are one request."""
+        limit = self.settings.generation.max_completion_length
+        done = [_at_limit(rollout, limit) for rollout in rollouts]
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, rollout in enumerate(done):
+            if rollout.finish_reason == INTERRUPTED:
+                alike.setdefault(tuple(rollout.token_ids_T.tolist()), []).append(index)
+        collectors = []
+        for token_ids, indices in alike.items():
+            sampling = self._sampling(len(indices), limit - done[indices[0]].num_loss_tokens)
+            # Only the rollouts of one group share their prefix, and only here and now: another group's, or the same
+            # group's on an earlier visit, may come from other weights.
+            request: Any = {"prompt_token_ids": list(token_ids), "cache_salt": generation.request_id}
+            # Not engine.generate: it does not say when the engine knows the request, and no earlier abort counts.
+            collectors.append(await self.engine.add_request(generation.request_id, request, sampling))
+        generation.admitted = True
+        if generation.interrupted:
+            await self._abort([generation.request_id])
+        for collector, indices in zip(collectors, alike.values(), strict=True):
+            output: Any = await collector.get()
+            assert output.finished, "vLLM sends nothing before the final output"
+            for index, completion in zip(indices, output.outputs, strict=True):
+                done[index] = _continued(done[index], completion)
+        return tuple(done)
 
     async def _score(self, group: Group) -> ScoredGroup:
         ordinal = group.prompt.ordinal
@@ -155,17 +244,17 @@ class RolloutActor:
         assert last.finished, "a generation ends with its final output"
         return last
 
-    def _sampling(self) -> Any:
+    def _sampling(self, num_rollouts: int, max_tokens: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         generation = self.settings.generation
         return SamplingParams(
-            n=self.settings.num_generations,
+            n=num_rollouts,
             temperature=generation.temperature,
             top_p=generation.top_p,
             top_k=generation.top_k,
-            max_tokens=generation.max_completion_length,
+            max_tokens=max_tokens,
             stop_token_ids=self._stop_token_ids,
             logprobs=0,  # of the sampled token alone
             detokenize=False,
@@ -233,22 +322,66 @@ class RolloutActor:
         await asyncio.to_thread(self.engine.shutdown)
 
 
-def _rollout(prompt: Prompt, completion: Any) -> Rollout:
-    """vLLM's completion as a rollout: arrays over prompt and completion."""
-    num_prompt, num_sampled = len(prompt.token_ids), len(completion.token_ids)
-    token_ids_T = np.fromiter((*prompt.token_ids, *completion.token_ids), np.int32)
-    logprobs_T = np.zeros(num_prompt + num_sampled, np.float32)
-    pairs = zip(completion.token_ids, completion.logprobs, strict=True)
-    logprobs_T[num_prompt:] = [entry[token].logprob for token, entry in pairs]
-    spans = tuple(
-        VersionSpan(int(span.version), num_prompt + span.start, num_prompt + span.end)
-        for span in completion.weight_versions
-    )
-    assert sum(span.stop - span.start for span in spans) == num_sampled, "every sampled token has a version"
+def _unsampled(prompt: Prompt) -> Rollout:
+    """A rollout of which nothing is sampled: the prompt alone."""
+    num_prompt = len(prompt.token_ids)
     return Rollout(
-        token_ids_T=token_ids_T,
-        loss_mask_T=np.arange(num_prompt + num_sampled) >= num_prompt,
-        logprobs_T=logprobs_T,
-        spans=spans,
-        finish_reason=str(completion.finish_reason),
+        token_ids_T=np.array(prompt.token_ids, np.int32),
+        loss_mask_T=np.zeros(num_prompt, np.bool_),
+        logprobs_T=np.zeros(num_prompt, np.float32),
+        spans=(),
+        finish_reason=INTERRUPTED,
+    )
+
+
+def _at_limit(rollout: Rollout, limit: int) -> Rollout:
+    """The rollout, finished by `length` if it has no token left to sample."""
+    if rollout.finish_reason == INTERRUPTED and rollout.num_loss_tokens >= limit:
+        return replace(rollout, finish_reason="length")
+    return rollout
+
+
+def _continued(rollout: Rollout, completion: Any) -> Rollout:
+    """The rollout and, behind it, what vLLM sampled from there: one version span wherever the weights stayed."""
+    num_before, num_sampled = rollout.num_tokens, len(completion.token_ids)
+    pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+    spans = [
+        VersionSpan(int(span.version), num_before + span.start, num_before + span.end)
+        for span in completion.weight_versions
+    ]
+    assert sum(span.stop - span.start for span in spans) == num_sampled, "every sampled token has a version"
+    if completion.finish_reason == "error":
+        raise RuntimeError("vLLM could not finish a request")
+    return Rollout(
+        token_ids_T=np.concatenate([rollout.token_ids_T, np.fromiter(completion.token_ids, np.int32)]),
+        loss_mask_T=np.concatenate([rollout.loss_mask_T, np.ones(num_sampled, np.bool_)]),
+        logprobs_T=np.concatenate(
+            [rollout.logprobs_T, np.fromiter((entry[token].logprob for token, entry in pairs), np.float32)]
+        ),
+        spans=_merged([*rollout.spans, *spans]),
+        finish_reason=INTERRUPTED if completion.finish_reason == "abort" else str(completion.finish_reason),
+    )
+
+
+def _merged(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
+    """The same tokens in the fewest spans: those of one version that touch become one."""
+    merged: list[VersionSpan] = []
+    for span in spans:
+        if merged and merged[-1].version == span.version and merged[-1].stop == span.start:
+            merged[-1] = replace(merged[-1], stop=span.stop)
+        else:
+            merged.append(span)
+    return tuple(merged)
+
+
+def _interrupted(group: Group, generate_s: float) -> Interrupted:
+    versions = [span.version for rollout in group.rollouts for span in rollout.spans]
+    return Interrupted(
+        ordinal=group.prompt.ordinal,
+        attempt=group.attempt,
+        replica=group.replica,
+        num_loss_tokens_G=tuple(rollout.num_loss_tokens for rollout in group.rollouts),
+        oldest_version=min(versions, default=None),
+        newest_version=max(versions, default=None),
+        generate_s=generate_s,
     )

@@ -1,29 +1,90 @@
-"""A group goes, whole, to the replica with the fewest groups outstanding."""
+"""A group goes, whole, to one replica, and comes back from it once: scored, or interrupted.
 
-from collections.abc import Sequence
+Which replica is decided in algorithms/routing.py by outstanding tokens; here groups are sent and called back.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import ray
 
-from algorithms.types import Prompt
+from algorithms.pacing import Slot
+from algorithms.routing import Router as Routes
+from algorithms.types import GroupSummary, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One attempt on its replica."""
+
+    replica: int
+    num_tokens: int
+    """The estimate it counts for while it is there."""
+    answer: ray.ObjectRef
+    """A GroupSummary, or Interrupted."""
+    group: ray.ObjectRef
+    """The scored group, or the part of it that was sampled."""
 
 
 class Router:
-    """Least outstanding first; ties go to the lower number."""
+    """Groups go to replicas that have room, and `done` is called once for each."""
 
-    def __init__(self, replicas: Sequence[ray.actor.ActorHandle]) -> None:
+    def __init__(
+        self,
+        replicas: Sequence[ray.actor.ActorHandle],
+        *,
+        max_groups_per_replica: int,
+        num_generations: int,
+        max_completion_length: int,
+    ) -> None:
         self._replicas = replicas
-        self._outstanding = [0] * len(replicas)
+        self._routes = Routes(max_groups_per_replica)
+        for replica in range(len(replicas)):
+            self._routes.join(replica)
+        self._num_generations = num_generations
+        self._length = float(max_completion_length)  # running mean of a completion's tokens
+        self._sent: dict[tuple[int, int], Sent] = {}
+        self._freed = asyncio.Event()
 
-    def choose(self) -> int:
-        """The replica for the next group."""
-        return min(range(len(self._replicas)), key=lambda index: (self._outstanding[index], index))
+    async def dispatch(self, prompt: Prompt, slot: Slot, partial: ray.ObjectRef | None) -> Sent:
+        """Send the group to the replica with the fewest outstanding tokens; waits while all are full.
 
-    def dispatch(self, index: int, prompt: Prompt, attempt: int) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-        """Send the group to replica `index`; references to its summary and to the scored group."""
-        self._outstanding[index] += 1
-        references: tuple[ray.ObjectRef, ray.ObjectRef] = self._replicas[index].fill.remote(prompt, attempt)
-        return references
+        `partial` is what an interrupted attempt has sampled already.
+        """
+        num_tokens = len(prompt.token_ids) + round(self._num_generations * self._length)
+        while (replica := self._routes.assign(num_tokens)) is None:
+            self._freed.clear()
+            await self._freed.wait()
+        references: tuple[ray.ObjectRef, ray.ObjectRef]
+        references = self._replicas[replica].fill.remote(prompt, slot.attempt, partial)
+        sent = self._sent[slot.ordinal, slot.attempt] = Sent(replica, num_tokens, *references)
+        return sent
 
-    def done(self, index: int) -> None:
-        """The group has left the replica, finished or not."""
-        self._outstanding[index] -= 1
+    def done(self, slot: Slot) -> None:
+        """The group has left its replica, finished or not."""
+        sent = self._sent.pop((slot.ordinal, slot.attempt), None)
+        if sent is not None:
+            self._routes.done(sent.replica, sent.num_tokens)
+            self._freed.set()
+
+    def learned(self, summary: GroupSummary) -> None:
+        """Lengths drift in training; the estimate follows them."""
+        mean = sum(summary.num_loss_tokens_G) / len(summary.num_loss_tokens_G)
+        self._length += 0.05 * (mean - self._length)
+
+    def interrupt(self, slots: Iterable[Slot]) -> None:
+        """Ask the replicas to stop these attempts; each answers its own call, with a deadline, so nobody waits here."""
+        by_replica: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for slot in slots:
+            sent = self._sent.get((slot.ordinal, slot.attempt))
+            if sent is not None:
+                by_replica[sent.replica].append((slot.ordinal, slot.attempt))
+        for replica, attempts in by_replica.items():
+            self._replicas[replica].interrupt.remote(attempts)
+
+    def drain(self, replica: int) -> None:
+        """No further group goes there, and those that it holds go on elsewhere."""
+        self._routes.leave(replica)
+        self._replicas[replica].interrupt.remote(None)

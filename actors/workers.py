@@ -174,20 +174,9 @@ def _reference_settings(recipe: GrpoRecipe, model: ModelSource) -> ReferenceSett
 
 def score_timeout_s(recipe: GrpoRecipe) -> float:
     """Every reward function up to its own deadline, and before it all the groups that may queue for the worker."""
-    queue = -(-max_groups_in_flight(recipe) // recipe.pools.reward.num_workers)
+    queue = -(-recipe.max_groups_in_flight // recipe.pools.reward.num_workers)
     reference_s = recipe.policy.timeout_s if recipe.algorithm.beta > 0 else 0.0
     return 60.0 + queue * len(recipe.rewards.functions) * recipe.rewards.timeout_s + reference_s
-
-
-def max_groups_in_flight(recipe: GrpoRecipe) -> int:
-    """Groups that all replicas together may hold."""
-    return max_groups_per_replica(recipe) * recipe.pools.rollout.num_workers
-
-
-def max_groups_per_replica(recipe: GrpoRecipe) -> int:
-    """Groups that one replica may hold, decoding or queued."""
-    rollout = recipe.rollout
-    return rollout.max_groups_per_replica or max(1, -(-4 * rollout.max_num_seqs // recipe.algorithm.num_generations))
 
 
 def _rollout_settings(recipe: GrpoRecipe, model: ModelSource) -> RolloutSettings:

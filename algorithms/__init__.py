@@ -4,6 +4,11 @@ types.py        what travels: Prompt -> Group -> ScoredGroup -> Batch -> Update
 config.py       what a recipe may say about the algorithm, the staleness bound and the optimizer
 order.py        which prompt comes at which ordinal
 pacing.py       the scheduler: what may start, and what a training step takes
+routing.py      which replica a group goes to
+filters.py      which groups carry no signal (dynamic sampling)
+depth.py        how deep the pipeline may be, from how far off policy the samples are
+bias.py         whether what is trained differs from what is sampled
+simulation/     a run in virtual time, by the same pacer and router
 advantages.py   rewards of a group -> one advantage per rollout
 packing.py      rollouts -> balanced micro-batches of every policy rank
 packed.py       one micro-batch as the tensors of one row

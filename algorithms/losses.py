@@ -46,6 +46,7 @@ def grpo_loss(
     num_sequences: int,
     config: GrpoConfig,
     normalizer: Normalizer,
+    fresh_N: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
     """This micro-batch's share of the loss, with gradient through `logprobs_N` alone, and its statistics.
 
@@ -57,9 +58,23 @@ def grpo_loss(
 
     All tensors are flat over the loss tokens; `sequence_N` (int64) says to which of the S sequences a token belongs.
     `mask_truncated_completions` is the caller's: tokens of truncated rollouts are not among the N.
-    With N = 0 the share is 0 and still hangs on the graph of `logprobs_N`, so that every rank has a backward pass.
+    Where `fresh_N` is False the token leaves loss, gradient, importance weights and statistics, whatever its values;
+    it stays in the counts that divide, so that the other tokens weigh what they did. None: all are fresh.
+    Without a fresh token the share is 0 and still hangs on the graph of `logprobs_N`, so that every rank has a backward
+    pass.
     Sources: DeepSeekMath (arXiv 2402.03300); clip-higher: DAPO (arXiv 2503.14476); agrees with TRL's GRPOTrainer.
     """
+    num_tokens = len(logprobs_N)
+    tokens_N = sequence_sum(torch.ones_like(logprobs_N), sequence_N, num_sequences)[sequence_N]
+    if fresh_N is not None:
+        # By selection, not by a factor: 0 x inf is NaN, and so is its gradient. What is not selected has gradient 0.
+        logprobs_N, entropy_N, sampled_logprobs_N, advantages_N, tokens_N = (
+            values_N[fresh_N] for values_N in (logprobs_N, entropy_N, sampled_logprobs_N, advantages_N, tokens_N)
+        )
+        reference_logprobs_N = None if reference_logprobs_N is None else reference_logprobs_N[fresh_N]
+        # A sequence without a fresh token is in no statistic: its importance weight would be the empty product.
+        present, sequence_N = sequence_N[fresh_N].unique(return_inverse=True)
+        num_sequences = len(present)
     if len(logprobs_N) == 0:
         return logprobs_N.sum() * 0.0, LossStats()
     log_ratio_N, sampled_N = log_ratio(logprobs_N, sampled_logprobs_N), ~sampled_logprobs_N.isnan()
@@ -79,7 +94,7 @@ def grpo_loss(
         if config.use_bias_correction_kl:
             kl_N = kl_N * ratio_N
         loss_N = loss_N + config.beta * kl_N
-    loss = _share(loss_N, sequence_N, num_sequences, config, normalizer)
+    loss = _share(loss_N, tokens_N, num_tokens, config, normalizer)
     stats = measure(
         loss=loss,
         entropy_N=entropy_N,
@@ -136,17 +151,17 @@ def _weights(
     )
 
 
-def _share(
-    loss_N: Tensor, sequence_N: Tensor, num_sequences: int, config: GrpoConfig, normalizer: Normalizer
-) -> Tensor:
-    """What these tokens add to the global mean that `loss_type` names."""
+def _share(loss_N: Tensor, tokens_N: Tensor, num_tokens: int, config: GrpoConfig, normalizer: Normalizer) -> Tensor:
+    """What these tokens add to the global mean that `loss_type` names.
+
+    `tokens_N` are the loss tokens of each token's sequence and `num_tokens` those of the micro-batch, stale or not.
+    """
     match config.loss_type:
         case "grpo":
-            tokens_N = sequence_sum(torch.ones_like(loss_N), sequence_N, num_sequences)[sequence_N]
             return (loss_N / tokens_N).sum() / normalizer.num_sequences
         case "dapo":
             return loss_N.sum() / normalizer.num_loss_tokens
         case "dr_grpo":
             return loss_N.sum() / (normalizer.num_sequences * normalizer.max_completion_length)
         case "bnpo":
-            return loss_N.mean() / normalizer.num_micro_batches
+            return loss_N.sum() / num_tokens / normalizer.num_micro_batches

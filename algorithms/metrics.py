@@ -14,16 +14,22 @@ from algorithms.types import GroupSummary
 
 
 def reward_metrics(
-    groups: Sequence[GroupSummary], *, version: int, scale_rewards: Literal["group", "batch", "none"] = "group"
+    groups: Sequence[GroupSummary],
+    *,
+    version: int,
+    scale_rewards: Literal["group", "batch", "none"] = "group",
+    max_staleness: int | None = None,
 ) -> dict[str, float]:
     """Every value is finite: NaN is never emitted.
 
-    `version` is the version that the policy trains at; `scale_rewards` decides, as in TRL, whether
-    `frac_reward_zero_std` looks at the groups or at the batch. Besides TRL's: `staleness/*` (versions, weighted by
-    tokens), `reward/unscorable` (rollouts without a reward), `reward/failures/{cause}` (failed reward calls).
+    `version` is the version that the policy trains at; tokens sampled more than `max_staleness` versions before it are
+    masked, and none when that is None. `scale_rewards` decides, as in TRL, whether `frac_reward_zero_std` looks at the
+    groups or at the batch. Besides TRL's: `staleness/mean`, `staleness/max` and `staleness/share/{age}` (of the trained
+    tokens, by the versions that they trail), `staleness/masked` (share of the sampled tokens), `reward/unscorable`
+    (rollouts without a reward), `reward/failures/{cause}` (failed reward calls).
     Where TRL writes 0 for want of a value (terminated lengths when every completion was truncated) nothing is written.
     """
-    metrics = _rewards(groups, scale_rewards) | _lengths(groups) | _staleness(groups, version)
+    metrics = _rewards(groups, scale_rewards) | _lengths(groups) | _staleness(groups, version, max_staleness)
     return {name: value for name, value in metrics.items() if value is not None}
 
 
@@ -69,17 +75,21 @@ def _lengths(groups: Sequence[GroupSummary]) -> dict[str, float | None]:
     return metrics
 
 
-def _staleness(groups: Sequence[GroupSummary], version: int) -> dict[str, float | None]:
-    """Staleness of a token = version it is trained at - version of the weights that sampled it."""
+def _staleness(groups: Sequence[GroupSummary], version: int, max_staleness: int | None) -> dict[str, float | None]:
+    """Staleness (age) of a token = version it is trained at - version of the weights that sampled it."""
     tokens: dict[int, int] = {}
     for group in groups:
         for sampled_at, num_tokens in group.tokens_by_version.items():
             tokens[version - sampled_at] = tokens.get(version - sampled_at, 0) + num_tokens
-    num_tokens = sum(tokens.values())
-    return {
-        "staleness/mean": sum(age * count for age, count in tokens.items()) / num_tokens if num_tokens else None,
-        "staleness/max": float(max(tokens)) if tokens else None,
+    num_sampled = sum(tokens.values())
+    trained = {age: tokens[age] for age in sorted(tokens) if max_staleness is None or age <= max_staleness}
+    num_trained = sum(trained.values())
+    metrics: dict[str, float | None] = {
+        "staleness/mean": sum(age * count for age, count in trained.items()) / num_trained if num_trained else None,
+        "staleness/max": float(max(trained)) if trained else None,
+        "staleness/masked": 1 - num_trained / num_sampled if num_sampled else None,
     }
+    return metrics | {f"staleness/share/{age}": count / num_trained for age, count in trained.items()}
 
 
 def _known(values: Iterable[float | None]) -> NDArray[np.float64]:

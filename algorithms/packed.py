@@ -1,6 +1,7 @@
 """Sequences packed into one row never see each other: positions restart at 0 and attention stays inside each.
 
-Legend: T = tokens of the row, S = its sequences, N = its loss tokens (the ones the policy is trained on).
+Legend: T = tokens of the row, S = its sequences, N = its loss tokens (the ones the policy is trained on),
+L = tokens of one sequence.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ class PackedRow:
     sampled_logprobs_N: Tensor
     advantages_N: Tensor
     reference_logprobs_N: Tensor | None
+    fresh_N: Tensor
+    """Whether weights no older than the batch's oldest version sampled the token; the others leave the loss."""
 
     def to(self, device: torch.device) -> Self:
         moved: dict[str, Any] = {
@@ -38,15 +41,18 @@ class PackedRow:
         return type(self)(**moved)
 
 
-def pack_row(rollouts: Sequence[Rollout], advantages: Sequence[float], pad_id: int) -> PackedRow:
+def pack_row(
+    rollouts: Sequence[Rollout], advantages: Sequence[float], pad_id: int, oldest_version: int = 0
+) -> PackedRow:
     """Lay the rollouts end to end; `advantages` has one number for each.
 
+    Tokens that weights older than `oldest_version` sampled are not fresh; tokens that nobody sampled are.
     Without rollouts the row is one padding token and no loss token, so that a rank with nothing to do still takes part
     in every collective of the forward and backward pass.
     """
     assert len(rollouts) == len(advantages)
     if not rollouts:
-        return _row([np.array([pad_id])], [np.zeros(1, bool)], [np.zeros(1)], [0.0], None)
+        return _row([np.array([pad_id])], [np.zeros(1, bool)], [np.zeros(1)], [0.0], None, [np.ones(1, bool)])
     assert not any(rollout.loss_mask_T[0] for rollout in rollouts), "a first token has nothing that predicts it"
     references = [rollout.reference_logprobs_T for rollout in rollouts]
     known = [reference for reference in references if reference is not None]
@@ -57,7 +63,16 @@ def pack_row(rollouts: Sequence[Rollout], advantages: Sequence[float], pad_id: i
         [rollout.logprobs_T for rollout in rollouts],
         advantages,
         known or None,
+        [_fresh(rollout, oldest_version) for rollout in rollouts],
     )
+
+
+def _fresh(rollout: Rollout, oldest_version: int) -> np.ndarray:
+    fresh_L = np.ones(rollout.num_tokens, bool)
+    for span in rollout.spans:
+        if span.version < oldest_version:
+            fresh_L[span.start : span.stop] = False
+    return fresh_L
 
 
 def _row(
@@ -66,6 +81,7 @@ def _row(
     logprobs: Sequence[np.ndarray],
     advantages: Sequence[float],
     references: Sequence[np.ndarray] | None,
+    fresh: Sequence[np.ndarray],
 ) -> PackedRow:
     lengths = [len(sequence) for sequence in tokens]
     mask_T = np.concatenate(masks)
@@ -86,4 +102,5 @@ def _row(
         sampled_logprobs_N=pick(logprobs),
         advantages_N=torch.tensor(advantages, dtype=torch.float32)[torch.from_numpy(sequence_N)],
         reference_logprobs_N=None if references is None else pick(references),
+        fresh_N=torch.from_numpy(np.concatenate(fresh)[loss_positions_N]),
     )

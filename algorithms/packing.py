@@ -34,6 +34,7 @@ def build_batch(
     advantages: Sequence[Sequence[float]],
     *,
     version: int,
+    oldest_version: int,
     num_ranks: int,
     max_tokens: int,
     mask_truncated: bool,
@@ -41,7 +42,8 @@ def build_batch(
     """Over all ranks each rollout exactly once, with its advantage; the counts are over the global batch.
 
     With `mask_truncated` the truncated rollouts are left out of the samples and of `num_loss_tokens`, for TRL's mask
-    zeroes all their tokens, but they stay in `num_sequences`, because TRL's mean over sequences counts them.
+    zeroes all their tokens, but they stay in `num_sequences`, because TRL's mean over sequences counts them. Tokens
+    older than `oldest_version` leave the loss and stay in every count.
     """
     samples: list[Sample] = []
     num_loss_tokens = 0
@@ -58,6 +60,7 @@ def build_batch(
         ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in indices)) for indices in rank) for rank in packed),
         num_sequences=sum(len(group.num_tokens_G) for group in groups),
         num_loss_tokens=num_loss_tokens,
+        oldest_version=oldest_version,
     )
 
 

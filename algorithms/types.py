@@ -5,7 +5,7 @@ Prompt -> Group (n rollouts) -> ScoredGroup -> Batch -> Update -> the next weigh
 Legend for shapes: T = tokens of one sequence (prompt and completion), G = rollouts of one group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,8 +111,8 @@ class GroupSummary:
     num_loss_tokens_G: tuple[int, ...]
     num_prompt_tokens: int
     truncated_G: tuple[bool, ...]
-    tokens_by_version: Mapping[int, int]
-    """How many sampled tokens came from each weight version."""
+    tokens_by_version_G: tuple[Mapping[int, int], ...]
+    """How many sampled tokens of each rollout came from each weight version."""
     rewards_G: tuple[float | None, ...]
     scores: Mapping[str, tuple[float | None, ...]]
     failures: Mapping[str, int]
@@ -121,17 +121,26 @@ class GroupSummary:
     notes: tuple[str, ...] = ()
 
     @property
+    def tokens_by_version(self) -> dict[int, int]:
+        """The same over the whole group."""
+        total: dict[int, int] = {}
+        for tokens_by_version in self.tokens_by_version_G:
+            for version, num_tokens in tokens_by_version.items():
+                total[version] = total.get(version, 0) + num_tokens
+        return total
+
+    @property
     def oldest_version(self) -> int:
-        return min(self.tokens_by_version)
+        return min(map(min, filter(None, self.tokens_by_version_G)))
+
+    @property
+    def newest_version(self) -> int:
+        return max(map(max, filter(None, self.tokens_by_version_G)))
 
 
 def summarize(scored: ScoredGroup, generate_s: float, score_s: float) -> GroupSummary:
     """The summary of a scored group; pure bookkeeping over its rollouts."""
     group = scored.group
-    tokens_by_version: dict[int, int] = {}
-    for rollout in group.rollouts:
-        for span in rollout.spans:
-            tokens_by_version[span.version] = tokens_by_version.get(span.version, 0) + span.stop - span.start
     return GroupSummary(
         ordinal=group.prompt.ordinal,
         epoch=group.prompt.epoch,
@@ -141,7 +150,7 @@ def summarize(scored: ScoredGroup, generate_s: float, score_s: float) -> GroupSu
         num_loss_tokens_G=tuple(rollout.num_loss_tokens for rollout in group.rollouts),
         num_prompt_tokens=len(group.prompt.token_ids),
         truncated_G=tuple(rollout.finish_reason == "length" for rollout in group.rollouts),
-        tokens_by_version=tokens_by_version,
+        tokens_by_version_G=tuple(map(_tokens_by_version, group.rollouts)),
         rewards_G=scored.rewards_G,
         scores=scored.scores,
         failures=scored.failures,
@@ -149,6 +158,14 @@ def summarize(scored: ScoredGroup, generate_s: float, score_s: float) -> GroupSu
         score_s=score_s,
         notes=scored.notes,
     )
+
+
+def _tokens_by_version(rollout: Rollout) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for span in rollout.spans:
+        if span.stop > span.start:
+            counts[span.version] = counts.get(span.version, 0) + span.stop - span.start
+    return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +195,21 @@ class Batch:
     """`ranks[r]` are the micro-batches of policy rank r; all ranks have equally many."""
     num_sequences: int
     num_loss_tokens: int
+    """Tokens of all samples; the stale ones, which leave the loss, are among them."""
+    oldest_version: int
+    """Tokens sampled by weights older than this leave the loss; at 0 none does."""
+
+
+def num_trained_tokens(batch: Batch, groups: Sequence[GroupSummary]) -> int:
+    """How many sampled tokens of the batch's samples are in its loss: those not older than its oldest version."""
+    return sum(
+        num_tokens
+        for rank in batch.ranks
+        for micro_batch in rank
+        for sample in micro_batch.samples
+        for version, num_tokens in groups[sample.group].tokens_by_version_G[sample.rollout].items()
+        if version >= batch.oldest_version
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,11 +86,10 @@ def _summarize(recipe: Recipe) -> str:
         case GrpoRecipe():
             groups, bound = recipe.groups_per_batch, recipe.staleness.max_staleness
             group_size = recipe.algorithm.num_generations
-            in_flight = min(recipe.staleness.pipeline_depth or groups * (bound + 1), groups * (bound + 1))
             return (
                 f"grpo, {recipe.steps} steps of {groups * group_size} rollouts ({groups} groups x {group_size}); "
-                f"staleness at most {bound} version{'' if bound == 1 else 's'}, {in_flight} groups in flight at most; "
-                f"leaves {recipe.folder}"
+                f"staleness at most {bound} version{'' if bound == 1 else 's'} ({recipe.staleness.when_stale}), "
+                f"{recipe.max_groups_in_flight} groups in flight at most; leaves {recipe.folder}"
             )
 
 

@@ -245,6 +245,24 @@ class GrpoRecipe(_Recipe):
             )
         return self
 
+    @property
+    def max_groups_per_replica(self) -> int:
+        """Groups that one replica may hold, decoding or queued."""
+        limit, group_size = self.rollout.max_groups_per_replica, self.algorithm.num_generations
+        return limit or max(1, -(-4 * self.rollout.max_num_seqs // group_size))
+
+    @property
+    def pipeline_depth(self) -> int:
+        """Most groups dispatched and not yet trained, at the start of the run."""
+        staleness = self.staleness
+        deepest = int(self.groups_per_batch * staleness.over_sampling) * (staleness.max_staleness + 1)
+        return staleness.pipeline_depth or deepest
+
+    @property
+    def max_groups_in_flight(self) -> int:
+        """Groups that all replicas together may hold."""
+        return min(self.pipeline_depth, self.max_groups_per_replica * self.pools.rollout.num_workers)
+
 
 class SftRecipe(_Recipe):
     """Supervised fine-tuning on prompt-completion data, on the same policy ranks; the loss is on completions only."""

@@ -2,7 +2,8 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from actors.controller import Controller, Limits
+from actors.attempts import Attempts, Limits
+from actors.controller import Controller
 from actors.data.prompts import PromptStream
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer
@@ -14,7 +15,8 @@ from actors.run.plot import plot_run
 from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.tracker import Tracker
-from actors.workers import ModelSource, Workers, grpo_workers, max_groups_in_flight, score_timeout_s
+from actors.workers import ModelSource, Workers, grpo_workers, score_timeout_s
+from algorithms.depth import DepthController
 from algorithms.pacing import Pacer
 from placement.groups import ReservedPools
 
@@ -32,25 +34,34 @@ async def run_grpo(
     progress.say("starting the policy, the rollout replicas and the reward workers")
     config = recipe.model_dump(mode="json")
     async with grpo_workers(recipe, model, pools, folder.path) as workers:
-        publisher, pacer = _publisher(recipe, workers), _pacer(recipe)
+        publisher, router = _publisher(recipe, workers), _router(recipe, workers)
+        pacer = _pacer(recipe)
+        async_pacer = AsyncPacer(pacer, stall_timeout_s=2 * _group_timeout_s(recipe))
         await publisher.connect()
         with (
             Ledger(folder.ledger) as ledger,
             Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker,
         ):
-            reporter = Reporter(recipe, folder, progress, tracker, pacer, publisher, ledger)
+            reporter = Reporter(recipe, folder, progress, tracker, async_pacer, publisher, ledger)
+            attempts = Attempts(
+                limits=_limits(recipe),
+                dynamic_sampling=recipe.algorithm.dynamic_sampling,
+                prompts=prompts,
+                pacer=async_pacer,
+                router=router,
+                ledger=ledger,
+            )
             controller = Controller(
                 num_steps=recipe.steps,
-                max_staleness=recipe.staleness.max_staleness,
+                staleness=recipe.staleness,
                 algorithm=recipe.algorithm,
                 max_tokens_per_micro_batch=recipe.policy.max_tokens_per_micro_batch,
-                limits=_limits(recipe),
-                prompts=prompts,
-                pacer=pacer,
-                router=Router(workers.replicas),
+                pacer=async_pacer,
+                attempts=attempts,
                 policy=workers.policy,
                 publisher=publisher,
                 ledger=ledger,
+                depth=_depth(recipe, pacer),
                 report=reporter.report,
             )
             await controller.run()
@@ -60,15 +71,33 @@ async def run_grpo(
     folder.write_summary(reporter.summary())
 
 
-def _pacer(recipe: GrpoRecipe) -> AsyncPacer:
-    pacer = Pacer(
+def _pacer(recipe: GrpoRecipe) -> Pacer:
+    staleness = recipe.staleness
+    return Pacer(
         groups_per_batch=recipe.groups_per_batch,
-        max_staleness=recipe.staleness.max_staleness,
+        max_staleness=staleness.max_staleness,
         num_batches=recipe.steps,
-        pipeline_depth=recipe.staleness.pipeline_depth,
-        max_in_flight=max_groups_in_flight(recipe),
+        when_stale=staleness.when_stale,
+        over_sampling=staleness.over_sampling,
+        pipeline_depth=recipe.pipeline_depth,
+        max_in_flight=recipe.max_groups_in_flight,
     )
-    return AsyncPacer(pacer, stall_timeout_s=2 * _group_timeout_s(recipe))
+
+
+def _depth(recipe: GrpoRecipe, pacer: Pacer) -> DepthController | None:
+    """From one batch, which is the least that fills a step, to the depth that the recipe or the bound allows."""
+    config = recipe.staleness.adapt_depth
+    depth = pacer.pipeline_depth
+    return None if config is None else DepthController(config, recipe.groups_per_batch, depth, depth)
+
+
+def _router(recipe: GrpoRecipe, workers: Workers) -> Router:
+    return Router(
+        workers.replicas,
+        max_groups_per_replica=recipe.max_groups_per_replica,
+        num_generations=recipe.algorithm.num_generations,
+        max_completion_length=recipe.generation.max_completion_length,
+    )
 
 
 def _publisher(recipe: GrpoRecipe, workers: Workers) -> Publisher:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from actors.deadline import within
@@ -13,7 +14,7 @@ from actors.run.folder import RunFolder
 from actors.run.progress import RunProgress
 from actors.run.tracker import Tracker
 from algorithms.metrics import reward_metrics
-from algorithms.types import Batch, ScoredGroup, Update
+from algorithms.types import Batch, GroupSummary, ScoredGroup, Update, num_trained_tokens
 
 _FETCH_TIMEOUT_S = 60.0
 
@@ -36,8 +37,10 @@ class Reporter:
         self._waits: dict[str, float] = {}
         self._max_staleness_seen = 0
         self._staleness_sum = 0
-        self._tokens_sampled = 0
+        self._tokens_fresh = 0
+        self._tokens_masked = 0
         self._tokens_trained = 0
+        self._warned = False
         self._num_tokens = 0
         self._unscorable = 0
         self._started = self._last = time.monotonic()
@@ -49,6 +52,7 @@ class Reporter:
         metrics = self._count(groups, batch, update) | self._speed(groups, step_s)
         self._folder.write_metrics(update.step, metrics)
         self._tracker.log(update.step, metrics)
+        self._warn_of_bias()
         logging = self._recipe.logging
         if update.step % logging.completions_every == 0 and logging.num_completions:
             self._folder.write_completions(update.step, await self._sample(groups, batch))
@@ -61,12 +65,14 @@ class Reporter:
                 self._progress.say(f"warning: {note}")
             self._num_tokens += sum(summary.num_tokens_G)
             self._unscorable += sum(reward is None for reward in summary.rewards_G)
-            for version, count in summary.tokens_by_version.items():
-                self._max_staleness_seen = max(self._max_staleness_seen, batch.version - version)
-                self._staleness_sum += count * (batch.version - version)
-                self._tokens_sampled += count
-        self._tokens_trained += batch.num_loss_tokens
-        rewards = reward_metrics(summaries, version=batch.version, scale_rewards=self._recipe.algorithm.scale_rewards)
+            self._count_tokens(summary, batch)
+        self._tokens_trained += num_trained_tokens(batch, summaries)
+        rewards = reward_metrics(
+            summaries,
+            version=batch.version,
+            scale_rewards=self._recipe.algorithm.scale_rewards,
+            max_staleness=self._recipe.staleness.max_staleness,
+        )
         if "reward" in rewards:
             self._rewards.append(rewards["reward"])
         return {
@@ -74,12 +80,41 @@ class Reporter:
             **update.metrics,
             **self._publisher.metrics,
             "num_tokens": float(self._num_tokens),
-            "groups/trained": float(self._ledger.num_trained),
-            "groups/in_flight": float(self._pacer.num_in_flight),
-            "groups/ready": float(self._pacer.num_ready),
-            "groups/redispatched": float(self._ledger.num_redispatched),
-            "groups/quarantined": float(self._ledger.num_quarantined),
+            **self._pacing(),
         }
+
+    def _count_tokens(self, summary: GroupSummary, batch: Batch) -> None:
+        """By weight version: fresh ones are within the bound, the others have left the loss."""
+        for version, count in summary.tokens_by_version.items():
+            if version < batch.oldest_version:
+                self._tokens_masked += count
+                continue
+            self._max_staleness_seen = max(self._max_staleness_seen, batch.version - version)
+            self._staleness_sum += count * (batch.version - version)
+            self._tokens_fresh += count
+
+    def _pacing(self) -> dict[str, float]:
+        """How deep the pipeline is, what was sampled in vain, and whether that tilts what is trained."""
+        ledger, pacer = self._ledger, self._pacer
+        metrics = {
+            "groups/trained": float(ledger.num_trained),
+            "groups/in_flight": float(pacer.num_in_flight),
+            "groups/ready": float(pacer.num_ready),
+            "groups/depth": float(pacer.pipeline_depth),
+            "groups/redispatched": float(ledger.num_redispatched),
+            "groups/resumed": float(ledger.num_resumed),
+            "groups/quarantined": float(ledger.num_quarantined),
+        }
+        for cause, waste in ledger.waste.items():
+            metrics |= {f"waste/{cause}/{unit}": float(amount) for unit, amount in asdict(waste).items()}
+        return metrics | ledger.audit.metrics()
+
+    def _warn_of_bias(self) -> None:
+        """Once: what is trained differs from what is sampled, and the recipe can change that."""
+        warning = None if self._warned else self._ledger.audit.warning()
+        if warning is not None:
+            self._warned = True
+            self._progress.say(f"warning: {warning}")
 
     def _speed(self, groups: list[ReadyGroup], step_s: float) -> dict[str, float]:
         waits = {name: seconds - self._waits.get(name, 0.0) for name, seconds in self._pacer.waits.items()}
@@ -124,6 +159,8 @@ class Reporter:
         """The figures of the whole run."""
         tenth = max(1, len(self._rewards) // 10)
         first, last = self._rewards[:tenth], self._rewards[-tenth:]
+        # Masked tokens are in groups that were trained.
+        wasted = sum(waste.tokens for cause, waste in self._ledger.waste.items() if cause != "masked")
         return {
             "steps": self._recipe.steps,
             "seed": self._recipe.seed,
@@ -131,7 +168,7 @@ class Reporter:
             "reward_last": _mean(last) if last else None,
             "max_staleness_seen": self._max_staleness_seen,
             "max_staleness_allowed": self._recipe.staleness.max_staleness,
-            "staleness_mean": self._staleness_sum / max(1, self._tokens_sampled),
+            "staleness_mean": self._staleness_sum / max(1, self._tokens_fresh),
             "weight_version": self._publisher.committed,
             "groups_trained": self._ledger.num_trained,
             "groups_lost": len(self._ledger.lost()),
@@ -139,8 +176,10 @@ class Reporter:
             "groups_quarantined": self._ledger.num_quarantined,
             "groups_redispatched": self._ledger.num_redispatched,
             "rollouts_unscorable": self._unscorable,
-            "tokens_generated": self._tokens_sampled,
+            "tokens_generated": self._tokens_fresh + self._tokens_masked + wasted,
             "tokens_trained": self._tokens_trained,
+            "waste": {cause: asdict(waste) for cause, waste in self._ledger.waste.items()},
+            "selection_bias": self._ledger.audit.warning(),
             "wall_s": time.monotonic() - self._started,
         }
 

@@ -85,6 +85,7 @@ def _batch(rollouts: Sequence[Rollout], version: int, num_ranks: int, max_tokens
         ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed),
         num_sequences=len(rollouts),
         num_loss_tokens=sum(rollout.num_loss_tokens for rollout in rollouts),
+        oldest_version=0,
     )
 
 

@@ -7,7 +7,7 @@ from algorithms.pacing import Slot
 from algorithms.types import GroupSummary
 
 
-def ready(slot: Slot, version: int) -> ReadyGroup:
+def ready(slot: Slot, version: int, rewards: tuple[float, float] = (0.0, 1.0)) -> ReadyGroup:
     summary = GroupSummary(
         ordinal=slot.ordinal,
         epoch=0,
@@ -17,8 +17,8 @@ def ready(slot: Slot, version: int) -> ReadyGroup:
         num_loss_tokens_G=(2, 2),
         num_prompt_tokens=2,
         truncated_G=(False, False),
-        tokens_by_version={version: 4},
-        rewards_G=(0.0, 1.0),
+        tokens_by_version_G=({version: 2},) * 2,
+        rewards_G=rewards,
         scores={},
         failures={},
         generate_s=0.0,

@@ -12,7 +12,7 @@ from tests.actors.groups import ready
 
 
 def trained(ledger: Ledger, groups: list[ReadyGroup], step: int) -> None:
-    ledger.trained(groups, Update(step, step + 1, {}))
+    ledger.trained(groups, Update(step, step + 1, {}), oldest_version=0)
 
 
 def events(path: Path) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def test_every_fate_is_written_and_counted(tmp_path: Path) -> None:
     ledger.failed(second, "the engine is gone")
     again = Slot(1, 1, 0)
     ledger.dispatched(again, replica=1)
-    ledger.late(second)
+    ledger.late(second, 4)
     ledger.quarantined(third, "too long")
     assert ledger.lost() == {0, 1}
     trained(ledger, [ready(first, 0), ready(again, 0)], step=0)
@@ -51,3 +51,20 @@ def test_training_twice_is_seen(tmp_path: Path) -> None:
     for step in range(2):
         trained(ledger, [ready(slot, 0)], step)
     assert ledger.num_duplicated == 1
+
+
+def test_waste_is_counted_by_cause(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    slots = [Slot(ordinal, 0, 0) for ordinal in range(4)]
+    for slot in slots:
+        ledger.dispatched(slot, replica=0)
+    ledger.requeued(slots[0], (3, 4), (), seconds=2.0)
+    ledger.filtered(ready(slots[1], 0).summary, "zero_std")
+    ledger.stopped(slots[2], 5, seconds=1.0)
+    ledger.unneeded([2])
+    ledger.trained([ready(slots[3], 0)], Update(9, 10, {}), oldest_version=1)
+    assert {cause: waste.tokens for cause, waste in ledger.waste.items()} == {
+        "requeued": 7, "zero_std": 4, "surplus": 5, "masked": 4,
+    }  # fmt: skip
+    assert ledger.waste["requeued"].seconds == 2.0
+    assert ledger.lost() == {0}, "a requeued prompt has no fate yet"

@@ -26,7 +26,7 @@ async def train(pacer: AsyncPacer, num_steps: int, durations: list[float]) -> li
     async def learn() -> None:
         await pacer.published(0)
         for step in range(num_steps):
-            batches.append([group.slot.ordinal for group in await pacer.take()])
+            batches.append([group.slot.ordinal for group in (await pacer.take()).batch])
             await asyncio.sleep(0.005)
             await pacer.published(step + 1)
 

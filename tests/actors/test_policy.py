@@ -19,6 +19,13 @@ LENGTHS = [(5, 9), (3, 4), (8, 2), (2, 12), (6, 6), (4, 1), (7, 3), (2, 2)]  # p
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.05)
 
 
+def spans(prompt: int, completion: int) -> tuple[VersionSpan, ...]:
+    """The first half of the completion is of version 0, the second of 1; a single token is of version 0."""
+    middle, total = prompt + (completion + 1) // 2, prompt + completion
+    halves = (VersionSpan(0, prompt, middle), VersionSpan(1, middle, total))
+    return tuple(span for span in halves if span.stop > span.start)
+
+
 def rollouts() -> list[Rollout]:
     random = np.random.default_rng(0)
     made = []
@@ -30,24 +37,30 @@ def rollouts() -> list[Rollout]:
                 token_ids_T=random.integers(4, 250, total).astype(np.int32),
                 loss_mask_T=mask,
                 logprobs_T=np.where(mask, -5.5 + 0.3 * random.standard_normal(total), 0).astype(np.float32),
-                spans=(VersionSpan(0, prompt, total),),
+                spans=spans(prompt, completion),
                 finish_reason="stop",
             )
         )
     return made
 
 
-def batch(num_ranks: int, max_tokens: int, version: int = 0) -> tuple[Batch, list[Group]]:
+def batch(num_ranks: int, max_tokens: int, version: int, oldest_version: int) -> tuple[Batch, list[Group]]:
     made = rollouts()
     samples = [Sample(index, 0, r.num_tokens, (-1.0) ** index * (1 + index / 4)) for index, r in enumerate(made)]
     packed = pack([r.num_tokens for r in made], num_ranks, max_tokens)
     ranks = tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed)
     groups = [Group(Prompt(i, 0, (), "", {}), (rollout,), 0, 0) for i, rollout in enumerate(made)]
-    return Batch(version, ranks, len(made), sum(r.num_loss_tokens for r in made)), groups
+    return Batch(version, ranks, len(made), sum(r.num_loss_tokens for r in made), oldest_version), groups
 
 
 def train(
-    path: Path, folder: Path, num_ranks: int, zero_stage: int, max_tokens: int, dtype: Dtype = "float32"
+    path: Path,
+    folder: Path,
+    num_ranks: int,
+    zero_stage: int,
+    max_tokens: int,
+    dtype: Dtype = "float32",
+    oldest_version: int = 0,
 ) -> tuple[dict[str, torch.Tensor], list[Update]]:
     """Weights after two steps on the same batch, and the updates."""
     import ray
@@ -72,7 +85,7 @@ def train(
     async def run() -> list[Update]:
         group = PolicyGroup(ranks, 16, 60.0)
         await group.start(120.0)
-        updates = [await group.step(*batch(num_ranks, max_tokens, step)) for step in range(2)]
+        updates = [await group.step(*batch(num_ranks, max_tokens, step, oldest_version)) for step in range(2)]
         await group.save(folder)
         return updates
 
@@ -90,12 +103,11 @@ def expected(local_ray: None, tiny_models: dict[str, Path], tmp_path_factory: py
     return train(tiny_models["untied"], tmp_path_factory.mktemp("plain"), 1, 0, 10_000)
 
 
-@pytest.mark.cluster
-def test_the_step_is_plain_adamw(expected, tiny_models: dict[str, Path]) -> None:
-    """Against torch alone: padded forward pass, the loss by hand, AdamW, clipping."""
+def train_plainly(path: Path, oldest_version: int = 0) -> tuple[torch.nn.Module, list[float]]:
+    """With torch alone: each sequence alone, the loss by hand, AdamW, clipping; the model and the gradient norms."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_models["untied"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
@@ -112,18 +124,39 @@ def test_the_step_is_plain_adamw(expected, tiny_models: dict[str, Path]) -> None
             logprobs = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
             logprobs = logprobs[torch.from_numpy(rollout.loss_mask_T[1:])]
             sampled = torch.from_numpy(rollout.logprobs_T[rollout.loss_mask_T])
-            weight = (logprobs.detach() - sampled).sum().exp()
+            fresh = torch.ones(len(sampled), dtype=torch.bool)
+            if oldest_version == 1:
+                fresh[: (len(fresh) + 1) // 2] = False
+            weight = (logprobs.detach() - sampled)[fresh].sum().exp()
             weight = torch.where(weight > 3.0, torch.zeros_like(weight), weight)
             advantage = (-1.0) ** index * (1 + index / 4)
-            loss = loss - ((logprobs - logprobs.detach()).exp() * advantage * weight).mean() / len(made)
+            loss = loss - ((logprobs - logprobs.detach()).exp() * advantage * weight * fresh).mean() / len(made)
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm).item())
         optimizer.step()
+    return model, norms
+
+
+@pytest.mark.cluster
+def test_the_step_is_plain_adamw(expected, tiny_models: dict[str, Path]) -> None:
+    model, norms = train_plainly(tiny_models["untied"])
     weights, updates = expected
     assert [u.metrics["grad_norm"] for u in updates] == pytest.approx(norms, rel=1e-4)
     for name, parameter in model.named_parameters():
         assert torch.allclose(weights[name], parameter, atol=2e-6), name
+
+
+@pytest.mark.cluster
+def test_stale_tokens_leave_the_step(expected, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Half of the tokens are masked, of one sequence all; the others have the weight that they had."""
+    weights, updates = train(tiny_models["untied"], tmp_path, 2, 1, 16, oldest_version=1)
+    model, norms = train_plainly(tiny_models["untied"], oldest_version=1)
+    measured = [update.metrics["grad_norm"] for update in updates]
+    assert measured == pytest.approx(norms, rel=1e-4)
+    assert measured != pytest.approx([update.metrics["grad_norm"] for update in expected[1]], rel=0.01)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(weights[name], parameter, atol=5e-6), name
 
 
 @pytest.mark.cluster

@@ -43,7 +43,7 @@ def probe() -> Rollout:
 def one_step(version: int) -> tuple[Batch, list[Group]]:
     group = Group(Prompt(0, 0, (), "", {}), (probe(),), 0, 0)
     sample = Sample(0, 0, len(PROBE), 1.0)
-    return Batch(version, ((MicroBatch((sample,)),),), 1, len(PROBE) - 1), [group]
+    return Batch(version, ((MicroBatch((sample,)),),), 1, len(PROBE) - 1, 0), [group]
 
 
 class Bench:

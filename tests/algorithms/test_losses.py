@@ -30,6 +30,7 @@ def loss_of(
     sampled: Sequence[float] | None = None,
     reference: Sequence[float] | None = None,
     num_sequences: int | None = None,
+    fresh: Sequence[bool] | None = None,
     normalizer: Normalizer,
     **config: Any,
 ) -> tuple[Tensor, LossStats, Tensor]:
@@ -45,6 +46,7 @@ def loss_of(
         num_sequences=len(set(sequence)) if num_sequences is None else num_sequences,
         config=GrpoConfig(**config),
         normalizer=normalizer,
+        fresh_N=None if fresh is None else torch.tensor(fresh),
     )
     (gradient_N,) = torch.autograd.grad(loss, logprobs_N)
     return loss, stats, gradient_N
@@ -201,6 +203,120 @@ def test_shares_and_statistics_do_not_depend_on_the_cut(
     assert merge(stats for _, stats in parts).finish() == pytest.approx(whole_stats.finish(), abs=1e-9)
 
 
+CORRECTIONS = ["none", "sampled", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+CLIP_MIN, CLIP_MAX = 0.8, 1.3
+
+STALE: dict[str, Any] = {
+    "logprobs": [-1.0, -2.0, -0.5, -3.0, -1.5, -0.7, -0.2, -1.1],
+    "sampled": [-1.2, -1.6, -0.9, -2.9, -1.1, -0.7, -2.0, -1.3],
+    "reference": [-1.1, -2.5, -0.4, -2.0, -1.5, -0.9, -0.3, -1.0],
+    "advantages": [2.0, 2.0, 2.0, -1.0, -1.0, -1.0, 0.5, 1.5],
+    "sequence": [0, 0, 0, 1, 1, 1, 2, 3],
+    "fresh": [False, True, True, True, False, True, False, True],
+}
+"""Two sequences of which a token is stale, one that is stale whole, and one that is fresh."""
+
+
+def correcting(correction: str) -> dict[str, Any]:
+    bounds = {"vllm_importance_sampling_clip_min": CLIP_MIN, "vllm_importance_sampling_clip_max": CLIP_MAX}
+    named = {"none": PLAIN, "sampled": SAMPLED}
+    return named.get(correction) or bounds | {"vllm_importance_sampling_mode": correction}
+
+
+def loss_with_zeroed_tokens(loss_type: str, correction: str, beta: float) -> tuple[float, list[float]]:
+    """The loss and its gradient, token by token, where the loss of each stale token is replaced by 0."""
+    logprobs_N = torch.tensor(STALE["logprobs"], dtype=torch.float64, requires_grad=True)
+    sampled, fresh, sequence = STALE["sampled"], STALE["fresh"], STALE["sequence"]
+
+    def weight(n: int) -> float:
+        if correction in ("none", "sampled"):
+            return 1.0
+        mates = [m for m in range(8) if sequence[m] == sequence[n] and fresh[m]] if "sequence" in correction else [n]
+        ratio = math.exp(sum(STALE["logprobs"][m] - sampled[m] for m in mates))
+        if "truncate" in correction:
+            return min(max(ratio, CLIP_MIN), CLIP_MAX)
+        return ratio if CLIP_MIN <= ratio <= CLIP_MAX else 0.0
+
+    def token_loss(n: int) -> Tensor:
+        old = sampled[n] if correction == "sampled" else STALE["logprobs"][n]
+        ratio, advantage = (logprobs_N[n] - old).exp(), STALE["advantages"][n]
+        kl = kl_k3(logprobs_N[n], torch.tensor(STALE["reference"][n], dtype=torch.float64)) * ratio
+        return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) * weight(n) + beta * kl
+
+    divisors = {
+        "grpo": [sequence.count(number) * COUNTS.num_sequences for number in sequence],
+        "dapo": [COUNTS.num_loss_tokens] * 8,
+        "dr_grpo": [COUNTS.num_sequences * COUNTS.max_completion_length] * 8,
+        "bnpo": [8 * COUNTS.num_micro_batches] * 8,
+    }
+    terms = [token_loss(n) / divisors[loss_type][n] if fresh[n] else logprobs_N[n] * 0 for n in range(8)]
+    loss = torch.stack(terms).sum()
+    return loss.item(), torch.autograd.grad(loss, logprobs_N)[0].tolist()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
+def test_stale_tokens_leave_the_loss_and_the_others_weigh_what_they_did(
+    loss_type: str, correction: str, beta: float
+) -> None:
+    config: dict[str, Any] = correcting(correction) | {"loss_type": loss_type, "beta": beta}
+    loss, stats, gradient_N = loss_of(**STALE, normalizer=COUNTS, **config)
+    expected, expected_N = loss_with_zeroed_tokens(loss_type, correction, beta)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    assert gradient_N.tolist() == pytest.approx(expected_N, abs=1e-12)
+    assert [gradient for gradient, fresh in zip(gradient_N.tolist(), STALE["fresh"], strict=True) if not fresh] == [
+        0
+    ] * 3
+    assert gradient_N.any()
+    assert stats.loss == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_what_stale_tokens_hold_does_not_matter(correction: str) -> None:
+    config: dict[str, Any] = correcting(correction) | {"loss_type": "grpo", "beta": 0.3, "normalizer": COUNTS}
+    expected, expected_stats, expected_N = loss_of(**STALE, **config)
+    for poison in (math.nan, math.inf, -math.inf, 1e30):
+        names = ("logprobs", "sampled", "reference", "advantages")
+        poisoned = STALE | {
+            name: [value if fresh else poison for value, fresh in zip(STALE[name], STALE["fresh"], strict=True)]
+            for name in names
+        }
+        loss, stats, gradient_N = loss_of(**poisoned, **config)
+        assert loss.item() == expected.item()
+        assert stats == expected_stats
+        assert gradient_N.tolist() == expected_N.tolist()
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_the_statistics_are_those_of_the_fresh_tokens_alone(correction: str) -> None:
+    config: dict[str, Any] = correcting(correction) | {"beta": 0.3, "normalizer": COUNTS}
+    _, stats, _ = loss_of(**STALE, **config)
+    kept = [n for n in range(8) if STALE["fresh"][n]]
+    alone = {name: [values[n] for n in kept] for name, values in STALE.items() if name not in ("fresh", "sequence")}
+    _, expected, _ = loss_of(**alone, sequence=[0, 0, 1, 1, 2], **config)
+    assert stats.finish() == pytest.approx(expected.finish())
+    assert stats.num_tokens == 5
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_nothing_changes_when_all_are_fresh(loss_type: str, correction: str) -> None:
+    config: dict[str, Any] = correcting(correction) | {"loss_type": loss_type, "beta": 0.3, "normalizer": COUNTS}
+    loss, stats, gradient_N = loss_of(**(STALE | {"fresh": [True] * 8}), **config)
+    plain, plain_stats, plain_N = loss_of(**(STALE | {"fresh": None}), **config)
+    assert (loss.item(), stats, gradient_N.tolist()) == (plain.item(), plain_stats, plain_N.tolist())
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
+def test_a_micro_batch_that_is_stale_whole_is_zero_on_the_graph(loss_type: str) -> None:
+    stale = STALE | {"fresh": [False] * 8, "logprobs": [math.nan] * 8}
+    loss, stats, gradient_N = loss_of(**stale, normalizer=COUNTS, loss_type=loss_type, beta=0.3)
+    assert loss.item() == 0.0
+    assert stats == LossStats()
+    assert gradient_N.tolist() == [0.0] * 8
+
+
 def test_k3_is_never_negative_and_zero_on_agreement() -> None:
     logprobs_N = -torch.linspace(0.01, 4, 50)
     reference_N = logprobs_N.flip(0)
@@ -230,6 +346,10 @@ def test_sft_loss_of_nothing_is_zero_on_the_graph() -> None:
 def test_normalizer_of_a_batch_counts_what_is_trained() -> None:
     micro_batch = MicroBatch((Sample(0, 0, 7, 1.0),))
     batch = Batch(
-        version=3, ranks=((micro_batch, micro_batch), (micro_batch, MicroBatch(()))), num_sequences=4, num_loss_tokens=9
+        version=3,
+        ranks=((micro_batch, micro_batch), (micro_batch, MicroBatch(()))),
+        num_sequences=4,
+        num_loss_tokens=9,
+        oldest_version=0,
     )
     assert Normalizer.of(batch, 12) == Normalizer(4, 9, 12, 3)

@@ -22,7 +22,7 @@ def summary(rewards: tuple[float | None, ...] = (1.0, 0.0), **changes: Any) -> G
         "num_loss_tokens_G": (8,) * size,
         "num_prompt_tokens": 4,
         "truncated_G": (False,) * size,
-        "tokens_by_version": {0: 8 * size},
+        "tokens_by_version_G": ({0: 8},) * size,
         "rewards_G": rewards,
         "scores": {"accuracy": rewards},
         "failures": {},
@@ -30,6 +30,11 @@ def summary(rewards: tuple[float | None, ...] = (1.0, 0.0), **changes: Any) -> G
         "score_s": 0.1,
     }
     return GroupSummary(**(fields | changes))
+
+
+def staleness(groups: list[GroupSummary], **options: int) -> dict[str, float]:
+    metrics = reward_metrics(groups, version=7, **options)
+    return {name: value for name, value in metrics.items() if name.startswith("staleness/")}
 
 
 def test_by_hand() -> None:
@@ -57,15 +62,40 @@ def test_by_hand() -> None:
             "completions/clipped_ratio": 0.25,
             "staleness/mean": 0.0,
             "staleness/max": 0.0,
+            "staleness/masked": 0.0,
+            "staleness/share/0": 1.0,
         }
     )
 
 
 def test_staleness_is_weighted_by_tokens() -> None:
-    groups = [summary(tokens_by_version={7: 30, 5: 10}), summary(tokens_by_version={6: 40})]
-    metrics = reward_metrics(groups, version=7)
-    assert metrics["staleness/mean"] == pytest.approx((10 * 2 + 40) / 80)
-    assert metrics["staleness/max"] == 2.0
+    groups = [summary(tokens_by_version_G=({7: 30}, {5: 10})), summary(tokens_by_version_G=({6: 15}, {6: 25}))]
+    assert staleness(groups) == pytest.approx(
+        {
+            "staleness/mean": (10 * 2 + 40) / 80,
+            "staleness/max": 2.0,
+            "staleness/masked": 0.0,
+            "staleness/share/0": 30 / 80,
+            "staleness/share/1": 40 / 80,
+            "staleness/share/2": 10 / 80,
+        }
+    )
+
+
+def test_masked_tokens_have_no_staleness() -> None:
+    """Nobody trains on them; how many they are is told."""
+    groups = [summary(tokens_by_version_G=({7: 30}, {4: 10, 7: 20})), summary(tokens_by_version_G=({5: 40}, {3: 20}))]
+    assert staleness(groups, max_staleness=2) == pytest.approx(
+        {
+            "staleness/mean": 40 * 2 / 90,
+            "staleness/max": 2.0,
+            "staleness/masked": 30 / 120,
+            "staleness/share/0": 50 / 90,
+            "staleness/share/2": 40 / 90,
+        }
+    )
+    assert staleness(groups, max_staleness=9) == staleness(groups)
+    assert staleness([summary(tokens_by_version_G=({1: 8}, {2: 8}))], max_staleness=2) == {"staleness/masked": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Packings of any lengths keep their promises, and large ones are balanced."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms.packing import build_batch, pack
-from algorithms.types import GroupSummary, Sample
+from algorithms.types import GroupSummary, Sample, num_trained_tokens
 
 lengths = st.lists(st.integers(1, 40), max_size=60)
 
@@ -77,7 +78,7 @@ def summary(num_prompt_tokens: int, num_loss_tokens: tuple[int, ...], truncated:
         num_loss_tokens_G=num_loss_tokens,
         num_prompt_tokens=num_prompt_tokens,
         truncated_G=truncated,
-        tokens_by_version={0: sum(num_loss_tokens)},
+        tokens_by_version_G=tuple({0: num} for num in num_loss_tokens),
         rewards_G=(1.0,) * size,
         scores={},
         failures={},
@@ -101,6 +102,7 @@ def test_a_batch_holds_each_rollout_once(mask_truncated: bool, num_loss_tokens: 
         GROUPS,
         [(1.0, -1.0), (0.5, -0.5)],
         version=6,
+        oldest_version=4,
         num_ranks=2,
         max_tokens=16,
         mask_truncated=mask_truncated,
@@ -108,11 +110,28 @@ def test_a_batch_holds_each_rollout_once(mask_truncated: bool, num_loss_tokens: 
     samples = [sample for rank in batch.ranks for micro_batch in rank for sample in micro_batch.samples]
     assert len(samples) == len(expected)
     assert set(samples) == expected
-    assert (batch.version, batch.num_sequences, batch.num_loss_tokens) == (6, 4, num_loss_tokens)
+    assert (batch.version, batch.oldest_version) == (6, 4)
+    assert (batch.num_sequences, batch.num_loss_tokens) == (4, num_loss_tokens)
 
 
 def test_a_batch_of_truncated_rollouts_alone_still_makes_a_pass() -> None:
     groups = [summary(4, (3, 8), (True, True))]
-    batch = build_batch(groups, [(0.0, 0.0)], version=0, num_ranks=3, max_tokens=16, mask_truncated=True)
+    batch = build_batch(
+        groups, [(0.0, 0.0)], version=0, oldest_version=0, num_ranks=3, max_tokens=16, mask_truncated=True
+    )
     assert [[micro_batch.samples for micro_batch in rank] for rank in batch.ranks] == [[()]] * 3
     assert (batch.num_sequences, batch.num_loss_tokens) == (2, 0)
+
+
+@pytest.mark.parametrize(("mask_truncated", "expected"), [(False, 2 + 8 + 1), (True, 2 + 1)])
+def test_stale_tokens_stay_in_the_counts_of_the_batch(mask_truncated: bool, expected: int) -> None:
+    """A masked token leaves the others' weight as it was; what is trained is counted apart."""
+    stale = dataclasses.replace(GROUPS[0], tokens_by_version_G=({3: 1, 4: 2}, {4: 1, 5: 7}))
+    stale_whole = dataclasses.replace(GROUPS[1], tokens_by_version_G=({3: 5}, {6: 1}))
+    groups, options = (stale, stale_whole), {"version": 6, "num_ranks": 2, "max_tokens": 16}
+    advantages = [(1.0, -1.0), (0.5, -0.5)]
+    batch = build_batch(groups, advantages, oldest_version=4, mask_truncated=mask_truncated, **options)
+    unmasked = build_batch(groups, advantages, oldest_version=0, mask_truncated=mask_truncated, **options)
+    assert dataclasses.replace(batch, oldest_version=0) == unmasked
+    assert num_trained_tokens(batch, groups) == expected
+    assert num_trained_tokens(unmasked, groups) == unmasked.num_loss_tokens

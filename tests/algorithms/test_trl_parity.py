@@ -389,7 +389,7 @@ def _summaries(case: Case) -> list[GroupSummary]:
                 num_loss_tokens_G=lengths,
                 num_prompt_tokens=2,
                 truncated_G=tuple(case.truncated[rows]),
-                tokens_by_version={1: sum(lengths)},
+                tokens_by_version_G=tuple({1: length} for length in lengths),
                 rewards_G=tuple(rewards),
                 scores=scores,
                 failures={},

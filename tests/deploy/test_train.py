@@ -162,3 +162,50 @@ def test_without_staleness_training_is_synchronous_and_on_policy(tmp_path: Path)
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in metrics), "on-policy at every step"
     assert all("kl" not in row for row in metrics)
     check_ledger(run / "ledger.jsonl", 12)
+
+
+STALE = """
+kind: grpo
+name: stale
+steps: 10
+groups_per_batch: 2
+run_dir: {folder}/run
+model: {{kind: tiny, hidden_size: 64, num_layers: 2, num_heads: 1, max_position_embeddings: 512}}
+dataset: {{path: {folder}/rows.jsonl}}
+rewards: {{functions: [{{function: "{folder}/reward.py:digits"}}]}}
+algorithm: {{num_generations: 2, dynamic_sampling: {{kind: zero_std}}}}
+staleness: {{max_staleness: 1, over_sampling: 1.5, adapt_depth: {{}}}}
+generation: {{max_prompt_length: 16, max_completion_length: 200}}
+pools:
+  policy: {{cpus_per_worker: 0.5}}
+  rollout: {{cpus_per_worker: 0.5}}
+  reward: {{cpus_per_worker: 0.25}}
+"""
+
+DIGITS = """
+def digits(completions, **kwargs):
+    return [float(len(text) % 7) for text in completions]
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("when_stale", ["mask", "requeue"])
+def test_long_tails_are_masked_or_requeued_and_the_bound_holds(when_stale: str, tmp_path: Path) -> None:
+    """Lengths from 1 to 200 tokens: some groups outlive the bound, and the step does not wait for them."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    (tmp_path / "reward.py").write_text(DIGITS)
+    (tmp_path / "recipe.yaml").write_text(STALE.format(folder=tmp_path))
+    result = deploy("train", str(tmp_path / "recipe.yaml"), f"staleness.when_stale={when_stale}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["groups_trained"] == 20
+    assert summary["groups_lost"] == summary["groups_duplicated"] == 0
+    assert summary["max_staleness_seen"] <= summary["max_staleness_allowed"] == 1
+    late = summary["waste"]["masked" if when_stale == "mask" else "requeued"]
+    assert late["tokens"] > 0, "a straggler was meant to outlive the bound"
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert sum(value for name, value in metrics[-1].items() if name.startswith("staleness/share/")) == pytest.approx(1)
+    assert "bias/length_ks" in metrics[-1]
+    if when_stale == "mask":
+        assert max(row["staleness/masked"] for row in metrics) > 0
+        assert summary["tokens_trained"] + late["tokens"] <= summary["tokens_generated"]

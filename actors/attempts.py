@@ -1,0 +1,141 @@
+"""Every attempt at a group ends in one of five ways: scored, filtered, interrupted, failed, or too late.
+
+An attempt is one dispatch of one prompt to one replica. Here it is followed to its end, and the pacer and the ledger
+are told; what to do next is the pacer's decision.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from actors.data.prompts import PromptStream
+from actors.deadline import within
+from actors.errors import ReplicaDeadError, RunError, last_line
+from actors.ledger import Ledger
+from actors.pacer import AsyncPacer, ReadyGroup, TakenGroups
+from actors.rollout import Interrupted
+from actors.router import Router
+from algorithms.config import FilterConfig
+from algorithms.filters import verdict
+from algorithms.pacing import Slot
+from algorithms.types import GroupSummary, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When to give up on one group, and when on the run."""
+
+    group_timeout_s: float
+    """Deadline of one group: generation, reference and reward."""
+    max_attempts: int
+    max_quarantined: int
+
+
+@dataclass(slots=True)
+class Attempts:
+    """Nothing that was sampled disappears: it is handed to the pacer, kept for a resumption, or counted as waste."""
+
+    limits: Limits
+    dynamic_sampling: FilterConfig | None
+    prompts: PromptStream
+    pacer: AsyncPacer
+    router: Router
+    ledger: Ledger
+    _partial: dict[int, ray.ObjectRef] = field(default_factory=dict)  # ordinal -> what an interrupted attempt has left
+    _num_failures: Counter[int] = field(default_factory=Counter)  # by ordinal; interruptions do not count
+    _num_filtered_in_a_row: int = 0
+
+    async def make(self, slot: Slot) -> None:
+        """Sample and score one group."""
+        name, timeout_s = f"group {slot.ordinal}", self.limits.group_timeout_s
+        prompt, partial = self._prompt(slot), self._partial.pop(slot.ordinal, None)
+        sent = await within(timeout_s, self.router.dispatch(prompt, slot, partial), f"{name}: finding a replica")
+        self.ledger.dispatched(slot, sent.replica)
+        try:
+            answer = await within(timeout_s, sent.answer, name)
+        except (RayError, RunError) as error:
+            await self._failed(slot, sent.replica, error)
+        else:
+            await self._arrived(slot, answer, sent.group)
+        finally:
+            self.router.done(slot)
+
+    def discard(self, taken: TakenGroups) -> None:
+        """What leaves with a batch and is not trained: nothing in pace mode without over-sampling."""
+        self.router.interrupt(taken.aborted)
+        for group in taken.requeued:
+            summary = group.summary
+            self.ledger.requeued(group.slot, summary.num_loss_tokens_G, summary.rewards_G, summary.generate_s)
+        for group in taken.left_out:
+            self.ledger.filtered(group.summary, self.pacer.left_out_cause)
+        if self.pacer.exhausted:
+            self.router.interrupt(self.pacer.in_flight)
+
+    def _prompt(self, slot: Slot) -> Prompt:
+        try:
+            return self.prompts.prompt(slot.ordinal)
+        except ValueError as error:
+            raise RunError(str(error)) from error
+
+    async def _arrived(self, slot: Slot, answer: GroupSummary | Interrupted, group: ray.ObjectRef) -> None:
+        if isinstance(answer, Interrupted):
+            await self._interrupted(slot, answer, group)
+            return
+        self.router.learned(answer)
+        cause = verdict(answer, self.dynamic_sampling)
+        if cause is not None:
+            await self._filtered(slot, answer, cause)
+        elif await self.pacer.finished(slot, ReadyGroup(slot, answer, group)):
+            self._num_filtered_in_a_row = 0
+            self.ledger.scored(answer)
+        else:
+            self.ledger.late(slot, sum(answer.num_loss_tokens_G))
+
+    async def _interrupted(self, slot: Slot, answer: Interrupted, group: ray.ObjectRef) -> None:
+        lengths = answer.num_loss_tokens_G
+        if not await self.pacer.interrupted(slot, answer.oldest_version):
+            self.ledger.requeued(slot, lengths, (), answer.generate_s)
+        elif self.pacer.exhausted:
+            self.ledger.stopped(slot, sum(lengths), answer.generate_s)
+        else:
+            self.ledger.interrupted(slot, sum(lengths))
+            if answer.oldest_version is not None:
+                self._partial[slot.ordinal] = group
+
+    async def _filtered(self, slot: Slot, summary: GroupSummary, cause: str) -> None:
+        """The recipe finds no signal in the group; another prompt takes its place."""
+        if not await self.pacer.dropped(slot):
+            self.ledger.late(slot, sum(summary.num_loss_tokens_G))
+            return
+        self.ledger.filtered(summary, cause)
+        self._num_filtered_in_a_row += 1
+        config = self.dynamic_sampling
+        if config is not None and self._num_filtered_in_a_row > config.max_filtered_in_a_row:
+            raise RunError(
+                f"{self._num_filtered_in_a_row} groups in a row were filtered ({cause}), more than "
+                "algorithm.dynamic_sampling.max_filtered_in_a_row allows: the policy finds the prompts all too easy or "
+                "all too hard, or the reward does not tell its completions apart"
+            )
+
+    async def _failed(self, slot: Slot, replica: int, error: BaseException) -> None:
+        """Try the prompt again under its ordinal; after too many failures set it aside, and count it."""
+        cause = f"replica {replica}: {last_line(error)}"
+        # An actor error that comes wrapped in a task error is about a worker behind the replica.
+        died = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+        if died or isinstance(error, ReplicaDeadError):
+            raise RunError(f"rollout replica {replica} died while it sampled group {slot.ordinal}: {last_line(error)}")
+        self.ledger.failed(slot, cause)
+        self._num_failures[slot.ordinal] += 1
+        num_failures = self._num_failures[slot.ordinal]
+        if num_failures < self.limits.max_attempts:
+            await self.pacer.failed(slot)
+            return
+        if await self.pacer.dropped(slot):
+            self.ledger.quarantined(slot, cause)
+        if self.ledger.num_quarantined > self.limits.max_quarantined:
+            raise RunError(
+                f"group {slot.ordinal} failed {num_failures} times ({cause}); rollout.max_quarantined allows "
+                f"{self.limits.max_quarantined} such groups in a run"
+            )

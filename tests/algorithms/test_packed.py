@@ -1,0 +1,67 @@
+"""A packed row holds each loss token with its own values, and knows which tokens are too old to train on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from algorithms.packed import pack_row
+from algorithms.types import Rollout, VersionSpan
+
+
+def rollout(num_prompt: int, spans: Sequence[tuple[int, int]], num_unlabelled: int = 0) -> Rollout:
+    """`spans` are (version, number of tokens), one after another."""
+    labelled, at = [], num_prompt
+    for version, num_tokens in spans:
+        labelled.append(VersionSpan(version, at, at + num_tokens))
+        at += num_tokens
+    total = at + num_unlabelled
+    return Rollout(
+        token_ids_T=np.arange(total, dtype=np.int32) + 10 * num_prompt,
+        loss_mask_T=np.arange(total) >= num_prompt,
+        logprobs_T=-np.arange(total, dtype=np.float32),
+        spans=tuple(labelled),
+        finish_reason="stop",
+    )
+
+
+ROLLOUTS = [rollout(2, [(3, 1), (5, 2)]), rollout(1, [(4, 2)]), rollout(3, [(4, 1), (6, 1), (7, 1)])]
+
+
+@pytest.mark.parametrize(
+    ("oldest_version", "fresh"),
+    [
+        (0, [True] * 8),
+        (3, [True] * 8),
+        (4, [False] + [True] * 7),
+        (5, [False, True, True, False, False, False, True, True]),
+        (8, [False] * 8),
+    ],
+)
+def test_tokens_of_older_weights_are_not_fresh(oldest_version: int, fresh: list[bool]) -> None:
+    row = pack_row(ROLLOUTS, [1.0, 2.0, 3.0], pad_id=0, oldest_version=oldest_version)
+    assert row.fresh_N.dtype == torch.bool
+    assert row.fresh_N.tolist() == fresh
+
+
+def test_tokens_that_nobody_sampled_are_fresh() -> None:
+    row = pack_row([rollout(2, [(1, 1)], num_unlabelled=2), rollout(2, [], num_unlabelled=2)], [0.0, 0.0], 0, 5)
+    assert row.fresh_N.tolist() == [False, True, True, True, True]
+
+
+def test_the_values_of_each_loss_token() -> None:
+    row = pack_row(ROLLOUTS, [1.0, 2.0, 3.0], pad_id=0)
+    assert row.lengths_S == (5, 3, 6)
+    assert row.position_ids_T.tolist() == [*range(5), *range(3), *range(6)]
+    assert row.sequence_N.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert row.advantages_N.tolist() == [1.0] * 3 + [2.0] * 2 + [3.0] * 3
+    assert row.sampled_logprobs_N.tolist() == [-2.0, -3.0, -4.0, -1.0, -2.0, -3.0, -4.0, -5.0]
+    assert row.targets_N.tolist() == [22, 23, 24, 11, 12, 33, 34, 35]
+    assert row.token_ids_T[row.predictor_N].tolist() == [21, 22, 23, 10, 11, 32, 33, 34]
+
+
+def test_a_row_without_rollouts_has_no_loss_token() -> None:
+    row = pack_row([], [], pad_id=7)
+    assert row.token_ids_T.tolist() == [7]
+    assert len(row.targets_N) == len(row.fresh_N) == 0
