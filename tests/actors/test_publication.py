@@ -60,7 +60,7 @@ class Bench:
             trust_remote_code=False,
             num_generations=4,
             generation=generation,
-            rollout=RolloutConfig(),
+            rollout=RolloutConfig(num_threads=1),
             tensor_parallel_size=1,
             use_gpu=False,
             seed=0,

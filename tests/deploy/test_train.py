@@ -176,6 +176,7 @@ rewards: {{functions: [{{function: "{folder}/reward.py:digits"}}]}}
 algorithm: {{num_generations: 2, dynamic_sampling: {{kind: zero_std}}}}
 staleness: {{max_staleness: 1, over_sampling: 1.5, adapt_depth: {{}}}}
 generation: {{max_prompt_length: 16, max_completion_length: 200}}
+rollout: {{num_threads: 1}}
 pools:
   policy: {{cpus_per_worker: 0.5}}
   rollout: {{cpus_per_worker: 0.5}}
