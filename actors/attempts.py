@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from actors.data.prompts import PromptStream
 from actors.deadline import within
 from actors.errors import ReplicaDeadError, RunError, last_line
+from actors.fleet import Fleet
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup, TakenGroups
 from actors.rollout import Interrupted
@@ -42,6 +43,7 @@ class Attempts:
     prompts: PromptStream
     pacer: AsyncPacer
     router: Router
+    fleet: Fleet
     ledger: Ledger
     _partial: dict[int, ray.ObjectRef] = field(default_factory=dict)  # ordinal -> what an interrupted attempt has left
     _num_failures: Counter[int] = field(default_factory=Counter)  # by ordinal; interruptions do not count
@@ -109,6 +111,7 @@ class Attempts:
         if not await self.pacer.dropped(slot):
             self.ledger.late(slot, sum(summary.num_loss_tokens_G))
             return
+        self.ledger.scored(summary)
         self.ledger.filtered(summary, cause)
         self._num_filtered_in_a_row += 1
         config = self.dynamic_sampling
@@ -124,9 +127,11 @@ class Attempts:
         cause = f"replica {replica}: {last_line(error)}"
         # An actor error that comes wrapped in a task error is about a worker behind the replica.
         died = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
-        if died or isinstance(error, ReplicaDeadError):
-            raise RunError(f"rollout replica {replica} died while it sampled group {slot.ordinal}: {last_line(error)}")
         self.ledger.failed(slot, cause)
+        if died or isinstance(error, ReplicaDeadError):  # not the prompt's fault
+            self.fleet.fence(replica, f"it died while it sampled group {slot.ordinal}: {last_line(error)}")
+            await self.pacer.failed(slot)
+            return
         self._num_failures[slot.ordinal] += 1
         num_failures = self._num_failures[slot.ordinal]
         if num_failures < self.limits.max_attempts:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from actors.attempts import Attempts
+from actors.fleet import Fleet
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
@@ -34,6 +35,7 @@ class Controller:
     max_tokens_per_micro_batch: int
     pacer: AsyncPacer
     attempts: Attempts
+    fleet: Fleet
     policy: PolicyGroup
     publisher: Publisher
     ledger: Ledger
@@ -44,10 +46,12 @@ class Controller:
 
     async def run(self) -> None:
         """Train `num_steps` updates; raises what stopped the run."""
-        await self._publish(0)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.produce(), name="produce")
-            tasks.create_task(self.learn(), name="learn")
+        async with self.fleet.supervised(), self.publisher.admitting():
+            async with self.publisher.exclusive:
+                await self._publish(0)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.produce(), name="produce")
+                tasks.create_task(self.learn(), name="learn")
         self.ledger.unneeded(self.pacer.leftover)
 
     async def produce(self) -> None:
@@ -60,8 +64,9 @@ class Controller:
             taken = await self.pacer.take()
             self.attempts.discard(taken)
             batch = self.batch(taken.batch)
-            update = await self.policy.step(batch, [group.scored for group in taken.batch])
-            await self._publish(update.version)
+            async with self.publisher.exclusive:  # nobody is admitted between a step and its publication
+                update = await self.policy.step(batch, [group.scored for group in taken.batch])
+                await self._publish(update.version)
             self.ledger.trained(taken.batch, update, batch.oldest_version)
             await self._follow(update)
             await self.report(taken.batch, batch, update)

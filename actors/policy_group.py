@@ -58,6 +58,17 @@ class PolicyGroup:
         layouts: list[str] = await self._all("plan_weights", dtype, bucket_mb, timeout_s=self.timeout_s)
         return layouts[0]
 
+    async def open_store(self, timeout_s: float) -> tuple[str, int]:
+        """The rendezvous of a broadcast group, at rank 0."""
+        address: tuple[str, int] = await within(
+            timeout_s, self.ranks[0].open_store.remote(timeout_s), "opening the weight store"
+        )
+        return address
+
+    async def join_weights(self, layout: str, group: str, world_size: int, timeout_s: float) -> None:
+        """Rank 0 joins the broadcast group, the others take part in the gathers."""
+        await self._all("join_weights", layout, group, world_size, timeout_s, timeout_s=timeout_s + 10.0)
+
     async def send_weights(self, timeout_s: float) -> Sent:
         sent: list[Sent] = await self._all("send_weights", timeout_s=timeout_s)
         return sent[0]

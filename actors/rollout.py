@@ -264,12 +264,15 @@ class RolloutActor:
     # Weights -----------------------------------------------------------------------------------------------------
 
     async def join_weights(
-        self, store: tuple[str, int], group: str, world_size: int, layout: str, timeout_s: float
+        self, store: tuple[str, int], group: str, first_rank: int, world_size: int, layout: str, timeout_s: float
     ) -> None:
-        """Take this replica's ranks in the broadcast group; returns when all members have joined."""
-        first_rank = 1 + self.replica * self.settings.tensor_parallel_size
+        """Take the ranks from `first_rank` on in the broadcast group; returns when all members have joined."""
         arguments = (*store, group, first_rank, world_size, node_ip(), layout, timeout_s)
         await within(timeout_s, self.engine.collective_rpc("join_group", args=arguments), "joining the weight group")
+
+    async def ping(self) -> None:
+        """The engine and its workers answer."""
+        await self.engine.collective_rpc("ready")
 
     async def begin_receive(self, version: int) -> None:
         """Receive `version` into staging while generation goes on."""

@@ -5,7 +5,7 @@ Which replica is decided in algorithms/routing.py by outstanding tokens; here gr
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import ray
@@ -33,20 +33,28 @@ class Router:
 
     def __init__(
         self,
-        replicas: Sequence[ray.actor.ActorHandle],
         *,
         max_groups_per_replica: int,
         num_generations: int,
         max_completion_length: int,
     ) -> None:
-        self._replicas = replicas
+        self._replicas: dict[int, ray.actor.ActorHandle] = {}
         self._routes = Routes(max_groups_per_replica)
-        for replica in range(len(replicas)):
-            self._routes.join(replica)
         self._num_generations = num_generations
         self._length = float(max_completion_length)  # running mean of a completion's tokens
         self._sent: dict[tuple[int, int], Sent] = {}
         self._freed = asyncio.Event()
+
+    def join(self, replica: int, handle: ray.actor.ActorHandle) -> None:
+        """Groups may go to this replica from now on; its number is never used again."""
+        self._replicas[replica] = handle
+        self._routes.join(replica)
+        self._freed.set()
+
+    def leave(self, replica: int) -> None:
+        """No further group goes there; those that it holds end there."""
+        self._routes.leave(replica)
+        del self._replicas[replica]
 
     async def dispatch(self, prompt: Prompt, slot: Slot, partial: ray.ObjectRef | None) -> Sent:
         """Send the group to the replica with the fewest outstanding tokens; waits while all are full.
@@ -82,9 +90,11 @@ class Router:
             if sent is not None:
                 by_replica[sent.replica].append((slot.ordinal, slot.attempt))
         for replica, attempts in by_replica.items():
-            self._replicas[replica].interrupt.remote(attempts)
+            if replica in self._replicas:
+                self._replicas[replica].interrupt.remote(attempts)
 
     def drain(self, replica: int) -> None:
         """No further group goes there, and those that it holds go on elsewhere."""
-        self._routes.leave(replica)
-        self._replicas[replica].interrupt.remote(None)
+        handle = self._replicas[replica]
+        self.leave(replica)
+        handle.interrupt.remote(None)

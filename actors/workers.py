@@ -12,12 +12,14 @@ from ray.actor import ActorHandle
 
 from actors.deadline import DeadlineError, within
 from actors.errors import RunError, last_line
+from actors.fleet import Fleet
 from actors.policy import Objective, PolicyActor, PolicySettings
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.reference import ReferenceActor, ReferenceSettings
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor, RolloutSettings
+from actors.router import Router
 from placement.groups import ReservedPools
 
 _CLOSE_TIMEOUT_S = 30.0
@@ -40,7 +42,7 @@ class Workers:
     policy: PolicyGroup
     references: tuple[ActorHandle, ...]
     rewards: tuple[ActorHandle, ...]
-    replicas: tuple[ActorHandle, ...]
+    fleet: Fleet
 
 
 @contextlib.asynccontextmanager
@@ -59,25 +61,30 @@ async def policy_group(
 
 @contextlib.asynccontextmanager
 async def grpo_workers(
-    recipe: GrpoRecipe, model: ModelSource, pools: ReservedPools, run_dir: Path
+    recipe: GrpoRecipe,
+    model: ModelSource,
+    pools: ReservedPools,
+    run_dir: Path,
+    router: Router,
+    say: Callable[[str], None],
 ) -> AsyncIterator[Workers]:
     """All workers of the run, started side by side; the first that fails stops the start of the others."""
     spawned: list[ActorHandle] = []
-    closing: list[ActorHandle] = []
+    workers: Workers | None = None
     try:
-        workers = _spawn_all(recipe, model, pools, run_dir, spawned)
-        closing += (*workers.replicas, *workers.rewards)
+        workers = _spawn_all(recipe, model, pools, run_dir, router, say, spawned)
         async with asyncio.TaskGroup() as starts:
             starts.create_task(workers.policy.start(_START_TIMEOUT_S))
-            for index, replica in enumerate(workers.replicas):
-                starts.create_task(_started(replica.start, f"rollout replica {index}", recipe.rollout.start_timeout_s))
+            starts.create_task(workers.fleet.start())
             for index, reference in enumerate(workers.references):
                 starts.create_task(_started(reference.start, f"reference worker {index}", _START_TIMEOUT_S))
             for index, reward in enumerate(workers.rewards):
                 starts.create_task(_started(reward.check, f"reward worker {index}", _START_TIMEOUT_S))
         yield workers
     finally:
-        await _close(closing)
+        if workers is not None:
+            await workers.fleet.close()
+            await _close(workers.rewards)
         _kill(spawned)
 
 
@@ -90,7 +97,13 @@ async def _started(method: Any, who: str, timeout_s: float) -> None:
 
 
 def _spawn_all(
-    recipe: GrpoRecipe, model: ModelSource, pools: ReservedPools, run_dir: Path, spawned: list[ActorHandle]
+    recipe: GrpoRecipe,
+    model: ModelSource,
+    pools: ReservedPools,
+    run_dir: Path,
+    router: Router,
+    say: Callable[[str], None],
+    spawned: list[ActorHandle],
 ) -> Workers:
     functions, timeout_s = recipe.rewards.functions, recipe.rewards.timeout_s
     rewards = _spawn(RewardActor, "reward", recipe, pools, spawned, lambda _: (functions, timeout_s))
@@ -99,8 +112,21 @@ def _spawn_all(
         frozen = _reference_settings(recipe, model)
         references = _spawn(ReferenceActor, "reference", recipe, pools, spawned, lambda _: (frozen,))
     settings, scorers = _rollout_settings(recipe, model), (list(rewards), list(references))
-    replicas = _spawn(RolloutActor, "rollout", recipe, pools, spawned, lambda replica: (replica, settings, *scorers))
-    return Workers(_policy_group(recipe, model, pools, run_dir, spawned), references, rewards, replicas)
+    actor: Any = ray.remote(RolloutActor)
+
+    def spawn(number: int, bundle: int) -> ActorHandle:
+        handle: ActorHandle = actor.options(**pools.options("rollout", bundle)).remote(number, settings, *scorers)
+        return handle
+
+    fleet = Fleet(
+        spawn,
+        recipe.pools.rollout.num_workers,
+        router,
+        start_timeout_s=recipe.rollout.start_timeout_s,
+        max_rebuilds=recipe.rollout.max_rebuilds,
+        say=say,
+    )
+    return Workers(_policy_group(recipe, model, pools, run_dir, spawned), references, rewards, fleet)
 
 
 def _spawn(

@@ -106,8 +106,7 @@ class Pacer:
         when_stale: what keeps the bound, see above.
         over_sampling: B counts this many times in (1) when a group is dispatched, because some will be filtered; those
             that nevertheless turn out too many are left out as surplus.
-        pipeline_depth: most groups dispatched and not yet taken; None is B * (K + 1) * over_sampling, all that the
-            bound allows.
+        pipeline_depth: most groups dispatched and not yet taken; None takes `default_depth`.
         max_in_flight: most groups that the replicas hold at once; None for no limit.
         version: the version of the policy at the start.
         """
@@ -118,7 +117,12 @@ class Pacer:
         self._demand = int(groups_per_batch * over_sampling)
         self.deepest = self._demand * (max_staleness + 1)
         """The depth beyond which (1) would be the only limit."""
-        self.pipeline_depth = pipeline_depth or self.deepest
+        self.pipeline_depth = pipeline_depth or default_depth(
+            groups_per_batch=groups_per_batch,
+            max_staleness=max_staleness,
+            when_stale=when_stale,
+            over_sampling=over_sampling,
+        )
         self.max_in_flight = max_in_flight or self.pipeline_depth
         assert self.pipeline_depth >= groups_per_batch, "a pipeline shallower than a batch never fills it"
         self.next_version = version
@@ -361,6 +365,17 @@ class Pacer:
     def _leave_flight(self, slot: Slot) -> None:
         del self._in_flight[slot.ordinal]
         _subtract_one(self._unfinished, slot.version)
+
+
+def default_depth(*, groups_per_batch: int, max_staleness: int, when_stale: WhenStale, over_sampling: float) -> int:
+    """Groups dispatched and not yet taken: B * (K + 1), all that the bound allows; in mask mode B * K, at least 2 B.
+
+    In mask mode nothing but the depth keeps ready groups from waiting until their tokens are too old: with one batch
+    less in the pipeline fewer tokens are masked, and the replicas are still busy (`python -m benchmarks.pacing`). With
+    a single batch each step would wait for its slowest group.
+    """
+    num_batches = max(2, max_staleness) if when_stale == "mask" else max_staleness + 1
+    return int(groups_per_batch * over_sampling) * num_batches
 
 
 class ReadyGroups:

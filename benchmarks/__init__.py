@@ -1,4 +1,7 @@
 """What is measured, by whole runs and as ratios; each prints a table and one JSON line.
 
-demo_seeds.py   the demo on five seeds
+demo_seeds.py        the demo on five seeds
+pacing.py            the scheduler in virtual time: efficiency, staleness, and the rules of other systems beside it
+rivals.py            those rules, in our own words
+control_overhead.py  the real controller on real Ray with workers that sleep
 """

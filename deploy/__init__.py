@@ -1,6 +1,7 @@
 """The edge, where people and clusters meet Paceline: `python -m deploy`.
 
-__main__.py   the command line: train, plan, tiny-model; user errors end here with one message and exit code 2
+__main__.py   the command line: train, plan, simulate, tiny-model; user errors end here with one message and exit code 2
 plan.py       what a recipe would do and where, shown before anything is started
+simulate/     a recipe in virtual time
 train.py      one recipe trained on a Ray cluster, or on a Ray that is started on this machine
 """

@@ -86,6 +86,34 @@ def plan(
 
 
 @app.command()
+def simulate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw utilisation, staleness and splits into this file.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Fit the times to the finished run in this folder, and use them.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write what --calibrate fitted into this file.")] = None,
+) -> None:
+    """Run the recipe's schedule in virtual time: how fast, how stale, and how to split the workers."""
+    from actors.recipe.file import load_recipe
+    from deploy.simulate.calibrate import calibrated
+    from deploy.simulate.plot import check_plot
+    from deploy.simulate.setup import simulated
+    from deploy.simulate.verb import show
+
+    with _user_errors():
+        loaded = simulated(load_recipe(recipe, overrides or ()))
+        if plot is not None:
+            check_plot(plot)
+        if save is not None and calibrate is None:
+            raise ValueError("--save writes what --calibrate has fitted; add --calibrate RUN_DIR")
+        if calibrate is not None:
+            loaded = calibrated(loaded, calibrate, save)
+        show(loaded, plot)
+
+
+@app.command()
 def tiny_model(
     out_dir: Annotated[Path, typer.Argument(help="Folder for the model, in Hugging Face layout.")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,

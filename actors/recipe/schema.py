@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from algorithms.config import GrpoConfig, OptimizerConfig, StalenessConfig
+from algorithms.pacing import default_depth
+from algorithms.simulation.config import SimulationConfig
 from placement.config import PoolsConfig
 from sync.config import SyncConfig
 
@@ -152,6 +154,8 @@ class RolloutConfig(BaseModel):
     """Deadline of an engine's start."""
     max_attempts: int = Field(3, ge=1)
     """A group whose generation fails this often is quarantined."""
+    max_rebuilds: int = Field(10, ge=0)
+    """Replicas that fail are rebuilt while the others go on; more failures than this stop the run."""
     max_quarantined: int = Field(0, ge=0)
     """More quarantined groups than this stop the run."""
 
@@ -214,6 +218,8 @@ class GrpoRecipe(_Recipe):
     generation: GenerationConfig = GenerationConfig()
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
+    simulation: SimulationConfig = SimulationConfig()
+    """How long things take, for `python -m deploy simulate`; training ignores it."""
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -255,8 +261,12 @@ class GrpoRecipe(_Recipe):
     def pipeline_depth(self) -> int:
         """Most groups dispatched and not yet trained, at the start of the run."""
         staleness = self.staleness
-        deepest = int(self.groups_per_batch * staleness.over_sampling) * (staleness.max_staleness + 1)
-        return staleness.pipeline_depth or deepest
+        return staleness.pipeline_depth or default_depth(
+            groups_per_batch=self.groups_per_batch,
+            max_staleness=staleness.max_staleness,
+            when_stale=staleness.when_stale,
+            over_sampling=staleness.over_sampling,
+        )
 
     @property
     def max_groups_in_flight(self) -> int:

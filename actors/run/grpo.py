@@ -33,8 +33,9 @@ async def run_grpo(
     """Train; raises what stopped the run, after the workers are gone."""
     progress.say("starting the policy, the rollout replicas and the reward workers")
     config = recipe.model_dump(mode="json")
-    async with grpo_workers(recipe, model, pools, folder.path) as workers:
-        publisher, router = _publisher(recipe, workers), _router(recipe, workers)
+    router = _router(recipe)
+    async with grpo_workers(recipe, model, pools, folder.path, router, progress.say) as workers:
+        publisher = _publisher(recipe, workers)
         pacer = _pacer(recipe)
         async_pacer = AsyncPacer(pacer, stall_timeout_s=2 * _group_timeout_s(recipe))
         await publisher.connect()
@@ -49,6 +50,7 @@ async def run_grpo(
                 prompts=prompts,
                 pacer=async_pacer,
                 router=router,
+                fleet=workers.fleet,
                 ledger=ledger,
             )
             controller = Controller(
@@ -58,6 +60,7 @@ async def run_grpo(
                 max_tokens_per_micro_batch=recipe.policy.max_tokens_per_micro_batch,
                 pacer=async_pacer,
                 attempts=attempts,
+                fleet=workers.fleet,
                 policy=workers.policy,
                 publisher=publisher,
                 ledger=ledger,
@@ -91,9 +94,8 @@ def _depth(recipe: GrpoRecipe, pacer: Pacer) -> DepthController | None:
     return None if config is None else DepthController(config, recipe.groups_per_batch, depth, depth)
 
 
-def _router(recipe: GrpoRecipe, workers: Workers) -> Router:
+def _router(recipe: GrpoRecipe) -> Router:
     return Router(
-        workers.replicas,
         max_groups_per_replica=recipe.max_groups_per_replica,
         num_generations=recipe.algorithm.num_generations,
         max_completion_length=recipe.generation.max_completion_length,
@@ -103,10 +105,11 @@ def _router(recipe: GrpoRecipe, workers: Workers) -> Router:
 def _publisher(recipe: GrpoRecipe, workers: Workers) -> Publisher:
     return Publisher(
         policy=workers.policy,
-        replicas=workers.replicas,
+        fleet=workers.fleet,
         workers_per_replica=max(1, recipe.pools.rollout.gpus_per_worker),
         dtype=recipe.rollout.dtype,
         config=recipe.sync,
+        member_timeout_s=recipe.rollout.start_timeout_s,
         drain_timeout_s=0.0 if recipe.staleness.in_flight_updates else recipe.generation.timeout_s,
     )
 

@@ -1,6 +1,7 @@
 """The controller's two coroutines with light stand-ins for the actors: what is retried, what stops the run, and why."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from actors.attempts import Attempts, Limits
 from actors.controller import Controller
 from actors.errors import ReplicaDeadError, RunError, first_cause
+from actors.fleet import Fleet
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.rollout import Interrupted
@@ -43,6 +45,10 @@ class Replica:
         self.stops: dict[tuple[int, int], asyncio.Event] = {}
         self.fill = SimpleNamespace(remote=self._fill)
         self.interrupt = SimpleNamespace(remote=self._interrupt)
+        self.start = self.close = SimpleNamespace(remote=self._nothing)
+
+    async def _nothing(self) -> None:
+        pass
 
     def _fill(self, prompt: Prompt, attempt: int, partial: Any) -> tuple[Any, Any]:
         self.calls.append((prompt.ordinal, attempt, partial))
@@ -86,7 +92,8 @@ class Bench:
         self.rewards: Callable[[Slot], tuple[float, float]] = lambda slot: (0.0, 1.0)
         self.path = folder / "ledger.jsonl"
         self.ledger = Ledger(self.path)
-        self.replicas = [Replica(self, answer or (lambda slot: slot.version)) for _ in range(2)]
+        self.replicas: list[Replica] = []
+        self.answer = answer or (lambda slot: slot.version)
         pacer = Pacer(
             groups_per_batch=2,
             max_staleness=staleness.max_staleness,
@@ -96,9 +103,11 @@ class Bench:
         )
         self.pacer = AsyncPacer(pacer, stall_timeout_s=10.0)
         stand_in: Any = self
-        handles: Any = self.replicas
         prompts: Any = Prompts()
-        self.router = Router(handles, max_groups_per_replica=8, num_generations=2, max_completion_length=8)
+        self.router = Router(max_groups_per_replica=8, num_generations=2, max_completion_length=8)
+        self.said: list[str] = []
+        self.fleet = Fleet(self.spawn, 2, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append)
+        self.exclusive = asyncio.Lock()
         limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1)
         self.controller = Controller(
             num_steps=num_steps,
@@ -106,13 +115,21 @@ class Bench:
             algorithm=GrpoConfig(),
             max_tokens_per_micro_batch=64,
             pacer=self.pacer,
-            attempts=Attempts(limits, dynamic_sampling, prompts, self.pacer, self.router, self.ledger),
+            attempts=Attempts(limits, dynamic_sampling, prompts, self.pacer, self.router, self.fleet, self.ledger),
+            fleet=self.fleet,
             policy=stand_in,
             publisher=stand_in,
             ledger=self.ledger,
             depth=depth,
             report=self.report,
         )
+
+    def spawn(self, number: int, bundle: int) -> Any:
+        self.replicas.append(Replica(self, self.answer))
+        return self.replicas[-1]
+
+    def admitting(self) -> Any:
+        return contextlib.nullcontext()
 
     @property
     def calls(self) -> list[tuple[int, int, Any]]:
@@ -133,11 +150,13 @@ class Bench:
     async def publish(self, version: int) -> None:
         self.events.append(f"publish {version}")
         self.committed = version
+        self.fleet.serve(self.fleet.members)
 
     async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> None:
         self.events.append(f"report {update.version}")
 
     async def run(self) -> None:
+        await self.fleet.start()
         try:
             await asyncio.wait_for(self.controller.run(), timeout=20.0)
         except BaseExceptionGroup as errors:
@@ -186,12 +205,43 @@ async def test_too_many_hopeless_groups_stop_the_run(tmp_path: Path) -> None:
         await Bench(tmp_path, answer).run()
 
 
-async def test_a_dead_engine_stops_the_run_and_is_named(tmp_path: Path) -> None:
-    def answer(slot: Slot) -> int:
-        raise ReplicaDeadError("the engine of rollout replica 0 died")
+async def test_a_dead_engine_is_rebuilt_and_its_groups_are_sampled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+    died: list[int] = []
 
-    with pytest.raises(RunError, match=r"rollout replica [01] died while it sampled group"):
-        await Bench(tmp_path, answer).run()
+    def answer(slot: Slot) -> int:
+        if slot.ordinal == 2 and not died:
+            died.append(slot.ordinal)
+            raise ReplicaDeadError("the engine of rollout replica 0 died")
+        return slot.version
+
+    bench = Bench(tmp_path, answer, num_steps=8)
+    await bench.run()
+    assert bench.fleet.num_rebuilt == 1
+    assert len(bench.replicas) == 3
+    assert bench.replicas[2].calls, "the new engine serves after the next publication"
+    assert "is fenced and will be rebuilt: it died while it sampled group 2" in bench.said[0]
+    assert bench.ledger.num_quarantined == 0, "a dead engine is not the prompt's fault"
+    assert bench.ledger.num_trained == 16
+
+
+async def test_engines_that_die_again_and_again_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+
+    def answer(slot: Slot) -> int:
+        raise ReplicaDeadError("the engine died")
+
+    bench = Bench(tmp_path, answer)
+    with pytest.raises(RunError, match=r"rollout replica \d failed .*max_rebuilds allows 2 replacements"):
+        await asyncio.gather(bench.run(), serve_what_is_pending(bench))
+
+
+async def serve_what_is_pending(bench: Bench) -> None:
+    while True:
+        await asyncio.sleep(0.01)
+        bench.fleet.serve(bench.fleet.pending)
 
 
 async def test_an_error_in_the_step_stops_everything(tmp_path: Path) -> None:

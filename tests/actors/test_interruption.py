@@ -33,6 +33,7 @@ from algorithms.types import (
     VersionSpan,
 )
 from sync.config import SyncConfig
+from tests.actors.fleets import fleet_of
 
 pytestmark = pytest.mark.cluster
 
@@ -253,11 +254,12 @@ def bench(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     replicas = (replica.remote(0, settings, [reward], []), replica.remote(1, settings, [reward], []))
     rank = ray.remote(num_cpus=0.5)(PolicyActor).remote(0, policy_settings)
     policy = PolicyGroup((rank,), MAX_COMPLETION, 120.0)
-    publisher = Publisher(policy, replicas, 1, "float32", SyncConfig(timeout_s=60.0))
+    fleet = fleet_of(replicas)
+    publisher = Publisher(policy, fleet, 1, "float32", SyncConfig(timeout_s=60.0), member_timeout_s=60.0)
     bench = Bench(policy, replicas, reward, publisher, folder)
 
     async def start() -> None:
-        await asyncio.gather(*(replica.start.remote() for replica in replicas), policy.start(120.0))
+        await asyncio.gather(fleet.start(), policy.start(120.0))
         await publisher.connect()
         await bench.publish_next()
         # The first tokens of an engine take long; groups are to be caught by the time that the others take.

@@ -19,6 +19,7 @@ from actors.rollout import RolloutActor, RolloutSettings
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, ScoredGroup, VersionSpan
 from sync.config import SyncConfig
+from tests.actors.fleets import fleet_of
 
 AGREEMENT = 1e-3  # nats, float32 on both sides
 PROBE = [40, 41, 42, 43, 44, 90, 91, 92, 93, 94, 120, 121, 122, 123]
@@ -73,7 +74,8 @@ class Bench:
         self.group = PolicyGroup((self.rank,), 160, 120.0)
         # Small buckets, so that a version takes several broadcasts.
         config = SyncConfig(bucket_mb=0.1, timeout_s=60.0)
-        self.publisher = Publisher(self.group, (self.replica,), 1, "float32", config)
+        self.fleet = fleet_of([self.replica])
+        self.publisher = Publisher(self.group, self.fleet, 1, "float32", config, member_timeout_s=60.0)
 
     @staticmethod
     def _policy_settings(path: Path, zero_stage: int) -> PolicySettings:
@@ -92,7 +94,7 @@ class Bench:
         )
 
     async def start(self) -> None:
-        await asyncio.gather(self.replica.start.remote(), self.group.start(120.0))
+        await asyncio.gather(self.fleet.start(), self.group.start(120.0))
         await self.publisher.connect()
 
     async def difference(self) -> float:

@@ -12,8 +12,8 @@ from actors.recipe.plain_yaml import parse
 from algorithms.pacing import Slot
 from algorithms.simulation.replicas import Fleet, Group
 from deploy.__main__ import app
-from deploy.calibrate import fit, least_squares
-from deploy.run_record import read_run
+from deploy.simulate.calibrate import fit, least_squares
+from deploy.simulate.record import read_run
 
 BASE_S, PER_SEQUENCE_S = 0.02, 0.001
 PER_STEP_S, PER_TOKEN_S = 1.5, 2.0e-4
@@ -78,15 +78,16 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     dump_recipe(load_recipe(tmp_path / "recipe.yaml"), folder / "recipe.yaml")
     lines = sampled([1, 5])
     metrics = []
-    rng = random.Random(0)
+    rng, num_tokens = random.Random(0), 0
     for step in range(NUM_STEPS):
         lines.append({"event": "trained", "ordinal": step, "step": step, "version": step + 1, "t": (step + 1) * STEP_S})
         tokens = rng.randint(2000, 6000)
+        num_tokens += tokens
         metrics.append(
             {
                 "step": step, "step_time": STEP_S, "sync/pause_s": 0.0, "sync/total_s": 0.75, "sync/stream_s": 0.7,
-                "staleness/share/0": 0.25, "staleness/share/1": 0.75, "num_tokens": 1, "tokens/batch": tokens,
-                "time/policy_s": PER_STEP_S + PER_TOKEN_S * tokens / 2 + (30.0 if step == 0 else 0.0),
+                "staleness/share/0": 0.25, "staleness/share/1": 0.75, "num_tokens": num_tokens,
+                "time/policy_step_s": PER_STEP_S + PER_TOKEN_S * tokens / 2 + (30.0 if step == 0 else 0.0),
             }
         )  # fmt: skip
     write(folder / "ledger.jsonl", lines)
@@ -156,7 +157,7 @@ def test_the_fit_is_printed_beside_what_it_predicts_and_can_be_pasted(run_dir: P
         ("ledger.jsonl", "lengths", "run/ledger.jsonl: its lines have no 'lengths': it is of an older Paceline"),
         ("ledger.jsonl", "t", "run/ledger.jsonl: its lines have no 't'"),
         ("ledger.jsonl", "generate_s", "run/ledger.jsonl: its lines have no 'generate_s'"),
-        ("metrics.jsonl", "time/policy_s", "run/metrics.jsonl: its lines have no 'time/policy_s'"),
+        ("metrics.jsonl", "time/policy_step_s", "run/metrics.jsonl: its lines have no 'time/policy_step_s'"),
         ("metrics.jsonl", "sync/pause_s", "run/metrics.jsonl: its lines have no 'sync/pause_s'"),
     ],
 )

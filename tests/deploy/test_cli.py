@@ -46,7 +46,10 @@ def test_a_plan_shows_pools_figures_and_the_submit_line(tmp_path: Path) -> None:
     ]
     assert [row[0] for row in rows] == ["policy", "reward", "rollout", "rollout"]
     assert "cluster: 2 x (32 CPUs, 8 GPUs)" in out
-    assert "7 steps of 128 rollouts (16 groups x 8); staleness at most 2 versions, 24 groups in flight at most" in out
+    assert (
+        "7 steps of 128 rollouts (16 groups x 8); staleness at most 2 versions (pace), 24 groups in flight at most"
+        in out
+    )
     assert f"{first}, which is trained first: sft, {load_recipe(first).steps} steps of 64 sequences" in out
     assert (
         "ray job submit --working-dir . -- python -m deploy train recipes/demo.yaml pools.rollout.num_workers=2 "

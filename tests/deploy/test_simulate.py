@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from actors.recipe.file import load_recipe
 from actors.recipe.schema import GrpoRecipe
 from deploy.__main__ import app
-from deploy.simulate_options import compare
-from deploy.simulate_setup import setup_of
+from deploy.simulate.options import compare
+from deploy.simulate.setup import setup_of
 
 RECIPE = """
 kind: grpo

@@ -330,7 +330,7 @@ def test_all_errors_are_told_each_with_its_source(recipes: Path) -> None:
         "override 'nonsense': write it as dotted.key=value, such as steps=100",
         "recipes/bad.yaml: steps: 'many' is not an integer; write a whole number such as 8",
         "override 'staleness.x=1': staleness.x: unknown key; valid keys: max_staleness, pipeline_depth, when_stale, "
-        "in_flight_updates, kv_cache",
+        "over_sampling, adapt_depth, in_flight_updates, kv_cache",
         "override 'rewards.functions.0.weight=heavy': rewards.functions.0.weight: 'heavy' is not a number; "
         "write one such as 0.5",
         "recipes/bad.yaml: sync.timeout_s: 0 is out of range; it must be greater than 0",

@@ -1,0 +1,173 @@
+"""No group goes to a replica that does not hold a committed version, and a replica that fails is fenced and rebuilt.
+
+    STARTING  the engine is being built
+    PENDING   it could serve, and waits for its first version
+    SERVING   it holds the committed version; groups go to it
+    FENCED    it failed: no group goes to it, its processes are ended, and another takes its bundle
+
+A replica's number is never used again, so nothing that an old engine says can be taken for its successor's word.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from itertools import count
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from actors.deadline import within
+from actors.errors import RunError, last_line
+from actors.router import Router
+
+_CLOSE_TIMEOUT_S = 10.0
+
+
+class State(Enum):
+    STARTING = "starting"
+    PENDING = "pending"
+    SERVING = "serving"
+    FENCED = "fenced"
+
+
+@dataclass(slots=True)
+class Replica:
+    """One inference engine, on the bundle `bundle` of the rollout pool."""
+
+    number: int
+    bundle: int
+    handle: ActorHandle
+    state: State = State.STARTING
+
+
+class Fleet:
+    """Every replica and its state; the router knows the serving ones, and no other."""
+
+    def __init__(
+        self,
+        spawn: Callable[[int, int], ActorHandle],
+        num_bundles: int,
+        router: Router,
+        *,
+        start_timeout_s: float,
+        max_rebuilds: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """Args:
+        spawn: makes the actor of replica `number` on bundle `bundle`.
+        max_rebuilds: how many failed replicas are replaced in a run; one more stops it.
+        say: tells the user what happened.
+        """
+        self._spawn = spawn
+        self._num_bundles = num_bundles
+        self._router = router
+        self._start_timeout_s = start_timeout_s
+        self._max_rebuilds = max_rebuilds
+        self._say = say
+        self._numbers = count()
+        self._replicas: dict[int, Replica] = {}
+        self._to_rebuild: asyncio.Queue[tuple[Replica, str]] = asyncio.Queue()
+        self._changed = asyncio.Event()
+        self.num_rebuilt = 0
+
+    @property
+    def members(self) -> list[Replica]:
+        """The replicas that take part in a publication."""
+        return [r for r in self._replicas.values() if r.state in (State.PENDING, State.SERVING)]
+
+    @property
+    def pending(self) -> list[Replica]:
+        return [replica for replica in self._replicas.values() if replica.state is State.PENDING]
+
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Until a change of some replica's state makes the condition true; the caller sets the deadline, if any."""
+        while not condition():
+            await self._changed.wait()
+
+    async def start(self) -> None:
+        """Build one replica on each bundle; the first that cannot start stops the run: nothing was lost yet."""
+        replicas = [self._place(bundle) for bundle in range(self._num_bundles)]
+        async with asyncio.TaskGroup() as starts:
+            for replica in replicas:
+                starts.create_task(self._build(replica))
+
+    def serve(self, replicas: Iterable[Replica]) -> None:
+        """These hold the committed version."""
+        for replica in replicas:
+            if replica.state is State.PENDING:
+                replica.state = State.SERVING
+                self._router.join(replica.number, replica.handle)
+        self._wake()
+
+    def fence(self, number: int, cause: str) -> None:
+        """Take the replica out; it is rebuilt while `supervised`. A replica that is out already stays so."""
+        replica = self._replicas.get(number)
+        if replica is None or replica.state is State.FENCED:
+            return
+        if replica.state is State.SERVING:
+            self._router.leave(number)
+        replica.state = State.FENCED
+        self._say(f"warning: rollout replica {number} is fenced and will be rebuilt: {cause}")
+        self._to_rebuild.put_nowait((replica, cause))
+        self._wake()
+
+    @contextlib.asynccontextmanager
+    async def supervised(self) -> AsyncIterator[None]:
+        """Fenced replicas are replaced in the background while the context is open."""
+        async with asyncio.TaskGroup() as tasks:
+            supervisor = tasks.create_task(self._supervise(), name="fleet")
+            yield
+            supervisor.cancel()
+
+    async def close(self) -> None:
+        """End all engines, and the processes that they have started."""
+        await asyncio.gather(*(self._end(replica) for replica in self._replicas.values()))
+
+    async def _supervise(self) -> None:
+        async with asyncio.TaskGroup() as rebuilds:
+            while True:
+                replica, cause = await self._to_rebuild.get()
+                self.num_rebuilt += 1
+                if self.num_rebuilt > self._max_rebuilds:
+                    raise RunError(
+                        f"rollout replica {replica.number} failed ({cause}), and rollout.max_rebuilds allows "
+                        f"{self._max_rebuilds} replacements in a run"
+                    )
+                rebuilds.create_task(self._rebuild(replica), name=f"rebuild-{replica.number}")
+
+    async def _rebuild(self, old: Replica) -> None:
+        await self._end(old)
+        del self._replicas[old.number]
+        new = self._place(old.bundle)
+        try:
+            await self._build(new)
+        except RunError as error:
+            self.fence(new.number, str(error))
+
+    def _place(self, bundle: int) -> Replica:
+        number = next(self._numbers)
+        replica = self._replicas[number] = Replica(number, bundle, self._spawn(number, bundle))
+        return replica
+
+    async def _build(self, replica: Replica) -> None:
+        what = f"rollout replica {replica.number}"
+        try:
+            await within(self._start_timeout_s, replica.handle.start.remote(), f"starting {what}")
+        except RayError as error:
+            raise RunError(f"{what} could not start: {last_line(error)}") from error
+        if replica.state is State.STARTING:
+            replica.state = State.PENDING
+            self._wake()
+
+    async def _end(self, replica: Replica) -> None:
+        """Let the engine end its processes; then end the actor, whether it answered or not."""
+        with contextlib.suppress(RayError, RunError):
+            await within(_CLOSE_TIMEOUT_S, replica.handle.close.remote(), f"closing replica {replica.number}")
+        ray.kill(replica.handle)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
