@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from ray.exceptions import RayError
 
@@ -25,10 +25,10 @@ from sync.config import SyncConfig
 from sync.sender import Sent
 
 # What is waited beyond the workers' own deadlines, whose messages name the cause better than ours.
-_GRACE_S = 10.0
+_GRACE_S = 1.0
 _PROBE_TIMEOUT_S = 5.0
 _MAX_BLIND_RETRIES = 2
-"""Streams that may break in a row without anybody to blame: a slow link heals, a broken one does not."""
+"""Groups that may break in a row without anybody to blame: a slow link heals, a broken one does not."""
 
 
 class _IncompleteError(Exception):
@@ -109,21 +109,21 @@ class Publisher:
         timeout_s, size = self.config.timeout_s, 1 + len(replicas) * self.workers_per_replica
         self._num_groups += 1
         group = f"weights-{self._num_groups}"
-        ticket = await self.policy.open_store(timeout_s)
-        joining = asyncio.ensure_future(self.policy.join_weights(self._layout, group, size, timeout_s))
+        store = await self.policy.open_store(timeout_s)
         ranks = range(1, size, self.workers_per_replica)
-        calls = [
-            replica.handle.join_weights.remote(ticket, group, rank, size, self._layout, timeout_s)
-            for replica, rank in zip(replicas, ranks, strict=True)
+        joining = [
+            self.policy.join_weights(self._layout, group, size, timeout_s),
+            *(
+                _answer(replica.handle.join_weights.remote(store, group, rank, size, self._layout, timeout_s))
+                for replica, rank in zip(replicas, ranks, strict=True)
+            ),
         ]
-        joined = await self._phase(f"joining the group of version {version}", replicas, calls)
-        try:
-            await joining
-        except (RayError, RunError) as error:
-            if len(joined) == len(replicas):
-                raise RunError(f"policy rank 0 could not form the broadcast group: {last_line(error)}") from error
-        if len(joined) < len(replicas):
-            raise _IncompleteError
+        what = f"joining the group of version {version}"
+        waits = (within(timeout_s + _GRACE_S, call, what) for call in joining)
+        answers = await asyncio.gather(*waits, return_exceptions=True)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        if failures:  # when one does not come, none gets in
+            await self._blame(replicas, what, failures[0])
         self._group = numbers
 
     async def _transact(self, version: int, replicas: Sequence[Replica]) -> None:
@@ -134,7 +134,7 @@ class Publisher:
             raise _IncompleteError
         sent = await self._stream(version, replicas)
         streamed = time.perf_counter()
-        calls = [replica.handle.verify.remote(version, sent.digests) for replica in replicas]
+        calls = [replica.handle.verify.remote(version, sent.digests, self.config.timeout_s) for replica in replicas]
         whole = await self._phase(f"verifying version {version}", replicas, calls)
         calls = [replica.handle.swap.remote(version, self.config.timeout_s) for replica, _ in whole]
         swapping = [replica for replica, _ in whole]
@@ -151,16 +151,20 @@ class Publisher:
         try:
             sent = await self.policy.send_weights(self.config.timeout_s + _GRACE_S)
         except (RayError, RunError) as error:
-            cause = last_line(error)
-        else:
-            assert sent.version == version, f"the policy sent version {sent.version} for {version}"
-            return sent
+            await self._blame(replicas, f"streaming version {version}", error)
+        assert sent.version == version, f"the policy sent version {sent.version} for {version}"
+        return sent
+
+    async def _blame(self, replicas: Sequence[Replica], what: str, error: BaseException) -> NoReturn:
+        """All failed together: whoever does not answer any more is the cause, and the others try again without it."""
+        if not isinstance(error, RayError | RunError):
+            raise error
         calls = [replica.handle.ping.remote() for replica in replicas]
-        alive = await self._phase(f"streaming version {version} ({cause})", replicas, calls, probe=True)
+        alive = await self._phase(f"{what} ({last_line(error)})", replicas, calls, probe=True)
         if len(alive) == len(replicas):
             self._num_blind_retries += 1
             if self._num_blind_retries > _MAX_BLIND_RETRIES:
-                raise RunError(f"version {version} could not be streamed, though all replicas answer: {cause}")
+                raise RunError(f"{what} failed, though all replicas answer: {last_line(error)}") from error
         raise _IncompleteError
 
     async def _phase(
@@ -197,3 +201,8 @@ class Publisher:
             "sync/replicas": float(len(swapped)),
             "sync/rebuilt": float(self.fleet.num_rebuilt),
         }
+
+
+async def _answer(call: Awaitable[Any]) -> Any:
+    """Ray's references are awaitable, and no coroutines."""
+    return await call

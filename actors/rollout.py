@@ -26,6 +26,7 @@ from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, 
 INTERRUPTED = "interrupted"
 """Finish reason of a rollout that is not finished."""
 
+_READY_EVERY_S = 0.005
 # An abort is a message to the engine, which answers nothing; only a dead engine keeps it waiting.
 _ABORT_TIMEOUT_S = 30.0
 
@@ -282,9 +283,15 @@ class RolloutActor:
             )
         await self.engine.collective_rpc("begin_receive", args=(version,))
 
-    async def verify(self, version: int, digests: tuple[str, ...]) -> None:
+    async def verify(self, version: int, digests: tuple[str, ...], timeout_s: float) -> None:
         """Every worker of this replica holds `version` whole."""
+        await within(timeout_s, self._received(), f"receiving version {version}")
         await self.engine.collective_rpc("verify", args=(version, list(digests)))
+
+    async def _received(self) -> None:
+        """The engine stands still during a call to its workers, so they are asked, and not waited for, in there."""
+        while not all(await self.engine.collective_rpc("ready")):  # noqa: ASYNC110  another process's state
+            await asyncio.sleep(_READY_EVERY_S)
 
     async def swap(self, version: int, timeout_s: float) -> Swapped:
         """Serve `version` from the next token on; without in-flight updates, once the running requests are done."""

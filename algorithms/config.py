@@ -131,7 +131,8 @@ class StalenessConfig(BaseModel):
     0 is synchronous on-policy training."""
     pipeline_depth: int | None = Field(None, ge=1)
     """Most groups dispatched and not yet trained; null takes groups_per_batch x (max_staleness + 1) x over_sampling,
-    the most that the bound allows, and from max_staleness 2 on one batch less with `mask`. Smaller depths give fresher samples."""
+    the most that the bound allows, and from max_staleness 2 on one batch less with `mask`. Smaller depths give fresher
+    samples."""
     when_stale: Literal["pace", "mask", "requeue"] = "pace"
     """What keeps the bound. `pace`: the step waits for the oldest group, and nothing is dropped. `mask`: the step does
     not wait, and tokens beyond the bound leave the loss (needs in_flight_updates, or whole groups would be lost).

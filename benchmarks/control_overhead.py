@@ -2,7 +2,7 @@
 
     python -m benchmarks.control_overhead [--profile FILE]
 
-Real: Ray, Controller, Attempts, AsyncPacer, Pacer, Router, Fleet, Ledger (with an fsync each step), advantages, packing.
+Real: Ray, Controller, Attempts, AsyncPacer, Pacer, Router, Fleet, Ledger (with an fsync a step), advantages, packing.
 Stand-ins: a replica is a Ray actor that holds S slots and sleeps 10 ms for each sequence; sequences queue for a slot as
 in an engine. The policy sleeps for the training time in the controller's process; publishing is a call to each replica.
 

@@ -1,0 +1,169 @@
+"""A policy and replicas without engines: their sides of a publication, over the real wire and real Ray.
+
+A replica can be told to fail at any point of a version: to be killed or stopped by its kernel, to flip a bit, or to be
+slow.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from actors.policy import node_ip
+from actors.rollout import Swapped
+from sync.gloo import GlooGroup, open_store
+from sync.layout import Layout, parameters_of, plan_layout
+from sync.sender import Sender, Sent
+from sync.staging import Staging
+
+SHAPES = {f"layer.{index}": torch.Size((40, 50)) for index in range(8)}
+BUCKET_MB = 0.01  # a layer of 8 kB each
+
+
+def weights(version: int) -> dict[str, Tensor]:
+    """What the policy holds at a version."""
+    generator = torch.Generator().manual_seed(version)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+class LightPolicy:
+    """Rank 0, whose version the test sets."""
+
+    def __init__(self) -> None:
+        self.version = 0
+
+    def step(self) -> None:
+        self.version += 1
+
+    def plan_weights(self, dtype: str, bucket_mb: float) -> str:
+        return plan_layout(parameters_of(SHAPES.items(), dtype), int(bucket_mb * 2**20)).to_json()
+
+    def open_store(self, timeout_s: float) -> tuple[str, int]:
+        self._store = open_store(node_ip(), timeout_s)
+        return node_ip(), self._store.port
+
+    def join_weights(self, layout: str, group: str, world_size: int, timeout_s: float) -> None:
+        wire = GlooGroup(self._store, group, 0, world_size, node_ip(), timeout_s)
+        self._sender = Sender(Layout.from_json(layout), wire)
+
+    def send_weights(self) -> Sent:
+        return self._sender.send(self.version, self._gather)
+
+    @contextlib.contextmanager
+    def _gather(self, names: tuple[str, ...]) -> Iterator[Mapping[str, Tensor]]:
+        held = weights(self.version)
+        yield {name: held[name] for name in names}
+
+    def num_files(self) -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What goes wrong, and when: at a phase, or at a bucket of the stream."""
+
+    kind: Literal["kill", "stop", "flip", "slow"]
+    at: Literal["join", "announce", "verify", "swap"] | int
+    version: int = 1
+
+    def strike(self) -> None:
+        match self.kind:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "slow":
+                time.sleep(0.5)
+            case "flip":
+                pass
+
+
+class FaultyGroup(GlooGroup):
+    """Strikes before a bucket arrives, or flips one of its bits after."""
+
+    fault: Fault | None = None
+    num_broadcasts = 0
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> None:
+        bucket, self.num_broadcasts = self.num_broadcasts, self.num_broadcasts + 1
+        due = self.fault is not None and bucket == self.fault.at
+        if due and self.fault is not None:
+            self.fault.strike()
+        super().broadcast(tensor, root)
+        if due and self.fault is not None and self.fault.kind == "flip":
+            tensor.view(torch.uint8)[3] ^= 16
+
+
+class LightReplica:
+    """`RolloutActor` without an engine."""
+
+    def __init__(self, number: int, fault: Fault | None = None) -> None:
+        self.number = number
+        self.fault = fault
+        self.version: int | None = None
+        self.model: dict[str, Tensor] = {}
+        self._staging: Staging | None = None
+
+    async def start(self) -> None:
+        """There is no engine to build."""
+
+    async def ping(self) -> None:
+        """It answers."""
+
+    async def join_weights(
+        self, store: tuple[str, int], group: str, first_rank: int, world_size: int, layout: str, timeout_s: float
+    ) -> None:
+        self._strike("join")
+        if self._staging is not None:
+            self._staging.close()
+        arguments = (*store, group, first_rank, world_size, node_ip(), timeout_s)
+        self._wire = await asyncio.to_thread(FaultyGroup.join, *arguments)
+        self._staging = Staging(Layout.from_json(layout), self._wire)
+
+    async def begin_receive(self, version: int) -> None:
+        assert self._staging is not None
+        assert self.version is None or version > self.version, "versions never go back"
+        self._coming = version
+        self._strike("announce")
+        self._wire.fault = self.fault if self.fault is not None and self.fault.version == version else None
+        self._wire.num_broadcasts = 0
+        self._staging.begin(version)
+
+    async def verify(self, version: int, digests: tuple[str, ...], timeout_s: float) -> None:
+        assert self._staging is not None
+        self._strike("verify")
+        await asyncio.to_thread(self._staging.verify, version, list(digests), timeout_s)
+
+    async def swap(self, version: int, timeout_s: float) -> Swapped:
+        assert self._staging is not None
+        self._strike("swap")
+        self.model = {name: tensor.clone() for name, tensor in self._staging.tensors()}
+        self._staging.commit()
+        self.version = version
+        return Swapped(0.0, 0.0)
+
+    async def holds(self) -> tuple[int | None, bool]:
+        """Its version, and whether its weights are that version's to the bit."""
+        if self.version is None:
+            return None, not self.model
+        expected: Any = weights(self.version)
+        return self.version, all(torch.equal(self.model[name], expected[name]) for name in SHAPES)
+
+    async def close(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
+
+    async def num_files(self) -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def _strike(self, phase: str) -> None:
+        coming = getattr(self, "_coming", -1) + (phase == "join")
+        if self.fault is not None and self.fault.at == phase and coming == self.fault.version:
+            self.fault.strike()

@@ -1,0 +1,139 @@
+"""Whatever happens to a replica in a publication, the others get the version whole, and it comes back with it."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from actors.fleet import Fleet, State
+from actors.policy_group import PolicyGroup
+from actors.publisher import Publisher
+from actors.router import Router
+from sync.config import SyncConfig
+from tests.actors.light import BUCKET_MB, SHAPES, Fault, LightPolicy, LightReplica
+
+TIMEOUT_S = 4.0
+SLACK_S = 15.0  # a machine under load
+LAST = len(SHAPES) - 1
+VICTIM = 1
+
+
+class Bench:
+    """One policy rank and three replicas; the second has the fault."""
+
+    def __init__(self, fault: Fault | None, num_replicas: int = 3, max_rebuilds: int = 3) -> None:
+        actor: Any = ray.remote(num_cpus=0)(LightReplica)
+        self.rank = ray.remote(num_cpus=0)(LightPolicy).remote()
+        self.handles: list[Any] = []
+
+        def spawn(number: int, bundle: int) -> Any:
+            self.handles.append(actor.remote(number, fault if number == VICTIM else None))
+            return self.handles[-1]
+
+        self.said: list[str] = []
+        self.router = Router(max_groups_per_replica=4, num_generations=2, max_completion_length=8)
+        self.fleet = Fleet(
+            spawn, num_replicas, self.router, start_timeout_s=60.0, max_rebuilds=max_rebuilds, say=self.said.append
+        )
+        policy = PolicyGroup((self.rank,), 8, 60.0)
+        config = SyncConfig(bucket_mb=BUCKET_MB, timeout_s=TIMEOUT_S)
+        self.publisher = Publisher(policy, self.fleet, 1, "float32", config, member_timeout_s=30.0)
+
+    async def publish(self, version: int) -> float:
+        """Seconds until the version is committed."""
+        async with self.publisher.exclusive:
+            if version:
+                await self.rank.step.remote()
+            started = time.monotonic()
+            await self.publisher.publish(version)
+        return time.monotonic() - started
+
+    async def holds(self, number: int) -> tuple[int | None, bool]:
+        held: tuple[int | None, bool] = await asyncio.wait_for(self.handles[number].holds.remote(), 20.0)
+        return held
+
+    async def serving(self, count: int) -> None:
+        states = self.fleet._replicas
+        ready = self.fleet.wait_for(lambda: sum(r.state is State.SERVING for r in states.values()) == count)
+        await asyncio.wait_for(ready, 60.0)
+
+    def close(self) -> None:
+        for handle in (*self.handles, self.rank):
+            ray.kill(handle)
+
+
+@pytest.fixture
+def close(local_ray: None) -> Iterator[list[Bench]]:
+    benches: list[Bench] = []
+    yield benches
+    for bench in benches:
+        bench.close()
+
+
+FAULTS = [
+    *(Fault("kill", at) for at in ("join", "announce", 0, 1, LAST // 2, LAST, "verify", "swap")),
+    *(Fault("stop", at) for at in (0, LAST // 2, LAST, "verify", "swap")),
+    Fault("flip", LAST // 2),
+]
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kind}-{fault.at}")
+def test_the_others_get_the_version_and_the_failed_one_comes_back(fault: Fault, close: list[Bench]) -> None:
+    bench = Bench(Fault(fault.kind, fault.at, version=0) if fault.at == "join" else fault)
+    close.append(bench)
+    asyncio.run(asyncio.wait_for(survive(bench, fault), 120.0))
+
+
+async def survive(bench: Bench, fault: Fault) -> None:
+    await bench.fleet.start()
+    await bench.publisher.connect()
+    async with bench.fleet.supervised(), bench.publisher.admitting():
+        seconds = [await bench.publish(version) for version in (0, 1)]
+        assert max(seconds) < 2 * (TIMEOUT_S + 1.0) + SLACK_S, "one fault costs a deadline, and a probe"
+        assert VICTIM not in bench.router._routes.replicas, "no group goes to a fenced replica"
+        for survivor in (0, 2):
+            assert await bench.holds(survivor) == (1, True), "no step is lost, and no byte"
+        assert f"rollout replica {VICTIM} is fenced" in bench.said[0]
+        await bench.serving(3)
+        assert await bench.holds(3) == (1, True), "the new replica has the committed version before it serves"
+        await bench.publish(2)
+        for number in (0, 2, 3):
+            assert await bench.holds(number) == (2, True)
+    assert bench.fleet.num_rebuilt == 1
+
+
+@pytest.mark.cluster
+def test_a_slow_link_is_waited_for(close: list[Bench]) -> None:
+    bench = Bench(Fault("slow", 2))
+    close.append(bench)
+
+    async def main() -> None:
+        await bench.fleet.start()
+        await bench.publisher.connect()
+        for version in (0, 1):
+            await bench.publish(version)
+        assert [await bench.holds(number) for number in range(3)] == [(1, True)] * 3
+        assert bench.said == []
+
+    asyncio.run(asyncio.wait_for(main(), 60.0))
+
+
+@pytest.mark.cluster
+def test_the_only_replica_is_rebuilt_while_the_publication_waits(close: list[Bench]) -> None:
+    bench = Bench(None, num_replicas=1)
+    close.append(bench)
+
+    async def main() -> None:
+        await bench.fleet.start()
+        await bench.publisher.connect()
+        async with bench.fleet.supervised(), bench.publisher.admitting():
+            await bench.publish(0)
+            ray.kill(bench.handles[0])
+            await bench.publish(1)
+            assert await bench.holds(1) == (1, True)
+
+    asyncio.run(asyncio.wait_for(main(), 90.0))
