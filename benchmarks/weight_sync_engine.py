@@ -6,6 +6,7 @@ cluster has on other nodes too: the sender, both ends of the wire and this proce
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import multiprocessing as mp
 import os
@@ -22,7 +23,7 @@ import torch
 
 from sync.gloo import GlooGroup, open_store
 from sync.layout import Layout, Parameter, plan_layout
-from sync.sender import Sender, Sent
+from sync.sender import Gather, Sender, Sent
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 120.0
@@ -50,6 +51,8 @@ class EngineFigures:
     """One step of the engine, all sequences decoding, without publications."""
     tokens_per_s: float
     tokens_per_s_published: float
+    throughput_kept: float
+    """Of neighbouring windows, with and without publications."""
     num_publications: int
     num_windows: int
 
@@ -60,7 +63,9 @@ class EngineFigures:
 
 def measure(num_publications: int = 8, num_windows: int = 5, window_s: float = 6.0) -> EngineFigures:
     with tempfile.TemporaryDirectory() as folder:
-        return asyncio.run(_measure(Path(folder), num_publications, num_windows, window_s))
+        figures = asyncio.run(_measure(Path(folder), num_publications, num_windows, window_s))
+    gc.collect()  # an engine that is left to the interpreter's end complains there
+    return figures
 
 
 async def _measure(folder: Path, num_publications: int, num_windows: int, window_s: float) -> EngineFigures:
@@ -69,7 +74,10 @@ async def _measure(folder: Path, num_publications: int, num_windows: int, window
             await replica.publish(version)
         await asyncio.sleep(2.0)
         versions = itertools.count(3)
-        steps, rows, plain, published = [], [], [], []
+        steps: list[float] = []
+        rows: list[tuple[float, float, float]] = []
+        plain: list[float] = []
+        published: list[float] = []
         for _ in range(num_publications):
             steps.append(NUM_SEQUENCES / await replica.rate(1.0))
             rows.append(await replica.publish(next(versions)))
@@ -90,6 +98,7 @@ async def _measure(folder: Path, num_publications: int, num_windows: int, window
             step_s=median(steps),
             tokens_per_s=median(plain),
             tokens_per_s_published=median(published),
+            throughput_kept=median(busy / quiet for busy, quiet in zip(published, plain, strict=True)),
             num_publications=num_publications,
             num_windows=num_windows,
         )
@@ -137,8 +146,8 @@ class Replica:
             started = time.perf_counter()
             await engine.collective_rpc("begin_receive", args=(version,))
             sent: Sent = await self._ask(("send", version))
-            while not all(await engine.collective_rpc("ready")):
-                await asyncio.sleep(0.005)
+            while not all(await engine.collective_rpc("ready")):  # noqa: ASYNC110  another process is asked
+                await asyncio.sleep(0.01)
             await engine.collective_rpc("verify", args=(version, list(sent.digests)))
             pausing = time.perf_counter()
             await engine.pause_generation(mode="keep", clear_cache=False)
@@ -244,14 +253,13 @@ def _send(pipe: Connection, layout_json: str) -> None:
     while True:
         match pipe.recv():
             case ("send", version):
-                tensors = versions[version % 2]
-                pipe.send(
-                    sender.send(
-                        version, lambda names, t=tensors: contextlib.nullcontext({name: t[name] for name in names})
-                    )
-                )
+                pipe.send(sender.send(version, _gather_from(versions[version % 2])))
             case _:
                 break
+
+
+def _gather_from(tensors: dict[str, torch.Tensor]) -> Gather:
+    return lambda names: contextlib.nullcontext({name: tensors[name] for name in names})
 
 
 def _copy_s(num_bytes: int) -> float:

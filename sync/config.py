@@ -12,9 +12,13 @@ class SyncConfig(BaseModel):
 
     model_config = CLOSED
 
-    transport: Literal["gloo"] = "gloo"
-    """The wire: gloo over TCP, from host memory to host memory."""
+    transport: Literal["gloo", "nccl"] = "gloo"
+    """The wire: gloo over TCP, from host memory to host memory, or nccl, from GPU to GPU."""
     bucket_mb: float = Field(64.0, gt=0.0)
     """Small tensors travel packed in buckets of this size (MiB)."""
+    delta: bool = False
+    """Send only the elements that changed, bit for bit; pays on a slow wire, costs a host copy of the weights."""
+    full_every: int = Field(20, ge=1)
+    """With `delta`, versions from one that is sent in full to the next."""
     timeout_s: float = Field(120.0, gt=0.0)
     """Deadline of each phase of a publication."""
