@@ -4,7 +4,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-NICENESS = int(os.environ.get("NICE","10"))
+NICENESS = int(os.environ.get("NICE", "10"))
 
 
 def background(name: str) -> ThreadPoolExecutor:
