@@ -214,12 +214,14 @@ class PolicyActor:
         self._store = open_store(node_ip(), timeout_s)
         return node_ip(), self._store.port
 
-    def join_weights(self, layout: str, group: str, world_size: int, timeout_s: float) -> None:
+    def join_weights(
+        self, layout: str, group: str, world_size: int, timeout_s: float, delta: bool, full_every: int
+    ) -> None:
         """Take part in publications: rank 0 joins the broadcast group, the others only gather."""
         wire = None
         if self.rank == 0:
             wire = GlooGroup(self._store, group, 0, world_size, node_ip(), timeout_s)
-        self._sender = Sender(Layout.from_json(layout), wire)
+        self._sender = Sender(Layout.from_json(layout), wire, delta=delta, full_every=full_every)
 
     def send_weights(self) -> Sent:
         """Stream the current version; every rank is called, rank 0 sends."""

@@ -16,6 +16,7 @@ from actors.policy import RankBatch, RankUpdate
 from algorithms.losses import Normalizer
 from algorithms.stats import LossStats, merge
 from algorithms.types import Batch, Group, MicroBatch, Update
+from sync.config import SyncConfig
 from sync.sender import Sent
 
 
@@ -65,9 +66,10 @@ class PolicyGroup:
         )
         return address
 
-    async def join_weights(self, layout: str, group: str, world_size: int, timeout_s: float) -> None:
+    async def join_weights(self, layout: str, group: str, world_size: int, config: SyncConfig) -> None:
         """Rank 0 joins the broadcast group, the others take part in the gathers."""
-        await self._all("join_weights", layout, group, world_size, timeout_s, timeout_s=timeout_s + 10.0)
+        arguments = (layout, group, world_size, config.timeout_s, config.delta, config.full_every)
+        await self._all("join_weights", *arguments, timeout_s=config.timeout_s + 10.0)
 
     async def send_weights(self, timeout_s: float) -> Sent:
         sent: list[Sent] = await self._all("send_weights", timeout_s=timeout_s)

@@ -111,10 +111,11 @@ class Publisher:
         group = f"weights-{self._num_groups}"
         store = await self.policy.open_store(timeout_s)
         ranks = range(1, size, self.workers_per_replica)
+        common = (size, self._layout, timeout_s, self.config.delta)
         joining = [
-            self.policy.join_weights(self._layout, group, size, timeout_s),
+            self.policy.join_weights(self._layout, group, size, self.config),
             *(
-                _answer(replica.handle.join_weights.remote(store, group, rank, size, self._layout, timeout_s))
+                _answer(replica.handle.join_weights.remote(store, group, rank, *common))
                 for replica, rank in zip(replicas, ranks, strict=True)
             ),
         ]
@@ -194,6 +195,7 @@ class Publisher:
         self.metrics = {
             "weights/version": float(version),
             "sync/bytes": float(sent.num_bytes),
+            **({} if sent.num_changed is None else {"sync/changed": float(sent.num_changed)}),
             "sync/stream_s": streamed - started,
             "sync/pause_s": max(s.pause_s for s in swapped),
             "sync/swap_s": max(s.swap_s for s in swapped),

@@ -265,10 +265,11 @@ class RolloutActor:
     # Weights -----------------------------------------------------------------------------------------------------
 
     async def join_weights(
-        self, store: tuple[str, int], group: str, first_rank: int, world_size: int, layout: str, timeout_s: float
-    ) -> None:
+        self, store: tuple[str, int], group: str, first_rank: int, world_size: int, layout: str, timeout_s: float,
+        delta: bool,
+    ) -> None:  # fmt: skip
         """Take the ranks from `first_rank` on in the broadcast group; returns when all members have joined."""
-        arguments = (*store, group, first_rank, world_size, node_ip(), layout, timeout_s)
+        arguments = (*store, group, first_rank, world_size, node_ip(), layout, timeout_s, delta)
         await within(timeout_s, self.engine.collective_rpc("join_group", args=arguments), "joining the weight group")
 
     async def ping(self) -> None:

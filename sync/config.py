@@ -12,8 +12,8 @@ class SyncConfig(BaseModel):
 
     model_config = CLOSED
 
-    transport: Literal["gloo", "nccl"] = "gloo"
-    """The wire: gloo over TCP, from host memory to host memory, or nccl, from GPU to GPU."""
+    transport: Literal["gloo"] = "gloo"
+    """The wire: gloo over TCP, from host memory to host memory. (sync/nccl.py is written, and no run uses it yet.)"""
     bucket_mb: float = Field(64.0, gt=0.0)
     """Small tensors travel packed in buckets of this size (MiB)."""
     delta: bool = False

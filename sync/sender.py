@@ -72,16 +72,23 @@ class Sender:
         digester = background("digest")
         digests: list[Future[str]] = []
         num_bytes = 0
+        failure: BaseException | None = None
         with wire, digester:
             for index, bucket in enumerate(self._layout.buckets):
                 slot = self._slots[index % 2]
-                payload = slot.fill(bucket, slot.gather(gather, bucket), group.device)
+                failure = failure or slot.landed()
+                tensors = slot.gather(gather, bucket)  # of all ranks: they wait for this one, whatever the wire does
+                if failure is not None:
+                    continue
+                payload = slot.fill(bucket, tensors, group.device)
                 digests.append(digester.submit(digest, bucket, payload))
                 frames = [payload] if self._changes is None else self._changes.frames(index, bucket, payload)
                 num_bytes += sum(frame.numel() for frame in frames)
                 slot.busy = [digests[-1], *(wire.submit(group.broadcast, frame) for frame in frames)]
             for slot in self._slots:
-                slot.landed()
+                failure = slot.landed() or failure
+        if failure is not None:
+            raise failure
         changed = self._changes.num_changed if self._changes is not None else None
         return Sent(version, tuple(future.result() for future in digests), num_bytes, changed)
 
@@ -95,8 +102,7 @@ class _Slot:
     _buffer: Tensor | None = None
 
     def gather(self, gather: Gather, bucket: Bucket) -> Mapping[str, Tensor]:
-        """The bucket's parameters, whole; those of the slot's last bucket are given up first."""
-        self.landed()
+        """The bucket's parameters, whole; those of the slot's last bucket, which has landed, are given up first."""
         self._open.close()
         return self._open.enter_context(gather(bucket.names))
 
@@ -110,10 +116,11 @@ class _Slot:
             torch.cuda.current_stream(device).synchronize()  # the wire has a stream of its own
         return payload
 
-    def landed(self) -> None:
+    def landed(self) -> BaseException | None:
+        """Wait until the bucket is where it goes, or what kept it; the broadcast has its own deadline."""
         busy, self.busy = self.busy, []
-        for future in busy:
-            future.result()  # the broadcast has its own deadline
+        errors = [future.exception() for future in busy]
+        return next((error for error in errors if error is not None), None)
 
     def empty(self) -> None:
         self.busy = []

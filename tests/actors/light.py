@@ -49,9 +49,11 @@ class LightPolicy:
         self._store = open_store(node_ip(), timeout_s)
         return node_ip(), self._store.port
 
-    def join_weights(self, layout: str, group: str, world_size: int, timeout_s: float) -> None:
+    def join_weights(
+        self, layout: str, group: str, world_size: int, timeout_s: float, delta: bool, full_every: int
+    ) -> None:
         wire = GlooGroup(self._store, group, 0, world_size, node_ip(), timeout_s)
-        self._sender = Sender(Layout.from_json(layout), wire)
+        self._sender = Sender(Layout.from_json(layout), wire, delta=delta, full_every=full_every)
 
     def send_weights(self) -> Sent:
         return self._sender.send(self.version, self._gather)
@@ -118,14 +120,15 @@ class LightReplica:
         """It answers."""
 
     async def join_weights(
-        self, store: tuple[str, int], group: str, first_rank: int, world_size: int, layout: str, timeout_s: float
-    ) -> None:
+        self, store: tuple[str, int], group: str, first_rank: int, world_size: int, layout: str, timeout_s: float,
+        delta: bool,
+    ) -> None:  # fmt: skip
         self._strike("join")
         if self._staging is not None:
             self._staging.close()
         arguments = (*store, group, first_rank, world_size, node_ip(), timeout_s)
         self._wire = await asyncio.to_thread(FaultyGroup.join, *arguments)
-        self._staging = Staging(Layout.from_json(layout), self._wire)
+        self._staging = Staging(Layout.from_json(layout), self._wire, delta=delta)
 
     async def begin_receive(self, version: int) -> None:
         assert self._staging is not None

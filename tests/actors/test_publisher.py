@@ -24,7 +24,7 @@ VICTIM = 1
 class Bench:
     """One policy rank and three replicas; the second has the fault."""
 
-    def __init__(self, fault: Fault | None, num_replicas: int = 3, max_rebuilds: int = 3) -> None:
+    def __init__(self, fault: Fault | None, num_replicas: int = 3, max_rebuilds: int = 3, delta: bool = False) -> None:
         actor: Any = ray.remote(num_cpus=0)(LightReplica)
         self.rank = ray.remote(num_cpus=0)(LightPolicy).remote()
         self.handles: list[Any] = []
@@ -39,7 +39,7 @@ class Bench:
             spawn, num_replicas, self.router, start_timeout_s=60.0, max_rebuilds=max_rebuilds, say=self.said.append
         )
         policy = PolicyGroup((self.rank,), 8, 60.0)
-        config = SyncConfig(bucket_mb=BUCKET_MB, timeout_s=TIMEOUT_S)
+        config = SyncConfig(bucket_mb=BUCKET_MB, timeout_s=TIMEOUT_S, delta=delta, full_every=3)
         self.publisher = Publisher(policy, self.fleet, 1, "float32", config, member_timeout_s=30.0)
 
     async def publish(self, version: int) -> float:
@@ -108,15 +108,15 @@ async def survive(bench: Bench, fault: Fault) -> None:
 
 @pytest.mark.cluster
 def test_a_slow_link_is_waited_for(close: list[Bench]) -> None:
-    bench = Bench(Fault("slow", 2))
+    bench = Bench(Fault("slow", 2), delta=True)
     close.append(bench)
 
     async def main() -> None:
         await bench.fleet.start()
         await bench.publisher.connect()
-        for version in (0, 1):
+        for version in range(5):
             await bench.publish(version)
-        assert [await bench.holds(number) for number in range(3)] == [(1, True)] * 3
+            assert [await bench.holds(number) for number in range(3)] == [(version, True)] * 3
         assert bench.said == []
 
     asyncio.run(asyncio.wait_for(main(), 60.0))

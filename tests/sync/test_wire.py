@@ -306,3 +306,21 @@ def test_sending_leaves_gradients_as_they_were() -> None:
 
     Sender(LAYOUT, Script()).send(0, gather)  # type: ignore[arg-type]
     assert torch.is_grad_enabled()
+
+
+def test_a_broken_wire_does_not_keep_the_other_ranks_waiting_in_a_gather() -> None:
+    """Under ZeRO-3 every rank takes part in every gather: rank 0 too, when it has nothing to send them to any more."""
+    gathered: list[tuple[str, ...]] = []
+
+    class Broken(Script):
+        def broadcast(self, tensor: torch.Tensor) -> None:
+            raise RuntimeError("rank 2 is gone")
+
+    @contextlib.contextmanager
+    def gather(names: tuple[str, ...]) -> Iterator[Mapping[str, torch.Tensor]]:
+        gathered.append(names)
+        yield {name: tensor for name, tensor in weights(0).items() if name in names}
+
+    with pytest.raises(RuntimeError, match="rank 2 is gone"):
+        Sender(LAYOUT, Broken()).send(0, gather)  # type: ignore[arg-type]
+    assert gathered == [bucket.names for bucket in LAYOUT.buckets]
