@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sync.background import background
 from sync.changes import Changes
 from sync.layout import Bucket, Layout, digest, pack, whole
 from sync.transport import Transport
@@ -69,7 +68,7 @@ class Sender:
 
     def _stream(self, group: Transport, version: int, gather: Gather) -> Sent:
         wire = ThreadPoolExecutor(1, thread_name_prefix="weights-wire")
-        digester = background("digest")
+        digester = ThreadPoolExecutor(1, thread_name_prefix="weights-digest")
         digests: list[Future[str]] = []
         num_bytes = 0
         failure: BaseException | None = None

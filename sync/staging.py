@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sync.background import background
 from sync.delta import apply
 from sync.frame import NUM_BYTES, Frame, Kind
 from sync.layout import Layout, digest, unpack
@@ -46,8 +45,9 @@ class Staging:
         self._staged: int | None = None  # verified, not committed
         self._undo: list[Callable[[], object]] = []  # from what the buffers hold back to the committed version
         self._wrong_base: int | None = None
-        self._wire = ThreadPoolExecutor(1, thread_name_prefix="weights-receive")
-        self._digester, self._followed = background("digest"), background("follow")
+        self._wire, self._digester, self._followed = (
+            ThreadPoolExecutor(1, thread_name_prefix=f"weights-{name}") for name in ("receive", "digest", "follow")
+        )
         _on_one_core(self._wire, self._followed)
         self._receiving: tuple[int, Future[list[Future[str]]]] | None = None
         self._following: list[Future[None]] = []
