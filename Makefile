@@ -53,8 +53,8 @@ pure: $(VENV)/.dev ## the tests that start no Ray, vLLM or DeepSpeed
 test: $(VENV)/.dev ## every test that needs no GPU, with real Ray, vLLM and DeepSpeed (under 20 minutes)
 	$(PY) -m pytest -m "not gpu" --durations=10
 
-prove: $(VENV)/.dev ## a million steps of random schedules against the pacer
-	PACELINE_PROVE=1 $(PY) -m pytest tests/algorithms/test_pacing.py
+prove: $(VENV)/.dev ## a million steps of random schedules against the pacer, and a fault at every point of a publication
+	PACELINE_PROVE=1 $(PY) -m pytest -s tests/algorithms/test_schedules.py tests/actors/test_publisher.py
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -73,7 +73,7 @@ class Bench:
         self.replica = ray.remote(num_cpus=1)(RolloutActor).remote(0, settings, [reward], [])
         self.group = PolicyGroup((self.rank,), 160, 120.0)
         # Small buckets, so that a version takes several broadcasts.
-        config = SyncConfig(bucket_mb=0.1, timeout_s=60.0, delta=zero_stage == 3)
+        config = SyncConfig(bucket_mb=0.1, timeout_s=60.0)
         self.fleet = fleet_of([self.replica])
         self.publisher = Publisher(self.group, self.fleet, 1, "float32", config, member_timeout_s=60.0)
 

@@ -27,7 +27,7 @@ from algorithms.pacing import Pacer, PacerState, Slot, Taken, WhenStale
 PROVE = bool(os.environ.get("PACELINE_PROVE"))
 PROVE_STEPS = 1_000_000
 SCHEDULE_LENGTH = 100
-NUM_SCHEDULES = 300
+NUM_SCHEDULES = 150
 
 
 @dataclass
