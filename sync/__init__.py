@@ -2,7 +2,14 @@
 
 config.py     what a recipe may say about it
 layout.py     parameters -> fixed buckets; names, shapes and offsets, computed once and sent ahead; pure
-gloo.py       the wire: broadcast over TCP from rank 0 to every receiver, each call with a deadline
+transport.py  what a wire is: two implementations, one rendezvous
+gloo.py       over TCP, host memory to host memory; every operation ends by its deadline
+nccl.py       GPU to GPU through cupy; not run yet
 sender.py     policy side: gather, pack and stream the buckets of one version
-receiver.py   replica side, inside vLLM's worker: receive into staging, verify, swap
+changes.py    policy side, with delta: what changed since the last version
+delta.py      the elements that changed, as bytes; pure        frame.py  what comes before each bucket then
+receiver.py   replica side, inside vLLM's worker
+staging.py    replica side: receive and verify without touching the committed version
+serving.py    replica side: the staged tensors become the model that serves
+background.py threads that do not get in the way
 """
