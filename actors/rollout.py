@@ -274,7 +274,7 @@ class RolloutActor:
 
     async def ping(self) -> None:
         """The engine and its workers answer."""
-        await self.engine.collective_rpc("ready")
+        await self.engine.collective_rpc("answer")
 
     async def begin_receive(self, version: int) -> None:
         """Receive `version` into staging while generation goes on."""

@@ -41,6 +41,9 @@ class WeightReceiver:
         self.staging = Staging(Layout.from_json(layout), joined, delta=delta, follower=self.serving)
         self.timeout_s = timeout_s
 
+    def answer(self) -> None:
+        """This worker is alive, whether it is in a group or not."""
+
     def begin_receive(self, version: int) -> None:
         self.staging.begin(version)
 
