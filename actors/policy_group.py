@@ -3,15 +3,16 @@
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from actors.deadline import within
-from actors.errors import RunError
+from actors.errors import RunError, last_line
 from actors.policy import RankBatch, RankUpdate
 from algorithms.losses import Normalizer
 from algorithms.stats import LossStats, merge
@@ -31,7 +32,7 @@ class PolicyGroup:
 
     async def start(self, timeout_s: float) -> None:
         """Load the model on every rank and join them."""
-        meeting: tuple[str, int] = await within(timeout_s, self.ranks[0].address.remote(), "reaching policy rank 0")
+        meeting: tuple[str, int] = await _answer(timeout_s, self.ranks[0].address.remote(), "reaching policy rank 0")
         await self._all("start", *meeting, timeout_s=timeout_s)
 
     async def step(self, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> Update:
@@ -44,7 +45,7 @@ class PolicyGroup:
             share = RankBatch(_renumbered(micro_batches, needed), normalizer, batch.oldest_version)
             calls.append(rank.step.remote(share, *(groups[index] for index in needed)))
         what = f"the policy step at version {batch.version}"
-        updates: list[RankUpdate] = await within(self.timeout_s, asyncio.gather(*calls), what)
+        updates: list[RankUpdate] = await _answer(self.timeout_s, asyncio.gather(*calls), what)
         assert {update.version for update in updates} == {batch.version + 1}, "only the policy counts versions, by one"
         update = _merge(batch, updates, time.perf_counter() - started)
         for name in ("loss", "grad_norm"):
@@ -61,9 +62,8 @@ class PolicyGroup:
 
     async def open_store(self, timeout_s: float) -> tuple[str, int]:
         """The rendezvous of a broadcast group, at rank 0."""
-        address: tuple[str, int] = await within(
-            timeout_s, self.ranks[0].open_store.remote(timeout_s), "opening the weight store"
-        )
+        opening: Any = self.ranks[0].open_store.remote(timeout_s)
+        address: tuple[str, int] = await _answer(timeout_s, opening, "opening the weight store")
         return address
 
     async def join_weights(self, layout: str, group: str, world_size: int, config: SyncConfig) -> None:
@@ -80,7 +80,16 @@ class PolicyGroup:
 
     async def _all(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
         calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
-        return await within(timeout_s, asyncio.gather(*calls), f"policy {method}")
+        answers: list[Any] = await _answer(timeout_s, asyncio.gather(*calls), f"policy {method}")
+        return answers
+
+
+async def _answer(timeout_s: float, call: Awaitable[Any], what: str) -> Any:
+    """What the policy answers; RunError when a rank is dead, late, or fails."""
+    try:
+        return await within(timeout_s, call, what)
+    except RayError as error:
+        raise RunError(f"{what}: {last_line(error)}") from error
 
 
 def _renumbered(micro_batches: tuple[MicroBatch, ...], needed: list[int]) -> tuple[MicroBatch, ...]:
