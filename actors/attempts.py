@@ -20,7 +20,7 @@ from actors.rollout import Interrupted
 from actors.router import Router
 from algorithms.config import FilterConfig
 from algorithms.filters import verdict
-from algorithms.pacing import Slot
+from algorithms.slots import Slot
 from algorithms.types import GroupSummary, Prompt
 
 

@@ -15,7 +15,7 @@ from typing import Self
 
 from actors.pacer import ReadyGroup
 from algorithms.bias import SelectionAudit
-from algorithms.pacing import Slot
+from algorithms.slots import Slot
 from algorithms.types import GroupSummary, Update
 
 

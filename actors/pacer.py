@@ -15,7 +15,8 @@ from typing import TypeVar
 import ray
 
 from actors.deadline import DeadlineError
-from algorithms.pacing import Pacer, Slot
+from algorithms.pacing import Pacer
+from algorithms.slots import Slot
 from algorithms.types import GroupSummary
 
 Decision = TypeVar("Decision")

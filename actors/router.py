@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import ray
 
-from algorithms.pacing import Slot
 from algorithms.routing import Router as Routes
+from algorithms.slots import Slot
 from algorithms.types import GroupSummary, Prompt
 
 

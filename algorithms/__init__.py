@@ -4,6 +4,7 @@ types.py        what travels: Prompt -> Group -> ScoredGroup -> Batch -> Update
 config.py       what a recipe may say about the algorithm, the staleness bound and the optimizer
 order.py        which prompt comes at which ordinal
 pacing.py       the scheduler: what may start, and what a training step takes
+slots.py        what the scheduler hands out and takes in
 routing.py      which replica a group goes to
 filters.py      which groups carry no signal (dynamic sampling)
 depth.py        how deep the pipeline may be, from how far off policy the samples are

@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from algorithms.pacing import Pacer, Slot, WhenStale
+from algorithms.pacing import Pacer, WhenStale
 from algorithms.routing import Router
 from algorithms.simulation.config import (
     DecodeConfig,
@@ -44,6 +44,7 @@ from algorithms.simulation.config import (
 from algorithms.simulation.result import SimulationResult
 from algorithms.simulation.setup import Setup
 from algorithms.simulation.simulator import simulate
+from algorithms.slots import Slot
 from benchmarks.rivals import Areal, Rival, Trl, Verl
 
 K = 4

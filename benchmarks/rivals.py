@@ -21,7 +21,8 @@ Assumptions, the same for all and in their favour where there was a choice:
 
 from collections import deque
 
-from algorithms.pacing import Blocked, Ready, Slot, Taken, Waiting
+from algorithms.pacing import Blocked, Waiting
+from algorithms.slots import Ready, Slot, Taken
 
 
 class Rival:

@@ -13,7 +13,7 @@ from collections import deque
 from heapq import heapify, heappop, heappush, heapreplace
 from math import floor, inf
 
-from algorithms.pacing import Slot
+from algorithms.slots import Slot
 
 _SAME_LEVEL = 1e-9
 """Levels closer than this (tokens) are one: they differ by rounding."""

@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from math import inf
 from typing import Literal, Protocol
 
-from algorithms.pacing import Pacer, Slot, Taken
+from algorithms.pacing import Pacer
 from algorithms.routing import Router
 from algorithms.simulation.config import SimulationConfig
 from algorithms.simulation.lengths import Lengths, Trace
@@ -21,6 +21,7 @@ from algorithms.simulation.replicas import Fleet, Group
 from algorithms.simulation.result import SimulationResult, train_s
 from algorithms.simulation.setup import Setup
 from algorithms.simulation.tally import Tally
+from algorithms.slots import Slot, Taken
 
 _MAX_FAILURES_A_STEP = 1000
 """A step during which every replica fails this often will never end."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from actors.pacer import ReadyGroup
-from algorithms.pacing import Slot
+from algorithms.slots import Slot
 from algorithms.types import GroupSummary
 
 

@@ -20,7 +20,8 @@ from actors.rollout import Interrupted
 from actors.router import Router
 from algorithms.config import AdaptDepthConfig, FilterConfig, GrpoConfig, StalenessConfig, ZeroStdFilter
 from algorithms.depth import DepthController
-from algorithms.pacing import Pacer, Slot
+from algorithms.pacing import Pacer
+from algorithms.slots import Slot
 from algorithms.types import Batch, Prompt, Update
 from tests.actors.groups import ready
 

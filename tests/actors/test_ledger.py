@@ -6,7 +6,7 @@ from typing import Any
 
 from actors.ledger import Ledger
 from actors.pacer import ReadyGroup
-from algorithms.pacing import Slot
+from algorithms.slots import Slot
 from algorithms.types import Update
 from tests.actors.groups import ready
 

@@ -6,7 +6,8 @@ import pytest
 
 from actors.deadline import DeadlineError
 from actors.pacer import AsyncPacer
-from algorithms.pacing import Pacer, Slot
+from algorithms.pacing import Pacer
+from algorithms.slots import Slot
 from tests.actors.groups import ready
 
 

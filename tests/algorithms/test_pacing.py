@@ -2,7 +2,8 @@
 
 import pytest
 
-from algorithms.pacing import Pacer, Slot, Taken
+from algorithms.pacing import Pacer
+from algorithms.slots import Slot, Taken
 
 
 def fill(pacer: Pacer, version: int) -> list[Slot]:

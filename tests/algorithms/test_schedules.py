@@ -22,7 +22,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from algorithms.pacing import Pacer, PacerState, Slot, Taken, WhenStale
+from algorithms.pacing import Pacer, WhenStale
+from algorithms.slots import PacerState, Slot, Taken
 
 PROVE = bool(os.environ.get("PACELINE_PROVE"))
 PROVE_STEPS = 1_000_000

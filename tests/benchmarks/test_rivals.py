@@ -2,8 +2,8 @@
 
 import pytest
 
-from algorithms.pacing import Slot, Taken
 from algorithms.simulation.simulator import simulate
+from algorithms.slots import Slot, Taken
 from benchmarks.pacing import NO_BOUND, config, setup
 from benchmarks.rivals import Areal, Rival, Trl, Verl
 

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from actors.recipe.file import dump_recipe, load_recipe
 from actors.recipe.plain_yaml import parse
-from algorithms.pacing import Slot
 from algorithms.simulation.replicas import Fleet, Group
+from algorithms.slots import Slot
 from deploy.__main__ import app
 from deploy.simulate.calibrate import fit, least_squares
 from deploy.simulate.record import read_run

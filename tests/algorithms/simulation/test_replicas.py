@@ -2,8 +2,8 @@
 
 import pytest
 
-from algorithms.pacing import Slot
 from algorithms.simulation.replicas import Fleet, Group
+from algorithms.slots import Slot
 
 
 def group(ordinal: int, *lengths: int, replica: int = 0) -> Group:
