@@ -92,6 +92,9 @@ class _Generation:
 class RolloutActor:
     """One inference engine and its place in the broadcast group."""
 
+    worker_extension = "sync.receiver.WeightReceiver"
+    """The class that vLLM mixes into its workers."""
+
     def __init__(
         self,
         replica: int,
@@ -148,7 +151,7 @@ class RolloutActor:
                 enforce_eager=not settings.use_gpu if rollout.enforce_eager is None else rollout.enforce_eager,
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",  # after temperature: the distribution that was sampled from
-                worker_extension_cls="sync.receiver.WeightReceiver",
+                worker_extension_cls=self.worker_extension,
                 disable_log_stats=True,
                 **arguments,
             )
