@@ -1,0 +1,101 @@
+"""Every rollout worker has a version sooner by a relay tree than by one group, or it is one group. Pure: trees and times.
+
+The model: each machine sends over one link, one message after the other, B bytes a second. A message of s bytes holds
+the link for t = s / B and has arrived alpha later; the two ends of a connection then turn to its next message (gloo's
+broadcasts are synchronous). Machines send while they receive. A version of S bytes is n messages, in runs of m: a
+member turns to the next run (a bucket, one broadcast) when all its children have this one.
+
+A tree whose nodes pass every message to their children in order, c of them below the root and at most c' below others,
+has brought all messages everywhere after
+
+    T = (n - 1) p  +  max over ranks, sum over the hops from the root, of (j t + alpha)  +  (n/m - 1) q
+        p = max(c t, t + alpha)                                   the root's time for a message
+        q = max(c t + alpha - p, c' t + t + 2 alpha - p)          lost from one run to the next
+
+(a hop is to a j-th child; the second term of q only where there are inner nodes). `simulated.py` does the same step by
+step, and agrees. With no end of messages and no latency T is c S / B, so that is what a tree is compared by:
+
+    any way at all                    S / B + alpha: the policy's link carries every byte once
+    a chain, k = 1                    (S / B) (1 + (W - 1) / n) + (n + W - 1) alpha: near the bound for few workers W,
+                                      but the last one waits for W hops; best at n = sqrt((W - 1) S / (B alpha))
+    a tree of fan-out k of depth D    (S / B) (k + (k D - k) / n) + D alpha at most, where alpha <= (k - 1) t: k times
+                                      the bound, but only about log_k(W) hops
+    one gloo group, a binomial tree   (S / B) ceil(log2(W + 1)) and more, and a message is a whole bucket
+
+Workers on one machine share its link, and what they pass to each other does not load it: then c is the most copies that
+one machine sends or receives, j counts what the machine has to send, and T is an estimate.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+Tree = Sequence[Sequence[int]]
+"""The children of each rank, in the order in which they are sent to; parents come before children."""
+MAX_FANOUT = 8
+_SAVES = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What each machine sends over. In any unit of time, so that ratios need none."""
+
+    latency: float
+    """alpha, for each message."""
+    bandwidth: float = 1.0
+    """Bytes in a unit of time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A version as it is cut: `num_messages` of equal size, `per_run` of them in one broadcast."""
+
+    num_messages: int
+    message_bytes: float
+    per_run: int = 1
+
+
+def cut(num_bytes: int, run_bytes: float, message_bytes: float) -> Load:
+    """A version in broadcasts of about `run_bytes`, each in messages of about `message_bytes`."""
+    per_run = max(1, round(min(run_bytes, num_bytes) / message_bytes))
+    num_messages = per_run * max(1, round(num_bytes / run_bytes))
+    return Load(num_messages, num_bytes / num_messages, per_run)
+
+
+def relay_tree(world_size: int, fanout: int) -> Tree:
+    """Rank r passes on to k r + 1 ... k r + k."""
+    return [
+        range(min(fanout * rank + 1, world_size), min(fanout * rank + fanout + 1, world_size))
+        for rank in range(world_size)
+    ]
+
+
+def group_tree(world_size: int) -> Tree:
+    """What gloo's broadcast from rank 0 does: rank r passes on to r + 2^i for every 2^i above r."""
+    powers = [1 << i for i in range((world_size - 1).bit_length())]
+    return [[rank + power for power in powers if rank < power < world_size - rank] for rank in range(world_size)]
+
+
+def time_of(tree: Tree, load: Load, link: Link, machines: Sequence[Hashable] | None = None) -> float:
+    """T above, for the ranks on these machines; each has one of its own where none are given."""
+    machines = range(len(tree)) if machines is None else machines
+    message, latency = load.message_bytes / link.bandwidth, link.latency
+    sent: Counter[Hashable] = Counter()
+    received: Counter[Hashable] = Counter()
+    arrival = [0.0] * len(tree)
+    for rank, children in enumerate(tree):
+        for child in children:
+            arrival[child] = arrival[rank] + latency
+            if machines[child] != machines[rank]:
+                sent[machines[rank]] += 1
+                received[machines[child]] += 1
+                arrival[child] += sent[machines[rank]] * message
+    first = sent[machines[0]]
+    copies = max([first, *sent.values(), *received.values()])
+    period = max(copies * message, message + latency)
+    lost = copies * message + latency - period
+    inner = [sent[machines[rank]] for rank, children in enumerate(tree) if rank > 0 and children]
+    if inner:
+        lost = max(lost, (max(inner) + 1) * message + 2 * latency - period)
+    num_runs = load.num_messages // load.per_run
+    return (load.num_messages - 1) * period + max(arrival) + (num_runs - 1) * lost
