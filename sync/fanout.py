@@ -1,39 +1,47 @@
-"""Every rollout worker has a version sooner by a relay tree than by one group, or it is one group. Pure: trees and times.
+"""A relay tree is used where it brings a version to all rollout workers much sooner than one group. Pure: trees, times.
 
 The model: each machine sends over one link, one message after the other, B bytes a second. A message of s bytes holds
 the link for t = s / B and has arrived alpha later; the two ends of a connection then turn to its next message (gloo's
-broadcasts are synchronous). Machines send while they receive. A version of S bytes is n messages, in runs of m: a
-member turns to the next run (a bucket, one broadcast) when all its children have this one.
+broadcasts are synchronous). Machines send while they receive. A version of S bytes is n messages in runs of m: a member
+turns to its next run (a bucket, one broadcast) when all its children have this one.
 
-A tree whose nodes pass every message to their children in order, c of them below the root and at most c' below others,
-has brought all messages everywhere after
+A tree whose nodes pass every message to their children in order, c of them below the root and at most c' elsewhere, has
+brought everything everywhere after
 
     T = (n - 1) p  +  max over ranks, sum over the hops from the root, of (j t + alpha)  +  (n/m - 1) q
-        p = max(c t, t + alpha)                                   the root's time for a message
-        q = max(c t + alpha - p, c' t + t + 2 alpha - p)          lost from one run to the next
+        p = max(c t, t + alpha)                                  the root's time for a message
+        q = max(c t + alpha - p, (c' + 1) t + 2 alpha - p)       lost between runs; the first term where c' = 0
 
-(a hop is to a j-th child; the second term of q only where there are inner nodes). `simulated.py` does the same step by
-step, and agrees. With no end of messages and no latency T is c S / B, so that is what a tree is compared by:
+(a hop is to a j-th child). It is what `simulated.py` finds step by step: exactly for one run, nearly for several. Its
+parts bound what a way can do; with many messages and little latency the first is left, the copies that a link carries:
 
-    any way at all                    S / B + alpha: the policy's link carries every byte once
-    a chain, k = 1                    (S / B) (1 + (W - 1) / n) + (n + W - 1) alpha: near the bound for few workers W,
-                                      but the last one waits for W hops; best at n = sqrt((W - 1) S / (B alpha))
-    a tree of fan-out k of depth D    (S / B) (k + (k D - k) / n) + D alpha at most, where alpha <= (k - 1) t: k times
-                                      the bound, but only about log_k(W) hops
-    one gloo group, a binomial tree   (S / B) ceil(log2(W + 1)) and more, and a message is a whole bucket
+    any way at all              S / B + alpha: the policy's link carries every byte once, and the last one has to arrive
+    chain, k = 1                (S / B) (1 + (W - 1) / n) + (n + W - 1) alpha: close to that for few workers W, but the
+                                last one waits for W hops; least at n = sqrt((W - 1) S / (B alpha))
+    tree of depth D, k > 1      at least k S / B + alpha; at most (S / B) (k + k (D - 1) / n) + D alpha while
+                                alpha <= (k - 1) t: k times the bound, but only about log_k(W) hops
+    one gloo group              a binomial tree of whole buckets: at least ceil(log2(W + 1)) S / B + alpha
 
 Workers on one machine share its link, and what they pass to each other does not load it: then c is the most copies that
-one machine sends or receives, j counts what the machine has to send, and T is an estimate.
+a machine sends or receives, j counts all that the machine has to send, and T is an estimate.
 """
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from sync.config import SyncConfig
+
 Tree = Sequence[Sequence[int]]
 """The children of each rank, in the order in which they are sent to; parents come before children."""
-MAX_FANOUT = 8
-_SAVES = 0.9
+SLICE_BYTES = 4 * 2**20
+"""A relay's message."""
+LATENCY = 0.25
+"""Latency of such a message over its time on the link, where nobody knows the link; measured between two processes of
+one machine: about 0.2."""
+_MAX_FANOUT = 8
+_WORTH = 0.75
+"""More hops are more places to fail at: a deeper tree must take less than this share of a shallower one's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +107,36 @@ def time_of(tree: Tree, load: Load, link: Link, machines: Sequence[Hashable] | N
         lost = max(lost, (max(inner) + 1) * message + 2 * latency - period)
     num_runs = load.num_messages // load.per_run
     return (load.num_messages - 1) * period + max(arrival) + (num_runs - 1) * lost
+
+
+def relative_time(machines: Sequence[Hashable], num_bytes: int, bucket_bytes: float, fanout: int | None) -> float:
+    """T over S / B, for policy rank 0 and then every rollout worker on these machines: of one group, or of a relay."""
+    link = Link(latency=LATENCY * SLICE_BYTES)
+    if fanout is None:
+        tree, load = group_tree(len(machines)), cut(num_bytes, bucket_bytes, bucket_bytes)
+    else:
+        tree, load = relay_tree(len(machines), fanout), cut(num_bytes, bucket_bytes, SLICE_BYTES)
+    return time_of(tree, load, link, machines) / num_bytes
+
+
+def choose(machines: Sequence[Hashable], num_bytes: int, bucket_bytes: float) -> int | None:
+    """The best fan-out, or None for one group; always that where all are on one machine, which no link slows down."""
+    if len(set(machines)) == 1:
+        return None
+    best, shortest = None, relative_time(machines, num_bytes, bucket_bytes, None)
+    for fanout in range(min(_MAX_FANOUT, len(machines) - 1), 0, -1):
+        time = relative_time(machines, num_bytes, bucket_bytes, fanout)
+        if time < _WORTH * shortest:
+            best, shortest = fanout, time
+    return best
+
+
+def fanout_of(config: SyncConfig, machines: Sequence[Hashable], num_bytes: int | None) -> int | None:
+    """What `join` is to be given, on all ranks: machines[0] is policy rank 0's, the others the workers' by rank.
+
+    A version of unknown size is counted as one bucket, which makes a relay's pipeline look as short as it can be.
+    """
+    if config.fanout != "auto":
+        return config.fanout
+    bucket_bytes = config.bucket_mb * 2**20
+    return choose(machines, round(bucket_bytes) if num_bytes is None else num_bytes, bucket_bytes)

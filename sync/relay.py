@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
+from sync.fanout import SLICE_BYTES
 from sync.gloo import GlooGroup, reason_of, words_of
 from sync.transport import Reason, WireError, as_bytes, remaining_s, within
 
-SLICE_BYTES = 4 * 2**20
 _SETTLE_S = 0.5
 
 
