@@ -138,5 +138,7 @@ def fanout_of(config: SyncConfig, machines: Sequence[Hashable], num_bytes: int |
     """
     if config.fanout != "auto":
         return config.fanout
+    if config.transport == "nccl":
+        return None
     bucket_bytes = config.bucket_mb * 2**20
     return choose(machines, round(bucket_bytes) if num_bytes is None else num_bytes, bucket_bytes)

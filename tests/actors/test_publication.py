@@ -50,7 +50,7 @@ def one_step(version: int) -> tuple[Batch, list[Group]]:
 class Bench:
     """One policy rank and one replica, joined."""
 
-    def __init__(self, policy_path: Path, replica_path: Path, zero_stage: int, update: str) -> None:
+    def __init__(self, policy_path: Path, replica_path: Path, zero_stage: int, update: str, **sync: Any) -> None:
         import ray
 
         generation = GenerationConfig(max_prompt_length=40, max_completion_length=160)
@@ -73,7 +73,7 @@ class Bench:
         self.replica = ray.remote(num_cpus=1)(RolloutActor).remote(0, settings, [reward], [])
         self.group = PolicyGroup((self.rank,), 160, 120.0)
         # Small buckets, so that a version takes several broadcasts.
-        config = SyncConfig(bucket_mb=0.1, timeout_s=60.0)
+        config = SyncConfig(bucket_mb=0.1, timeout_s=60.0, **sync)
         self.fleet = fleet_of([self.replica])
         self.publisher = Publisher(self.group, self.fleet, 1, "float32", config, member_timeout_s=60.0)
 
@@ -112,14 +112,18 @@ class Bench:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("tied", "zero_stage"), [(True, 1), (False, 3)])
+@pytest.mark.parametrize(
+    ("tied", "zero_stage", "sync"),
+    [(True, 1, {}), (False, 3, {"delta": True}), (True, 1, {"staging": "none"})],
+    ids=["staged", "delta", "not-staged"],
+)
 def test_the_replica_computes_what_the_policy_computes(
-    local_ray: None, tmp_path: Path, tied: bool, zero_stage: int
+    local_ray: None, tmp_path: Path, tied: bool, zero_stage: int, sync: dict[str, Any]
 ) -> None:
     for name, seed in (("policy", 5), ("replica", 6)):
         config = TinyModel(kind="tiny", hidden_size=64, num_layers=2, num_heads=1, tie_word_embeddings=tied)
         make_tiny_model(config, tmp_path / name, seed)
-    bench = Bench(tmp_path / "policy", tmp_path / "replica", zero_stage, "keep")
+    bench = Bench(tmp_path / "policy", tmp_path / "replica", zero_stage, "keep", **sync)
 
     async def run() -> dict[str, Any]:
         await bench.start()

@@ -114,6 +114,7 @@ def test_what_auto_chooses(machines: list[str], num_bytes: int, fanout: int | No
 def test_what_is_written_is_what_is_used() -> None:
     assert fanout_of(SyncConfig(fanout=3), ["a"] * 9, None) == 3
     assert fanout_of(SyncConfig(fanout=None), [*"abcdefghi"], LARGE) is None
+    assert fanout_of(SyncConfig(transport="nccl"), [*"abcdefghi"], LARGE) is None
     assert fanout_of(SyncConfig(), [*"abcdefghi"], None) == fanout_of(SyncConfig(), [*"abcdefghi"], BUCKET)
 
 
@@ -121,3 +122,8 @@ def test_what_is_written_is_what_is_used() -> None:
 def test_what_is_no_fanout_is_refused(given: object) -> None:
     with pytest.raises(ValueError, match="fanout: write auto, null"):
         SyncConfig.model_validate({"fanout": given})
+
+
+def test_nccl_has_no_fanout() -> None:
+    with pytest.raises(ValueError, match="fanout: 2, but nccl passes its broadcast on"):
+        SyncConfig(transport="nccl", fanout=2)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sync.transport import Transport, WireError, join, open_gloo
+from sync.transport import Transport, WireError, join, open_wire
 from tests.sync.test_transport import HOST, LARGE, Member, all_do, carry, enter, leave
 from tests.sync.test_transport import context as context  # a fixture
 
@@ -51,7 +51,7 @@ def members(context: Any) -> Iterator[list[Member]]:
 
 
 def form(members: list[Member], timeout_s: float) -> Any:
-    rendezvous = open_gloo(HOST, timeout_s)
+    rendezvous = open_wire("gloo", HOST, timeout_s)
     for rank, member in enumerate(members):
         member.start(enter, "wire", rendezvous.ticket, rank, len(members), timeout_s, FANOUT)
     assert [member.answer()[0] for member in members] == [None] * len(members)
@@ -94,7 +94,7 @@ def test_a_death_anywhere_releases_the_whole_tree(blow: signal.Signals, victim: 
 
 
 def test_one_that_aborts_releases_the_whole_tree_soon(members: list[Member]) -> None:
-    rendezvous = open_gloo(HOST, 20.0)
+    rendezvous = open_wire("gloo", HOST, 20.0)
     for rank, member in enumerate(members[1:], 1):
         member.start(enter, "wire", rendezvous.ticket, rank, SIZE, 20.0, FANOUT)
     wire = join(rendezvous, ROOT, SIZE, HOST, torch.device("cpu"), 20.0, FANOUT)
@@ -114,7 +114,7 @@ def test_one_that_aborts_releases_the_whole_tree_soon(members: list[Member]) -> 
 
 
 def test_a_relay_of_one_has_nobody_to_send_to() -> None:
-    wire = join(open_gloo(HOST, 5.0), 0, 1, HOST, torch.device("cpu"), 5.0, FANOUT)
+    wire = join(open_wire("gloo", HOST, 5.0), 0, 1, HOST, torch.device("cpu"), 5.0, FANOUT)
     wire.broadcast(torch.ones(5))
     wire.close()
     with pytest.raises(WireError, match="closed"):

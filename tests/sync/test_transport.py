@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sync.transport import Opened, Ticket, Transport, WireError, join, open_gloo, open_nccl
+from sync.transport import Opened, Ticket, Transport, WireError, join, open_wire
 
 HOST = "127.0.0.1"
-Kind = Literal["gloo", "relay", "nccl"]
+Case = Literal["gloo", "relay", "nccl"]
 KINDS = pytest.mark.parametrize("kind", ["gloo", "relay", pytest.param("nccl", marks=pytest.mark.gpu)])
-FANOUT: dict[Kind, int] = {"relay": 1}
+FANOUT: dict[Case, int] = {"relay": 1}
 """Three ranks in a chain: the first sends, the second passes on, the third only receives."""
 DTYPES = [
     torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
@@ -80,11 +80,11 @@ def held(wires: dict[str, Transport]) -> tuple[int, int, int]:
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(threading.enumerate())
 
 
-def device_of(kind: Kind, rank: int) -> torch.device:
+def device_of(kind: Case, rank: int) -> torch.device:
     return torch.device("cuda", rank) if kind == "nccl" else torch.device("cpu")
 
 
-def root_of(kind: Kind, root: int) -> int:
+def root_of(kind: Case, root: int) -> int:
     return 0 if kind == "relay" else root
 
 
@@ -157,16 +157,16 @@ def members(context: Any) -> Iterator[list[Member]]:
         member.end()
 
 
-def opened(kind: Kind, num_gpus: int, timeout_s: float = 10.0) -> Opened:
+def opened(kind: Case, num_gpus: int, timeout_s: float = 10.0) -> Opened:
     if kind != "nccl":
-        return open_gloo(HOST, timeout_s)
+        return open_wire("gloo", HOST, timeout_s)
     pytest.importorskip("cupy")
     if torch.cuda.device_count() < num_gpus:
         pytest.skip(f"needs {num_gpus} GPUs")
-    return open_nccl()
+    return open_wire("nccl", HOST, timeout_s)
 
 
-def form(kind: Kind, members: list[Member], name: str = "wire", timeout_s: float = 10.0) -> Opened:
+def form(kind: Case, members: list[Member], name: str = "wire", timeout_s: float = 10.0) -> Opened:
     """All members join one group; what is returned must be held until then."""
     rendezvous = opened(kind, len(members))
     for rank, member in enumerate(members):
@@ -183,13 +183,13 @@ def all_do(members: list[Member], action: Callable[..., Any], *arguments: object
 
 @KINDS
 @pytest.mark.parametrize("root", [0, 2])
-def test_every_dtype_and_size_arrives_bit_exact(kind: Kind, root: int, members: list[Member]) -> None:
+def test_every_dtype_and_size_arrives_bit_exact(kind: Case, root: int, members: list[Member]) -> None:
     _rendezvous = form(kind, members)
     assert all_do(members, carry, "wire", 7, root_of(kind, root)) == [True, True, True]
 
 
 @KINDS
-def test_one_process_is_in_several_groups(kind: Kind, members: list[Member]) -> None:
+def test_one_process_is_in_several_groups(kind: Case, members: list[Member]) -> None:
     held_open = [form(kind, members, "a"), form(kind, members[1:], "b"), form(kind, members[::-1], "c")]
     for seed in range(2):
         assert all_do(members[1:], carry, "b", seed, root_of(kind, 1)) == [True, True]
@@ -204,7 +204,7 @@ def test_one_process_is_in_several_groups(kind: Kind, members: list[Member]) -> 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_survivors_of_a_dead_member_are_released_and_form_a_new_group(
-    kind: Kind, blow: signal.Signals, victim: int, members: list[Member]
+    kind: Case, blow: signal.Signals, victim: int, members: list[Member]
 ) -> None:
     timeout_s = 2.0
     _rendezvous = form(kind, members, timeout_s=timeout_s)
@@ -227,7 +227,7 @@ def test_survivors_of_a_dead_member_are_released_and_form_a_new_group(
 
 
 @KINDS
-def test_who_never_joins_is_not_waited_for(kind: Kind, members: list[Member]) -> None:
+def test_who_never_joins_is_not_waited_for(kind: Case, members: list[Member]) -> None:
     rendezvous = opened(kind, 3)
     for rank, member in enumerate(members[:2]):
         member.start(enter, "wire", rendezvous.ticket, rank, 3, 1.0, FANOUT.get(kind))
@@ -249,7 +249,7 @@ def test_a_store_that_does_not_answer_is_not_waited_for() -> None:
 
 @KINDS
 @pytest.mark.parametrize("busy", [True, False], ids=["mid-payload", "waiting"])
-def test_an_abort_from_another_thread_releases_at_once(kind: Kind, busy: bool, members: list[Member]) -> None:
+def test_an_abort_from_another_thread_releases_at_once(kind: Case, busy: bool, members: list[Member]) -> None:
     rendezvous = opened(kind, 2)
     members[0].start(enter, "wire", rendezvous.ticket, 1, 2, 3.0, FANOUT.get(kind))
     wire = join(rendezvous, 0, 2, HOST, device_of(kind, 0), 3.0, FANOUT.get(kind))
@@ -273,7 +273,7 @@ def test_an_abort_from_another_thread_releases_at_once(kind: Kind, busy: bool, m
 
 @pytest.mark.cluster
 @KINDS
-def test_rebuilds_after_failures_leak_nothing(kind: Kind, members: list[Member]) -> None:
+def test_rebuilds_after_failures_leak_nothing(kind: Case, members: list[Member]) -> None:
     timeout_s = 2.0
     peer = members[0]
 
@@ -313,7 +313,7 @@ def test_tickets_and_errors_travel() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing")
 def test_nccl_without_a_gpu_says_so() -> None:
     with pytest.raises(RuntimeError, match="no CUDA device"):
-        open_nccl()
+        open_wire("nccl", HOST, 1.0)
 
 
 # One GPU is enough for these: NCCL refuses two members on one.
