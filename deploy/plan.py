@@ -102,22 +102,23 @@ def _summarize(recipe: Recipe) -> str:
 
 def _describe_fanout(recipe: GrpoRecipe, placed: PlacementPlan) -> str:
     """How a weight version reaches the rollout workers, and how long that takes; the link's own speed is not known."""
-    rollout = placed.bundles["rollout"]
-    workers = [bundle.node for bundle in rollout for _ in range(max(1, bundle.gpus))]
+    workers = [bundle.node for bundle in placed.bundles["rollout"] for _ in range(max(1, bundle.gpus))]
     machines = [placed.bundles["policy"][0].node, *workers]
     num_bytes = _num_bytes(recipe)
     fanout = fanout_of(recipe.sync, machines, num_bytes)
-    road = "one broadcast group" if fanout is None else f"a relay tree of fan-out {fanout}"
-    line = f"weights: to {len(workers)} rollout worker{'s' * (len(workers) > 1)} by {road}"
+    road = "one broadcast group" if fanout is None else f"a relay tree of fan-out {fanout}" if fanout > 1 else "a chain"
+    line = f"weights: {recipe.sync.transport}, to {len(workers)} rollout worker{'s' * (len(workers) > 1)} by {road}"
     if len(set(machines)) == 1:
         return f"{line}, all on one machine"
+    if recipe.sync.transport == "nccl":
+        return line
     bucket_bytes = recipe.sync.bucket_mb * 2**20
-    known = round(bucket_bytes) if num_bytes is None else num_bytes
-    time = relative_time(machines, known, bucket_bytes, fanout)
-    line += f"; predicted {time:.3g} times what a link takes for one copy"
+    size = round(bucket_bytes) if num_bytes is None else num_bytes
+    ours, group = (relative_time(machines, size, bucket_bytes, each) for each in (fanout, None))
+    line += f"; predicted {ours:.3g} times what a link takes for one copy"
     if fanout is not None:
-        line += f" (one group: {relative_time(machines, known, bucket_bytes, None):.3g} times)"
-    return line if num_bytes else f"{line}, counted as one bucket because the model is not here yet"
+        line += f" (one group: {group:.3g} times)"
+    return f"{line}; the model is not here yet and counts as one bucket" if num_bytes is None else line
 
 
 def _num_bytes(recipe: GrpoRecipe) -> int | None:
