@@ -38,7 +38,7 @@ SLICE_BYTES = 4 * 2**20
 """A relay's message."""
 LATENCY = 0.25
 """Latency of such a message over its time on the link, where nobody knows the link; measured between two processes of
-one machine: about 0.2."""
+one machine: 0.15 to 0.2."""
 _MAX_FANOUT = 8
 _WORTH = 0.75
 """More hops are more places to fail at: a deeper tree must take less than this share of a shallower one's time."""
