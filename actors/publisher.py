@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ray.exceptions import RayError
 
-from actors.deadline import within
+from actors.deadline import DeadlineError, within
 from actors.errors import RunError, last_line
 from actors.fleet import Fleet, Replica
 from actors.policy_group import PolicyGroup
@@ -208,6 +208,8 @@ class Publisher:
         through = []
         for replica, answer in zip(replicas, answers, strict=True):
             match answer:
+                case DeadlineError():  # names the phase itself
+                    self.fleet.fence(replica.number, str(answer))
                 case RayError() | RunError():
                     self.fleet.fence(replica.number, f"{phase}: {last_line(answer)}")
                 case BaseException():

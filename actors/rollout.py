@@ -29,7 +29,7 @@ from sync.member import Membership
 INTERRUPTED = "interrupted"
 """Finish reason of a rollout that is not finished."""
 
-_READY_EVERY_S = 0.005
+_READY_FIRST_S, _READY_LAST_S, _READY_GROWTH = 0.005, 0.1, 1.5
 # An abort is a message to the engine, which answers nothing; only a dead engine keeps it waiting.
 _ABORT_TIMEOUT_S = 30.0
 
@@ -92,6 +92,9 @@ class _Generation:
 class RolloutActor:
     """One inference engine and its place in the broadcast group."""
 
+    worker_extension = "sync.receiver.WeightReceiver"
+    """The class that vLLM mixes into its workers."""
+
     def __init__(
         self,
         replica: int,
@@ -148,7 +151,7 @@ class RolloutActor:
                 enforce_eager=not settings.use_gpu if rollout.enforce_eager is None else rollout.enforce_eager,
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",  # after temperature: the distribution that was sampled from
-                worker_extension_cls="sync.receiver.WeightReceiver",
+                worker_extension_cls=self.worker_extension,
                 disable_log_stats=True,
                 **arguments,
             )
@@ -294,12 +297,7 @@ class RolloutActor:
 
     async def receive(self, version: int, timeout_s: float) -> None:
         """Returns when everything that was sent is here, or a worker knows that it will not be."""
-        await within(timeout_s, self._received(), f"receiving version {version}")
-
-    async def _received(self) -> None:
-        """The engine stands still during a call to its workers, so they are asked, and not waited for, in there."""
-        while not all(await self.engine.collective_rpc("ready")):  # noqa: ASYNC110  another process's state
-            await asyncio.sleep(_READY_EVERY_S)
+        await within(timeout_s, received(self.engine), f"receiving version {version}")
 
     async def verify(self, version: int, digests: tuple[str, ...]) -> None:
         """Every worker of this replica holds `version` whole."""
@@ -353,6 +351,17 @@ class RolloutActor:
     async def close(self) -> None:
         """Stop the engine and its processes."""
         await asyncio.to_thread(self.engine.shutdown)
+
+
+async def received(engine: Any) -> None:
+    """Returns when the engine's workers have what they are being sent, or know that they will not.
+
+    The engine stands still during a call to its workers, so they are asked, ever more rarely, and not waited for.
+    """
+    pause_s = _READY_FIRST_S
+    while not all(await engine.collective_rpc("ready")):
+        await asyncio.sleep(pause_s)
+        pause_s = min(_READY_LAST_S, pause_s * _READY_GROWTH)
 
 
 def _unsampled(prompt: Prompt) -> Rollout:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from actors.rollout import received
 from sync.config import SyncConfig
 from sync.layout import Layout, Parameter, plan_layout
 from sync.member import Membership
@@ -148,9 +149,7 @@ class Replica:
             engine = self.engine
             started = time.perf_counter()
             await engine.collective_rpc("begin_receive", args=(version,))
-            sent: Sent = await self._ask(("send", version))
-            while not all(await engine.collective_rpc("ready")):  # noqa: ASYNC110  another process is asked
-                await asyncio.sleep(0.01)
+            sent: Sent = (await asyncio.gather(self._ask(("send", version)), received(engine)))[0]
             await engine.collective_rpc("verify", args=(version, list(sent.digests)))
             pausing = time.perf_counter()
             await engine.pause_generation(mode="keep", clear_cache=False)
