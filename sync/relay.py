@@ -63,7 +63,7 @@ class RelayGroup:
         self._failure: tuple[Reason, str] | None = None
         self._changed = threading.Condition()  # a slice has arrived, or it has failed
         self._num_here = 0
-        self._busy: dict[Future[None], int] = {}  # what links do, and with whom
+        self._busy: tuple[Future[None], ...] = ()
         self._links: tuple[_Link, ...] = ()
         deadline = time.monotonic() + (timeout_s if join_s is None else join_s)
         self._join(store, group, host, fanout, deadline)
@@ -85,14 +85,16 @@ class RelayGroup:
 
     def close(self) -> None:
         """Free sockets and threads; what a gloo group keeps after a failure in mid-payload, each link keeps as long."""
-        if any(not future.done() for future in self._busy):
-            self._fail("closed", "")
-        self._failure = self._failure or ("closed", "")
+        with self._changed:
+            interrupted = any(not future.done() for future in self._busy)
+            self._failure = self._failure or ("closed", "")
+            self._changed.notify_all()
+        for link in self._links if interrupted else ():
+            link.wire.abort()
         self._threads.shutdown()
         for link in self._links:
             link.wire.close()
         self._links = ()
-        self._busy.clear()
 
     def _join(self, store: TCPStore, group: str, host: str, fanout: int, deadline: float) -> None:
         links: list[_Link] = []
@@ -113,17 +115,21 @@ class RelayGroup:
     def _carry(self, slices: Sequence[Tensor]) -> None:
         """All links at once, each on a thread; leaves what went wrong in `_failure`."""
         deadline = time.monotonic() + self._timeout_s
-        self._busy.clear()
-        self._num_here = len(slices) if self.rank == 0 else 0
-        for link in self._links:
-            carry = self._pass_on if link.neighbour > self.rank else self._take
-            self._busy[self._threads.submit(carry, link, slices)] = link.neighbour
-        late = wait(self._busy, remaining_s(deadline)).not_done
+        with self._changed:
+            if self._failure is not None:
+                return
+            self._num_here = len(slices) if self.rank == 0 else 0
+            busy = {self._start(link, slices): link.neighbour for link in self._links}
+            self._busy = tuple(busy)
+        late = wait(busy, remaining_s(deadline)).not_done
         if late:
             # Children that still wait for what our parent has not sent are not to blame.
-            waited_for = min(self._busy[future] for future in late)
+            waited_for = min(busy[future] for future in late)
             self._fail("deadline passed", f"rank {waited_for}: {self._timeout_s:g} s")
-            wait(self._busy, _SETTLE_S)
+            wait(busy, _SETTLE_S)
+
+    def _start(self, link: _Link, slices: Sequence[Tensor]) -> Future[None]:
+        return self._threads.submit(self._pass_on if link.neighbour > self.rank else self._take, link, slices)
 
     def _take(self, link: _Link, slices: Sequence[Tensor]) -> None:
         for index, part in enumerate(slices):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,21 @@ def test_one_that_aborts_releases_the_whole_tree_soon(members: list[Member]) -> 
         wire.broadcast(torch.zeros(3, dtype=torch.uint8))
     wire.close()
     wire.close()
+
+
+def test_one_that_closes_in_mid_payload_is_released_and_so_is_the_other(members: list[Member]) -> None:
+    rendezvous = open_wire("gloo", HOST, 20.0)
+    members[0].start(enter, "wire", rendezvous.ticket, 1, 2, 20.0, FANOUT)
+    wire = join(rendezvous, ROOT, 2, HOST, torch.device("cpu"), 20.0, FANOUT)
+    assert members[0].answer()[0] is None
+    timer = threading.Timer(0.3, wire.close)
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(WireError, match="closed"):
+        wire.broadcast(torch.zeros(LARGE, dtype=torch.uint8))  # nobody takes it
+    assert time.monotonic() - started < 2.0
+    timer.join()
+    assert "peer gone" in all_do(members[:1], number)[0][2]
 
 
 def test_a_relay_of_one_has_nobody_to_send_to() -> None:
