@@ -4,7 +4,7 @@
 
 Prints a table and, as its last line, one JSON object; about four minutes on two cores. Everything is measured in this
 run on this machine, in turns with what it is compared with, medians; but for the share of a LoRA adapter, which is
-arithmetic on the shapes of Qwen2.5-1.5B.
+arithmetic on the shapes of Qwen2.5-1.5B, and for relay_over_bound.
 
     packed_over_raw         a 512 MiB model of large tensors, announced, streamed and verified, over one flat
                             torch.distributed (gloo) broadcast of as many bytes
@@ -12,6 +12,10 @@ arithmetic on the shapes of Qwen2.5-1.5B.
     pause_over_bound        pause of a vLLM replica that generates with a 218 MB model, over one memory copy of the
                             model + one engine step + the 20 ms that vLLM's pause always takes
     pause_share             that pause over the whole publication
+    relay_over_bound        simulated: 15 GB to 1,024 workers by a relay tree, each on a machine of its own, over the
+                            policy's link carrying them once (12.5 GB/s, 0.3 ms for each message)
+    relay_over_group        a bucket to five receivers on this machine, by a relay tree over by one gloo group; no
+                            link is spared here, so this is what passing on costs
     throughput_kept         tokens/s with a version in full every 2 s, over without; neighbouring windows
     delta_overhead          bytes of a version sent as changes over 6 for each element that a step of AdamW (learning
                             rate 1e-6, float32 masters) changed in bf16
@@ -19,6 +23,7 @@ arithmetic on the shapes of Qwen2.5-1.5B.
 
 import json
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +32,8 @@ from rich.table import Table
 
 from benchmarks.weight_sync_engine import EngineFigures
 from benchmarks.weight_sync_engine import measure as measure_engine
+from benchmarks.weight_sync_relay import LINKS, NUM_RANKS, Measured, Predicted, predict
+from benchmarks.weight_sync_relay import measure as measure_relay
 from benchmarks.weight_sync_wire import (
     Comparison,
     DeltaCost,
@@ -51,8 +58,43 @@ def lora_bytes_share(rank: int) -> float:
     return adapters / full
 
 
-def figures(large: Comparison, small: Comparison, delta: DeltaCost, engine: EngineFigures) -> dict[str, Any]:
-    return {
+@dataclass(frozen=True, slots=True)
+class FanOut:
+    """To many workers in virtual time, on each of LINKS, and to few in this run."""
+
+    predicted: tuple[Predicted, ...]
+    measured: Measured
+
+    def figures(self) -> dict[str, float]:
+        first = self.predicted[0]
+        return {
+            "relay_over_bound": first.relay_s / first.bound_s,
+            "relay_over_group": self.measured.relay_s / self.measured.group_s,
+        }
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Name, target and how."""
+        each = "; ".join(
+            f"{p.bytes_per_s / 1e9:g} GB/s: fan-out {p.fanout} {p.relay_s / p.bound_s:.2f} (closed form "
+            f"{p.closed_form_s / p.bound_s:.2f}), one group {p.group_s / p.bound_s:.2f}"
+            for p in self.predicted
+        )
+        here = self.measured
+        return [
+            ("relay_over_bound", "2.5 or less", f"simulated, not measured: 15 GB to 1,024 workers; {each}"),
+            (
+                "relay_over_group",
+                "",
+                f"{here.relay_s * 1e3:.0f} ms over {here.group_s * 1e3:.0f} ms; {here.num_bytes / 1e6:.0f} MB, "
+                f"{NUM_RANKS} processes of one machine, {here.num_runs} runs in turns",
+            ),
+        ]
+
+
+def figures(
+    large: Comparison, small: Comparison, fan_out: FanOut, delta: DeltaCost, engine: EngineFigures
+) -> dict[str, Any]:
+    return fan_out.figures() | {
         "packed_over_raw": large.theirs_s / large.ours_s,
         "packed_over_per_tensor": small.theirs_s / small.ours_s,
         "pause_share": engine.pause_s / engine.total_s,
@@ -65,8 +107,8 @@ def figures(large: Comparison, small: Comparison, delta: DeltaCost, engine: Engi
     }
 
 
-def table(large: Comparison, small: Comparison, delta: DeltaCost, engine: EngineFigures) -> Table:
-    result = figures(large, small, delta, engine)
+def table(large: Comparison, small: Comparison, fan_out: FanOut, delta: DeltaCost, engine: EngineFigures) -> Table:
+    result = figures(large, small, fan_out, delta, engine)
     rows = [
         (
             "packed_over_raw",
@@ -79,6 +121,7 @@ def table(large: Comparison, small: Comparison, delta: DeltaCost, engine: Engine
             "5 or more",
             f"{small.ours_s * 1e3:.1f} ms against {small.theirs_s * 1e3:.1f} ms; {small.num_tensors} tensors",
         ),
+        *fan_out.rows(),
         (
             "pause_over_bound",
             "3 or less",
@@ -117,10 +160,11 @@ def main() -> None:
     torch.set_num_threads(1)
     large = compare(large_parameters(), Wire.flat, num_runs=15)
     small = compare(small_parameters(), Wire.per_tensor, num_runs=15)
+    fan_out = FanOut(tuple(predict(link) for link in LINKS), measure_relay())
     delta = delta_cost()
     engine = measure_engine()
-    Console().print(table(large, small, delta, engine))
-    print(json.dumps(figures(large, small, delta, engine)))
+    Console().print(table(large, small, fan_out, delta, engine))
+    print(json.dumps(figures(large, small, fan_out, delta, engine)))
 
 
 if __name__ == "__main__":
