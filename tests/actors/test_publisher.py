@@ -88,7 +88,7 @@ if os.environ.get("PACELINE_PROVE"):
 @pytest.mark.cluster
 @pytest.mark.parametrize("fanout", [None, 1], ids=["one group", "chain"])
 def test_the_others_get_the_version_and_the_failed_one_comes_back(fanout: int | None, close: list[Bench]) -> None:
-    """Replica 1, in a chain the first to pass on, fails at the first version, its successor at the second, and so on."""
+    """Replica 1, in a chain the first to pass on, fails at the first version, its successor at the next, and so on."""
     victims = [1, *range(3, len(FAULTS) + 2)]
     faults = {
         victim: Fault(fault.kind, fault.at, version)
