@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from actors.attempts import Attempts
+from actors.errors import StoppedError
 from actors.fleet import Fleet
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
@@ -45,6 +46,8 @@ class Controller:
     """Called after each step with its groups, the batch and the update: metrics, samples, progress."""
     settled: Callable[[int], Awaitable[None]]
     """Called with the version after each step, when nothing of it is left to do: checkpoints."""
+    stopped: Callable[[int], Awaitable[None]]
+    """Called instead of a further step when the run was asked to stop: the last checkpoint."""
     first_version: int = 0
     """What the policy holds when the run begins, or goes on."""
 
@@ -64,8 +67,11 @@ class Controller:
                 groups.create_task(self.attempts.make(slot), name=f"group-{slot.ordinal}")
 
     async def learn(self) -> None:
-        for _ in range(self.first_version, self.num_steps):
+        for version in range(self.first_version, self.num_steps):
             taken = await self.pacer.take()
+            if taken is None:
+                await self.stopped(version)
+                raise StoppedError(f"stopped after {version} of {self.num_steps} steps; the same command goes on")
             self.attempts.discard(taken)
             batch = self.batch(taken.batch)
             async with self.publisher.exclusive:  # nobody is admitted between a step and its publication

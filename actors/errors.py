@@ -9,6 +9,10 @@ class ReplicaDeadError(RunError):
     """A rollout replica's engine is gone."""
 
 
+class StoppedError(RunError):
+    """The run was asked to stop, and has left a cut from which the same command goes on."""
+
+
 def first_cause(error: BaseException) -> BaseException:
     """The first error of nested groups: the one that stopped the others."""
     while isinstance(error, BaseExceptionGroup):

@@ -54,6 +54,7 @@ class AsyncPacer:
         self._changed = asyncio.Condition()
         self._ready: dict[int, ReadyGroup] = {}
         self._version: int | None = None
+        self._stopped = False
         self._progress = time.monotonic()
         self.waits: dict[str, float] = defaultdict(float)
         """Seconds waited so far: `policy/<why>` (for a batch), `dispatch/<why>` (for a slot), and `rollout/idle`, when
@@ -113,11 +114,17 @@ class AsyncPacer:
                 return
             yield slot
 
-    async def take(self) -> TakenGroups:
-        """The next batch, oldest first; raises DeadlineError when no group finishes any more."""
+    async def stop(self) -> None:
+        """No slot is given out and no batch any more; what is in flight goes on."""
+        async with self._change():
+            self._stopped = True
+
+    async def take(self) -> TakenGroups | None:
+        """The next batch, oldest first; None after `stop`. Raises DeadlineError when no group finishes any more."""
         self._progress = time.monotonic()
         taken = await self._wait("policy", self._pacer.take, self._pacer.waiting)
-        assert taken is not None
+        if taken is None:
+            return None
         return TakenGroups(
             batch=[self._ready.pop(ordinal) for ordinal in taken.batch],
             aborted=[slot for slot in taken.requeued if slot.ordinal not in self._ready],
@@ -178,6 +185,8 @@ class AsyncPacer:
         """Until `decide` gives something; None once the run is over and it never will."""
         async with self._changed:
             while True:
+                if self._stopped:
+                    return None
                 reason = why()
                 decision = decide()
                 if decision is not None:

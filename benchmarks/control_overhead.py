@@ -222,6 +222,7 @@ async def run(folder: Path, num_steps: int) -> Overhead:
             depth=None,
             report=policy.report,
             settled=policy.settled,
+            stopped=policy.settled,
         )
         await controller.run()
         assert ledger.num_trained == num_steps * GROUPS_PER_BATCH

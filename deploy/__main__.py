@@ -1,4 +1,7 @@
-"""The command line: a user's error ends in one message and exit code 2, never in a traceback."""
+"""The command line: a user's error ends in one message and exit code 2, never in a traceback.
+
+Exit codes: 0 done, 1 the run failed, 2 the input must be mended, 75 stopped by a signal with a checkpoint left.
+"""
 
 import os
 from collections.abc import Iterator
@@ -7,6 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 app = typer.Typer(
     name="python -m deploy",
@@ -45,7 +50,7 @@ def train(
     # After the recipe is known to be good: these load Ray and torch, which takes seconds.
     from rich.console import Console
 
-    from actors.errors import RunError
+    from actors.errors import RunError, StoppedError
     from deploy.train import execute, prepare
 
     address = address or os.environ.get("RAY_ADDRESS")
@@ -53,6 +58,9 @@ def train(
         jobs = prepare(loaded, recipe, address, overwrite, allow_change or ())
     try:
         execute(jobs, address, Console())
+    except StoppedError as stopped:
+        typer.echo(str(stopped), err=True)
+        raise typer.Exit(STOPPED) from None
     except RunError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None

@@ -34,7 +34,7 @@ from actors.run.sft import run_sft
 from actors.run.tracker import check_tracker
 from actors.workers import ModelSource
 from placement.cluster import from_ray, this_machine
-from placement.groups import reserve
+from placement.groups import ReservedPools, reserve
 from placement.plan import plan
 
 _RESERVE_TIMEOUT_S = 120.0
@@ -106,42 +106,45 @@ def execute(jobs: list[Job], address: str | None, console: Console) -> None:
 
 
 def _run(job: Job, console: Console) -> None:
+    with job.folder.held():
+        pools = reserve(plan(used_pools(job.recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
+        try:
+            _begin(job, console)
+            _train(job, pools, console)
+        except BaseExceptionGroup as errors:
+            raise first_cause(errors) from None
+        finally:
+            pools.release()
+    _conclude(job.folder, console)
+
+
+def _begin(job: Job, console: Console) -> None:
+    """The folder is as the run begins, or as it was at the cut from which it goes on."""
     recipe, folder, resume = job.recipe, job.folder, job.resume
-    with folder.held():
-        if resume is None:
-            if folder.recipe.exists() and not folder.finished:
-                console.print("an earlier run ended here before its first checkpoint: it begins anew", highlight=False)
-            folder.create(recipe, job.overwrite)
-        else:
-            folder.rewind(recipe, resume.cut.version)
-            CheckpointStore(folder.checkpoints).discard_after(resume.cut.version)
-            notes = [f"going on from step {resume.cut.version} of {recipe.steps}", *resume.notes]
-            console.print(*notes, sep="\n", highlight=False, soft_wrap=True)
-        _train(job, console)
-    _conclude(folder, console)
+    if resume is not None:
+        folder.rewind(recipe, resume.cut.version)
+        CheckpointStore(folder.checkpoints).discard_after(resume.cut.version)
+        notes = [f"going on from step {resume.cut.version} of {recipe.steps}", *resume.notes]
+        console.print(*notes, sep="\n", highlight=False, soft_wrap=True)
+        return
+    if folder.recipe.exists() and not folder.finished and not folder.checkpoints.exists():
+        console.print("an earlier run ended here before its first checkpoint: it begins anew", highlight=False)
+    folder.create(recipe, job.overwrite)
+    if isinstance(recipe.model, TinyModel):
+        make_tiny_model(recipe.model, folder.path / "initial_model", recipe.seed)
 
 
-def _train(job: Job, console: Console) -> None:
+def _train(job: Job, pools: ReservedPools, console: Console) -> None:
     recipe, folder = job.recipe, job.folder
-    pools = reserve(plan(used_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
-    try:
-        if isinstance(recipe.model, TinyModel) and job.resume is None:
-            make_tiny_model(recipe.model, folder.path / "initial_model", recipe.seed)
-        model = _source(recipe, folder)
-        tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
-        stream = _stream(
-            recipe, job.rows, tokenizer, max_model_length(model.path, model.revision, model.trust_remote_code)
-        )
-        with RunProgress(recipe.name, recipe.steps, console) as progress:
-            match recipe, stream:
-                case GrpoRecipe(), PromptStream():
-                    asyncio.run(run_grpo(recipe, model, stream, tokenizer, pools, folder, progress, job.resume))
-                case SftRecipe(), ExampleStream():
-                    asyncio.run(run_sft(recipe, model, stream, tokenizer, pools, folder, progress))
-    except BaseExceptionGroup as errors:
-        raise first_cause(errors) from None
-    finally:
-        pools.release()
+    model = _source(recipe, folder)
+    tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
+    stream = _stream(recipe, job.rows, tokenizer, max_model_length(model.path, model.revision, model.trust_remote_code))
+    with RunProgress(recipe.name, recipe.steps, console) as progress:
+        match recipe, stream:
+            case GrpoRecipe(), PromptStream():
+                asyncio.run(run_grpo(recipe, model, stream, tokenizer, pools, folder, progress, job.resume))
+            case SftRecipe(), ExampleStream():
+                asyncio.run(run_sft(recipe, model, stream, tokenizer, pools, folder, progress))
 
 
 def _conclude(folder: RunFolder, console: Console) -> None:

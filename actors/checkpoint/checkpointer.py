@@ -42,6 +42,11 @@ class Checkpointer:
         if self.every and version % self.every == 0 and not self.pacer.exhausted:
             await self.cut(version)
 
+    async def last(self, version: int) -> None:
+        """The run stops here: a cut, on the disk when this returns."""
+        await self.cut(version)
+        await self.finish()
+
     async def cut(self, version: int) -> None:
         """Take one; the one before must have been written."""
         started = time.monotonic()

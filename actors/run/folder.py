@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.errors import RunError
 from actors.recipe.file import dump_recipe
 from actors.recipe.schema import Recipe
 
@@ -69,20 +70,21 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """No other process trains in the folder meanwhile; ValueError when one does already."""
+        """No other process trains in the folder meanwhile; RunError when one does already."""
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # is given back when the process ends, however
             yield
         except BlockingIOError:
-            raise ValueError(f"run_dir: another process is training in {self.path}; wait for it, or end it") from None
+            raise RunError(f"run_dir: another process is training in {self.path}; wait for it, or end it") from None
         finally:
             os.close(descriptor)
 
     def create(self, recipe: Recipe, overwrite: bool) -> None:
         """Start a new run here; ValueError as in `check_free`."""
         self.check_free(overwrite)
+        self.path.mkdir(parents=True, exist_ok=True)
         for entry in self.path.iterdir():  # not the folder itself: it is held
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         (self.path / "completions").mkdir(parents=True)

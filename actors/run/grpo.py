@@ -20,6 +20,7 @@ from actors.run.folder import RunFolder
 from actors.run.plot import plot_run
 from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
+from actors.run.signals import on_signal
 from actors.run.tracker import Tracker
 from actors.workers import ModelSource, Workers, grpo_workers, score_timeout_s
 from algorithms.depth import DepthController
@@ -92,9 +93,11 @@ async def run_grpo(
                 depth=_depth(recipe, pacer),
                 report=reporter.report,
                 settled=checkpointer.after,
+                stopped=checkpointer.last,
                 first_version=first_version,
             )
-            await controller.run()
+            with on_signal(async_pacer.stop, progress.say):
+                await controller.run()
             await checkpointer.finish()
         await workers.policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)

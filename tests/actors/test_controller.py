@@ -13,7 +13,7 @@ import pytest
 
 from actors.attempts import Attempts, Limits
 from actors.controller import Controller
-from actors.errors import ReplicaDeadError, RunError, first_cause
+from actors.errors import ReplicaDeadError, RunError, StoppedError, first_cause
 from actors.fleet import Fleet
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
@@ -125,6 +125,7 @@ class Bench:
             depth=depth,
             report=self.report,
             settled=self.settled,
+            stopped=self.stopped,
         )
 
     def spawn(self, number: int, bundle: int) -> Any:
@@ -160,6 +161,9 @@ class Bench:
 
     async def settled(self, version: int) -> None:
         self.events.append(f"settled {version}")
+
+    async def stopped(self, version: int) -> None:
+        self.events.append(f"stopped {version}")
 
     async def run(self) -> None:
         await self.fleet.start()
@@ -323,3 +327,18 @@ async def test_the_depth_follows_the_measured_sample_size(tmp_path: Path) -> Non
     bench = Bench(tmp_path, num_steps=6, staleness=StalenessConfig(max_staleness=3), depth=depth)
     await bench.run()
     assert bench.pacer.pipeline_depth < 8, "an effective sample size of 0.1 is under the band"
+
+
+async def test_a_run_that_is_asked_to_stop_ends_between_two_steps(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=50)
+    before = bench.controller.settled
+
+    async def settled(version: int) -> None:
+        await before(version)
+        if version == 2:
+            await bench.pacer.stop()
+
+    bench.controller.settled = settled
+    with pytest.raises(StoppedError, match="stopped after 2 of 50 steps"):
+        await bench.run()
+    assert bench.events[-2:] == ["settled 2", "stopped 2"]

@@ -52,18 +52,27 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "algorithm.beta was 0.0 when the run began and is 0.1 now" in refused.stderr
 
+    stopped = psutil.Popen(
+        train(tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_steps(run, 7, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    said, _ = stopped.communicate(timeout=120)
+    assert stopped.returncode == 75, said
+    assert f"going on from step 3 of {NUM_STEPS}" in said
+    assert f"of {NUM_STEPS} steps; the same command goes on" in said
+
     again = subprocess.run(train(tmp_path), env=environment(), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"going on from step 3 of {NUM_STEPS}" in again.stdout
     found = fates(read(run / "ledger.jsonl"))
     assert list(found.problems()) == []
     assert found.lost() == set()
-    assert found.num_cuts == 1
+    assert found.num_cuts == 2
     assert found.trained.total() == 2 * NUM_STEPS
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(NUM_STEPS)), "every step is reported once"
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["groups_lost"], summary["groups_duplicated"], summary["resumed"]) == (0, 0, 1)
+    assert (summary["groups_lost"], summary["groups_duplicated"], summary["resumed"]) == (0, 0, 2)
     assert summary["weight_version"] == NUM_STEPS
 
     shown = subprocess.run(
