@@ -11,5 +11,6 @@ delta.py      the elements that changed, as bytes; pure        frame.py  what co
 receiver.py   replica side, inside vLLM's worker
 staging.py    replica side: receive and verify without touching the committed version
 serving.py    replica side: the staged tensors become the model that serves
+adapters.py   replica side: or the adapter that serves on a model that stays
 background.py threads that do not get in the way
 """

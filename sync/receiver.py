@@ -12,6 +12,7 @@ does not step during such a call, so none of them waits for the network:
 
 from typing import Any
 
+from sync.adapters import ServingAdapter
 from sync.gloo import GlooGroup
 from sync.layout import Layout
 from sync.serving import ServingModel
@@ -22,6 +23,7 @@ class WeightReceiver:
     """vLLM mixes this class into its worker; `model_runner` and `rank` are the worker's own."""
 
     model_runner: Any
+    vllm_config: Any
     rank: int
 
     def join_group(
@@ -35,11 +37,18 @@ class WeightReceiver:
         if (old := getattr(self, "staging", None)) is not None:
             old.close()
         else:
-            self.serving = ServingModel(self.model_runner.model, self.model_runner.model_config)
+            self.serving = self._serving()
         rank = first_rank + self.rank
         joined = GlooGroup.join(store_host, store_port, group, rank, world_size, host, timeout_s)
         self.staging = Staging(Layout.from_json(layout), joined, delta=delta, follower=self.serving)
         self.timeout_s = timeout_s
+
+    def _serving(self) -> ServingModel | ServingAdapter:
+        """What a version is: all weights of the model, or the adapter of an engine that was started to take one."""
+        runner = self.model_runner
+        if self.vllm_config.lora_config is None:
+            return ServingModel(runner.model, runner.model_config)
+        return ServingAdapter(runner.model.lora_manager, **self.vllm_config.additional_config["adapter"])
 
     def answer(self) -> None:
         """This worker is alive, whether it is in a group or not."""

@@ -1,5 +1,5 @@
 """The language model.
 
 load.py   weights and tokenizer     tiny.py   make a small one from a config
-forward.py   log-probabilities of a packed row
+forward.py   log-probabilities of a packed row     lora.py   adapters: what is trained, travels and is saved
 """
