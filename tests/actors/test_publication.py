@@ -14,7 +14,7 @@ from actors.model.tiny import make_tiny_model
 from actors.policy import Objective, PolicyActor, PolicySettings
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
-from actors.recipe.schema import GenerationConfig, PolicyConfig, RolloutConfig, TinyModel
+from actors.recipe.schema import GenerationConfig, LoraConfig, PolicyConfig, RolloutConfig, TinyModel
 from actors.rollout import RolloutActor, RolloutSettings
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, ScoredGroup, VersionSpan
@@ -50,11 +50,20 @@ def one_step(version: int) -> tuple[Batch, list[Group]]:
 class Bench:
     """One policy rank and one replica, joined."""
 
-    def __init__(self, policy_path: Path, replica_path: Path, zero_stage: int, update: str) -> None:
+    def __init__(
+        self,
+        policy_path: Path,
+        replica_path: Path,
+        zero_stage: int,
+        update: str,
+        lora: LoraConfig | None = None,
+        delta: bool = False,
+    ) -> None:
         import ray
 
         generation = GenerationConfig(max_prompt_length=40, max_completion_length=160)
-        self.rank = ray.remote(num_cpus=0.5)(PolicyActor).remote(0, self._policy_settings(policy_path, zero_stage))
+        policy = PolicyConfig(zero_stage=zero_stage, lora=lora)
+        self.rank = ray.remote(num_cpus=0.5)(PolicyActor).remote(0, self._policy_settings(policy_path, policy))
         settings = RolloutSettings(
             model_path=str(replica_path),
             revision=None,
@@ -68,17 +77,18 @@ class Bench:
             score_timeout_s=60.0,
             in_flight_updates=update != "finish",
             recompute_kv_cache=update == "recompute",
+            lora=lora,
         )
         reward = ray.remote(num_cpus=0.1)(NoReward).remote()
         self.replica = ray.remote(num_cpus=1)(RolloutActor).remote(0, settings, [reward], [])
         self.group = PolicyGroup((self.rank,), 160, 120.0)
         # Small buckets, so that a version takes several broadcasts.
-        config = SyncConfig(bucket_mb=0.1, timeout_s=60.0)
+        config = SyncConfig(bucket_mb=0.1, timeout_s=60.0, delta=delta)
         self.fleet = fleet_of([self.replica])
         self.publisher = Publisher(self.group, self.fleet, 1, "float32", config, member_timeout_s=60.0)
 
     @staticmethod
-    def _policy_settings(path: Path, zero_stage: int) -> PolicySettings:
+    def _policy_settings(path: Path, policy: PolicyConfig) -> PolicySettings:
         return PolicySettings(
             model_path=str(path),
             revision=None,
@@ -87,7 +97,7 @@ class Bench:
             use_gpu=False,
             seed=0,
             num_steps=10,
-            policy=PolicyConfig(zero_stage=zero_stage),
+            policy=policy,
             optimizer=OptimizerConfig(learning_rate=3e-2),
             objective=Objective(GrpoConfig(), 1.0, 160),
             run_dir=str(path),
