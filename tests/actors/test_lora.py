@@ -57,10 +57,11 @@ def test_adapters_travel_and_the_replica_computes_what_the_policy_computes(
         differences, sent = asyncio.run(run())
     finally:
         bench.kill()
-    print(f"differences {differences}, bytes {sent}")
     assert max(differences) < AGREEMENT
-    padding = 16 * 4  # bytes, and as many of frames
-    assert all(0 < count <= num_bytes * (1.1 if delta else 1.0) + 2 * padding for count in sent), sent
+    if delta:
+        assert sent[1] < num_bytes < max(sent) < num_bytes + 100, "the first step moves B alone; frames come on top"
+    else:
+        assert set(sent) == {num_bytes}
     check_saved(path, tmp_path, lora)
 
 
