@@ -134,7 +134,8 @@ class PolicyActor:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
             adapt(model, settings.policy.lora)
-            model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient may give none
+            if settings.policy.gradient_checkpointing:
+                model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient may give none
         optimizer = _optimizer(model, settings.optimizer)
         self.pad_id = int(model.config.pad_token_id or 0)
         self.engine, *_ = deepspeed.initialize(
