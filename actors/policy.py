@@ -23,9 +23,13 @@ from algorithms.losses import Normalizer, grpo_loss, sft_loss
 from algorithms.packed import PackedRow, pack_row
 from algorithms.stats import LossStats, merge
 from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup
-from sync.gloo import GlooGroup, open_store
-from sync.layout import Layout, parameters_of, plan_layout
+from sync.layout import parameters_of, plan_layout
+from sync.member import Membership
 from sync.sender import Sender, Sent
+from sync.transport import Kind, Ticket, Transport, open_wire
+
+CONTROL = "control"
+"""Concurrency group, of the actor's options, for calls that are answered while a rank trains or sends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class PolicyActor:
         self.settings = settings
         self.version = 0
         self._sender: Sender | None = None
+        self._wire: Transport | None = None
 
     def address(self) -> tuple[str, int]:
         """This process's address and a free port on it, for the ranks' rendezvous."""
@@ -214,19 +219,25 @@ class PolicyActor:
         layout = plan_layout(parameters_of(shapes, dtype), int(bucket_mb * 2**20))
         return layout.to_json()
 
-    def open_store(self, timeout_s: float) -> tuple[str, int]:
-        """Rank 0 serves the rendezvous of the broadcast group; its address."""
-        self._store = open_store(node_ip(), timeout_s)
-        return node_ip(), self._store.port
+    def open_wire(self, transport: Kind, timeout_s: float) -> Ticket:
+        """Rank 0 opens the rendezvous of a broadcast group; what the other members must know."""
+        self._opened = open_wire(transport, node_ip(), timeout_s)
+        return self._opened.ticket
 
-    def join_weights(
-        self, layout: str, group: str, world_size: int, timeout_s: float, delta: bool, full_every: int
-    ) -> None:
+    def join_weights(self, membership: Membership) -> None:
         """Take part in publications: rank 0 joins the broadcast group, the others only gather."""
-        wire = None
+        config = membership.config
+        if self._wire is not None:
+            self._wire.close()
         if self.rank == 0:
-            wire = GlooGroup(self._store, group, 0, world_size, node_ip(), timeout_s)
-        self._sender = Sender(Layout.from_json(layout), wire, delta=delta, full_every=full_every)
+            device = self.engine.device if config.transport == "nccl" else torch.device("cpu")
+            self._wire = membership.join(node_ip(), device, self._opened)
+        self._sender = Sender(membership.layout, self._wire, delta=config.delta, full_every=config.full_every)
+
+    def abort_weights(self) -> None:
+        """A publication under way fails at once, or the next one does: somebody who must receive it is gone."""
+        if self._wire is not None:
+            self._wire.abort()
 
     def send_weights(self) -> Sent:
         """Stream the current version; every rank is called, rank 0 sends."""

@@ -13,12 +13,16 @@ from ray.exceptions import RayError
 
 from actors.deadline import within
 from actors.errors import RunError, last_line
-from actors.policy import RankBatch, RankUpdate
+from actors.policy import CONTROL, RankBatch, RankUpdate
 from algorithms.losses import Normalizer
 from algorithms.stats import LossStats, merge
 from algorithms.types import Batch, Group, MicroBatch, Update
 from sync.config import SyncConfig
+from sync.member import Membership
 from sync.sender import Sent
+from sync.transport import Ticket
+
+_ABORT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +64,20 @@ class PolicyGroup:
         layouts: list[str] = await self._all("plan_weights", dtype, bucket_mb, timeout_s=self.timeout_s)
         return layouts[0]
 
-    async def open_store(self, timeout_s: float) -> tuple[str, int]:
+    async def open_wire(self, config: SyncConfig) -> Ticket:
         """The rendezvous of a broadcast group, at rank 0."""
-        opening: Any = self.ranks[0].open_store.remote(timeout_s)
-        address: tuple[str, int] = await _answer(timeout_s, opening, "opening the weight store")
-        return address
+        opening: Any = self.ranks[0].open_wire.remote(config.transport, config.timeout_s)
+        ticket: Ticket = await _answer(config.timeout_s, opening, "opening the weight wire")
+        return ticket
 
-    async def join_weights(self, layout: str, group: str, world_size: int, config: SyncConfig) -> None:
+    async def join_weights(self, membership: Membership) -> None:
         """Rank 0 joins the broadcast group, the others take part in the gathers."""
-        arguments = (layout, group, world_size, config.timeout_s, config.delta, config.full_every)
-        await self._all("join_weights", *arguments, timeout_s=config.timeout_s + 10.0)
+        await self._all("join_weights", membership, timeout_s=membership.config.timeout_s + 10.0)
+
+    async def abort_weights(self) -> None:
+        """End a publication under way: `send_weights` fails."""
+        call: Any = self.ranks[0].abort_weights.options(concurrency_group=CONTROL)
+        await _answer(_ABORT_TIMEOUT_S, call.remote(), "aborting a publication")
 
     async def send_weights(self, timeout_s: float) -> Sent:
         sent: list[Sent] = await self._all("send_weights", timeout_s=timeout_s)

@@ -1,6 +1,6 @@
 """A version reaches the replicas whole or not at all, and a replica that fails does not hold up the others.
 
-    reconcile -> announce -> stream -> verify -> swap (pause, load, resume) -> committed
+    reconcile -> announce -> stream -> receive -> verify -> swap (pause, load, resume) -> committed
 
 The broadcast group is policy rank 0 and every worker of the replicas that take part. A replica that fails in a phase
 is fenced, and the phase is named; the others get the version in the same publication: once verified they hold every
@@ -10,18 +10,20 @@ byte, and before that they form a new group and are sent it again. No replica se
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ray.exceptions import RayError
 
-from actors.deadline import within
+from actors.deadline import DeadlineError, within
 from actors.errors import RunError, last_line
 from actors.fleet import Fleet, Replica
 from actors.policy_group import PolicyGroup
 from actors.rollout import Swapped
 from sync.config import SyncConfig
+from sync.member import Membership
 from sync.sender import Sent
 
 # What is waited beyond the workers' own deadlines, whose messages name the cause better than ours.
@@ -56,7 +58,6 @@ class Publisher:
     """Of the last publication, under `sync/*`."""
     _layout: str = ""
     _group: tuple[int, ...] = ()  # numbers of the replicas in the broadcast group, in the order of their ranks
-    _num_groups: int = 0
     _num_blind_retries: int = 0
 
     async def connect(self) -> None:
@@ -106,21 +107,19 @@ class Publisher:
         numbers = tuple(replica.number for replica in replicas)
         if numbers == self._group:
             return
-        timeout_s, size = self.config.timeout_s, 1 + len(replicas) * self.workers_per_replica
-        self._num_groups += 1
-        group = f"weights-{self._num_groups}"
-        store = await self.policy.open_store(timeout_s)
+        ticket = await self.policy.open_wire(self.config)
+        size = 1 + len(replicas) * self.workers_per_replica
+        policy = Membership(ticket=ticket, rank=0, world_size=size, layout_json=self._layout, config=self.config)
         ranks = range(1, size, self.workers_per_replica)
-        common = (size, self._layout, timeout_s, self.config.delta)
         joining = [
-            self.policy.join_weights(self._layout, group, size, self.config),
+            self.policy.join_weights(policy),
             *(
-                _answer(replica.handle.join_weights.remote(store, group, rank, *common))
+                _answer(replica.handle.join_weights.remote(policy.at(rank)))
                 for replica, rank in zip(replicas, ranks, strict=True)
             ),
         ]
         what = f"joining the group of version {version}"
-        waits = (within(timeout_s + _GRACE_S, call, what) for call in joining)
+        waits = (within(self.config.timeout_s + _GRACE_S, call, what) for call in joining)
         answers = await asyncio.gather(*waits, return_exceptions=True)
         failures = [answer for answer in answers if isinstance(answer, BaseException)]
         if failures:  # when one does not come, none gets in
@@ -130,31 +129,57 @@ class Publisher:
     async def _transact(self, version: int, replicas: Sequence[Replica]) -> None:
         started = time.perf_counter()
         calls = [replica.handle.begin_receive.remote(version) for replica in replicas]
-        announced = await self._phase(f"announcing version {version}", replicas, calls)
+        announced = await self._phase(f"announcing version {version}", replicas, calls, self.drain_timeout_s)
         if len(announced) < len(replicas):
             raise _IncompleteError
-        sent = await self._stream(version, replicas)
+        longest_s = 2 * (self.config.timeout_s + _GRACE_S)  # that of the stream, then our own
+        receiving = [replica.handle.receive.remote(version, longest_s) for replica in replicas]
+        sent = await self._stream(version, replicas, receiving)
         streamed = time.perf_counter()
-        calls = [replica.handle.verify.remote(version, sent.digests, self.config.timeout_s) for replica in replicas]
-        whole = await self._phase(f"verifying version {version}", replicas, calls)
-        calls = [replica.handle.swap.remote(version, self.config.timeout_s) for replica, _ in whole]
-        swapping = [replica for replica, _ in whole]
-        swapped = await self._phase(f"swapping to version {version}", swapping, calls, self.drain_timeout_s)
-        if not swapped:
+        here = [replica for replica, _ in await self._phase(f"receiving version {version}", replicas, receiving)]
+        calls = [replica.handle.verify.remote(version, sent.digests) for replica in here]
+        whole = [replica for replica, _ in await self._phase(f"verifying version {version}", here, calls)]
+        swap_timeout_s = self.config.timeout_s + self.drain_timeout_s
+        calls = [replica.handle.swap.remote(version, swap_timeout_s) for replica in whole]
+        swapped = await self._phase(f"swapping to version {version}", whole, calls, self.drain_timeout_s)
+        serving = await self._compared(version, [replica for replica, _ in swapped])
+        if not serving:
             raise _IncompleteError
-        if len(swapped) < len(replicas):
+        if len(serving) < len(replicas):
             self._group = ()  # somebody is missing from it
-        self.fleet.serve(replica for replica, _ in swapped)
+        self.fleet.serve(serving)
         self._measure(version, sent, started, streamed, [answer for _, answer in swapped])
 
-    async def _stream(self, version: int, replicas: Sequence[Replica]) -> Sent:
+    async def _stream(self, version: int, replicas: Sequence[Replica], receiving: Sequence[Awaitable[Any]]) -> Sent:
         """Policy rank 0 sends; when the wire breaks, whoever does not answer any more has broken it."""
+        deadline_s = self.config.timeout_s + _GRACE_S
+        sending = asyncio.ensure_future(self.policy.send_weights(deadline_s))
+        watching = asyncio.ensure_future(_first_failure(receiving))
         try:
-            sent = await self.policy.send_weights(self.config.timeout_s + _GRACE_S)
+            await asyncio.wait((sending, watching), return_when=asyncio.FIRST_COMPLETED, timeout=deadline_s)
+            if not sending.done():  # a wire may take as long as its deadline to notice who is gone; Ray tells at once
+                await self.policy.abort_weights()
+            sent = await sending
         except (RayError, RunError) as error:
             await self._blame(replicas, f"streaming version {version}", error)
+        finally:
+            watching.cancel()
+            sending.cancel()
         assert sent.version == version, f"the policy sent version {sent.version} for {version}"
         return sent
+
+    async def _compared(self, version: int, replicas: list[Replica]) -> list[Replica]:
+        """Those whose weights are what most hold, by vLLM's own checksums, when the version is one to be compared."""
+        every = self.config.checksum_every
+        if not every or version % every or len(replicas) < 2:
+            return replicas
+        phase = f"comparing checksums of version {version}"
+        answers = await self._phase(phase, replicas, [replica.handle.checksum.remote() for replica in replicas])
+        usual, _ = Counter(checksum for _, checksum in answers).most_common(1)[0]
+        for replica, checksum in answers:
+            if checksum != usual:
+                self.fleet.fence(replica.number, f"{phase}: its weights are not those of the other replicas")
+        return [replica for replica, checksum in answers if checksum == usual]
 
     async def _blame(self, replicas: Sequence[Replica], what: str, error: BaseException) -> NoReturn:
         """All failed together: whoever does not answer any more is the cause, and the others try again without it."""
@@ -183,6 +208,8 @@ class Publisher:
         through = []
         for replica, answer in zip(replicas, answers, strict=True):
             match answer:
+                case DeadlineError():  # names the phase itself
+                    self.fleet.fence(replica.number, str(answer))
                 case RayError() | RunError():
                     self.fleet.fence(replica.number, f"{phase}: {last_line(answer)}")
                 case BaseException():
@@ -203,6 +230,16 @@ class Publisher:
             "sync/replicas": float(len(swapped)),
             "sync/rebuilt": float(self.fleet.num_rebuilt),
         }
+
+
+async def _first_failure(calls: Sequence[Awaitable[Any]]) -> None:
+    """Returns when one of the calls has failed; never when none does."""
+    for next_done in asyncio.as_completed(list(map(_answer, calls))):
+        try:
+            await next_done
+        except RayError:
+            return
+    await asyncio.Event().wait()
 
 
 async def _answer(call: Awaitable[Any]) -> Any:

@@ -7,7 +7,9 @@ interrupted returns what it has sampled instead, and any replica can go on from 
 """
 
 import asyncio
+import hashlib
 import itertools
+import json
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -23,11 +25,12 @@ from actors.policy import node_ip
 from actors.recipe.schema import GenerationConfig, LoraConfig, RolloutConfig
 from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, VersionSpan, summarize
 from sync.adapters import adapter_request
+from sync.member import Membership
 
 INTERRUPTED = "interrupted"
 """Finish reason of a rollout that is not finished."""
 
-_READY_EVERY_S = 0.005
+_READY_FIRST_S, _READY_LAST_S, _READY_GROWTH = 0.005, 0.1, 1.5
 # An abort is a message to the engine, which answers nothing; only a dead engine keeps it waiting.
 _ABORT_TIMEOUT_S = 30.0
 
@@ -92,6 +95,9 @@ class _Generation:
 class RolloutActor:
     """One inference engine and its place in the broadcast group."""
 
+    worker_extension = "sync.receiver.WeightReceiver"
+    """The class that vLLM mixes into its workers."""
+
     def __init__(
         self,
         replica: int,
@@ -107,6 +113,8 @@ class RolloutActor:
         self._generations: dict[tuple[int, int], _Generation] = {}  # (ordinal, attempt) -> what the engine samples now
         self._num_fills = itertools.count()
         self._adapter: Any = None  # what a request must bear to be served with it
+        self._is_staged = True
+        self._stopped: float | None = None  # since when generation is paused
 
     async def start(self) -> None:
         """Start the engine; it serves nothing before its first committed version."""
@@ -152,7 +160,7 @@ class RolloutActor:
                 enforce_eager=not settings.use_gpu if rollout.enforce_eager is None else rollout.enforce_eager,
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",  # after temperature: the distribution that was sampled from
-                worker_extension_cls="sync.receiver.WeightReceiver",
+                worker_extension_cls=self.worker_extension,
                 disable_log_stats=True,
                 **arguments,
             )
@@ -275,57 +283,71 @@ class RolloutActor:
 
     # Weights -----------------------------------------------------------------------------------------------------
 
-    async def join_weights(
-        self, store: tuple[str, int], group: str, first_rank: int, world_size: int, layout: str, timeout_s: float,
-        delta: bool,
-    ) -> None:  # fmt: skip
-        """Take the ranks from `first_rank` on in the broadcast group; returns when all members have joined."""
-        arguments = (*store, group, first_rank, world_size, node_ip(), layout, timeout_s, delta)
-        await within(timeout_s, self.engine.collective_rpc("join_group", args=arguments), "joining the weight group")
+    async def join_weights(self, first: Membership) -> None:
+        """Join the broadcast group, this replica's workers as rank `first.rank` and those behind it.
+
+        Returns when all members have joined.
+        """
+        self._is_staged = first.config.staging != "none"
+        joining = self.engine.collective_rpc("join_group", args=(first.model_dump_json(), node_ip()))
+        await within(first.config.timeout_s, joining, "joining the weight group")
 
     async def ping(self) -> None:
         """The engine and its workers answer."""
         await self.engine.collective_rpc("answer")
 
     async def begin_receive(self, version: int) -> None:
-        """Receive `version` into staging while generation goes on."""
+        """Receive `version`: into staging while generation goes on, or into the model, which stands still from now."""
         if self.version is not None and version <= self.version:
             raise RuntimeError(
                 f"replica {self.replica} holds version {self.version}; versions never go back to {version}"
             )
+        if not self._is_staged:
+            await self._pause()
         await self.engine.collective_rpc("begin_receive", args=(version,))
 
-    async def verify(self, version: int, digests: tuple[str, ...], timeout_s: float) -> None:
-        """Every worker of this replica holds `version` whole."""
-        await within(timeout_s, self._received(), f"receiving version {version}")
-        await self.engine.collective_rpc("verify", args=(version, list(digests)))
+    async def receive(self, version: int, timeout_s: float) -> None:
+        """Returns when everything that was sent is here, or a worker knows that it will not be."""
+        await within(timeout_s, received(self.engine), f"receiving version {version}")
 
-    async def _received(self) -> None:
-        """The engine stands still during a call to its workers, so they are asked, and not waited for, in there."""
-        while not all(await self.engine.collective_rpc("ready")):  # noqa: ASYNC110  another process's state
-            await asyncio.sleep(_READY_EVERY_S)
+    async def verify(self, version: int, digests: tuple[str, ...]) -> None:
+        """Every worker of this replica holds `version` whole."""
+        await self.engine.collective_rpc("verify", args=(version, list(digests)))
 
     async def swap(self, version: int, timeout_s: float) -> Swapped:
         """Serve `version` from the next token on; without in-flight updates, once the running requests are done."""
-        if not self.settings.in_flight_updates:
-            timeout_s += self.settings.generation.timeout_s
         return await within(timeout_s, self._swap(version), f"swapping replica {self.replica} to version {version}")
 
     async def _swap(self, version: int) -> Swapped:
+        await self._pause()
+        loading = time.perf_counter()
+        await self.engine.collective_rpc("swap")
+        await self.engine.update_weight_version(str(version))
+        self.version = version
+        swapped = time.perf_counter()
+        await self.engine.resume_generation()
+        stopped, self._stopped = self._stopped, None
+        assert stopped is not None, "it was paused"
+        return Swapped(pause_s=time.perf_counter() - stopped, swap_s=swapped - loading)
+
+    async def _pause(self) -> None:
+        """No token is sampled from here on; running requests are kept, or finish first without in-flight updates."""
+        if self._stopped is not None:
+            return  # for a version that did not come whole
         settings = self.settings
         started = time.perf_counter()
         await self.engine.pause_generation(
             mode="keep" if settings.in_flight_updates else "wait",
             clear_cache=settings.recompute_kv_cache or not settings.in_flight_updates,
         )
-        paused = time.perf_counter()
-        await self.engine.collective_rpc("swap")
-        await self.engine.update_weight_version(str(version))
-        self.version = version
-        swapped = time.perf_counter()
-        await self.engine.resume_generation()
-        stopped = started if settings.in_flight_updates else paused
-        return Swapped(pause_s=time.perf_counter() - stopped, swap_s=swapped - paused)
+        self._stopped = started if settings.in_flight_updates else time.perf_counter()
+
+    async def checksum(self) -> str:
+        """Equal on replicas whose weights are equal; the engine stands still meanwhile."""
+        by_worker: list[Any] = list(await self.engine.compute_weight_checksums())
+        if self._adapter is not None:
+            by_worker += await self.engine.collective_rpc("adapter_checksum")
+        return hashlib.sha256(json.dumps(by_worker, sort_keys=True).encode()).hexdigest()
 
     async def score_tokens(self, token_ids: list[int]) -> list[float]:
         """Log-probability of every token but the first under the weights that serve now; for checks."""
@@ -343,6 +365,17 @@ class RolloutActor:
     async def close(self) -> None:
         """Stop the engine and its processes."""
         await asyncio.to_thread(self.engine.shutdown)
+
+
+async def received(engine: Any) -> None:
+    """Returns when the engine's workers have what they are being sent, or know that they will not.
+
+    The engine stands still during a call to its workers, so they are asked, ever more rarely, and not waited for.
+    """
+    pause_s = _READY_FIRST_S
+    while not all(await engine.collective_rpc("ready")):
+        await asyncio.sleep(pause_s)
+        pause_s = min(_READY_LAST_S, pause_s * _READY_GROWTH)
 
 
 def _unsampled(prompt: Prompt) -> Rollout:

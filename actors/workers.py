@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from actors.deadline import DeadlineError, within
 from actors.errors import RunError, last_line
 from actors.fleet import Fleet
-from actors.policy import Objective, PolicyActor, PolicySettings
+from actors.policy import CONTROL, Objective, PolicyActor, PolicySettings
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.reference import ReferenceActor, ReferenceSettings
@@ -138,9 +138,12 @@ def _spawn(
     arguments: Callable[[int], tuple[Any, ...]],
 ) -> tuple[ActorHandle, ...]:
     """One actor on each bundle of the pool; `arguments` gives those of worker n."""
+    # A policy rank is asked to abort while it sends; the others do one thing at a time, or are asynchronous.
+    groups = {"concurrency_groups": {CONTROL: 1}} if kind is PolicyActor else {}
     actor: Any = ray.remote(kind)
     num_workers = getattr(recipe.pools, pool).num_workers
-    handles = tuple(actor.options(**pools.options(pool, n)).remote(*arguments(n)) for n in range(num_workers))
+    options = [pools.options(pool, worker) | groups for worker in range(num_workers)]
+    handles = tuple(actor.options(**options[worker]).remote(*arguments(worker)) for worker in range(num_workers))
     spawned += handles
     return handles
 

@@ -21,9 +21,13 @@ from typing import Any
 
 import torch
 
-from sync.gloo import GlooGroup, open_store
+from actors.rollout import received
+from sync.config import SyncConfig
 from sync.layout import Layout, Parameter, plan_layout
+from sync.member import Membership
 from sync.sender import Gather, Sender, Sent
+from sync.staging import CPU
+from sync.transport import open_wire
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 120.0
@@ -145,9 +149,7 @@ class Replica:
             engine = self.engine
             started = time.perf_counter()
             await engine.collective_rpc("begin_receive", args=(version,))
-            sent: Sent = await self._ask(("send", version))
-            while not all(await engine.collective_rpc("ready")):  # noqa: ASYNC110  another process is asked
-                await asyncio.sleep(0.01)
+            sent: Sent = (await asyncio.gather(self._ask(("send", version)), received(engine)))[0]
             await engine.collective_rpc("verify", args=(version, list(sent.digests)))
             pausing = time.perf_counter()
             await engine.pause_generation(mode="keep", clear_cache=False)
@@ -182,9 +184,8 @@ async def _replica(folder: Path) -> AsyncIterator[Replica]:
     sending.start()
     engine = await asyncio.to_thread(_engine, folder)
     try:
-        port = await asyncio.to_thread(pipe.recv)
-        arguments = (HOST, port, "bench", 1, 2, HOST, layout.to_json(), TIMEOUT_S)
-        await engine.collective_rpc("join_group", args=arguments)
+        membership: Membership = await asyncio.to_thread(pipe.recv)
+        await engine.collective_rpc("join_group", args=(membership.at(1).model_dump_json(), HOST))
         replica = Replica(engine, pipe, layout.num_bytes)
         sampling = [asyncio.create_task(replica.sample(index)) for index in range(NUM_SEQUENCES)]
         await asyncio.sleep(5.0)
@@ -255,9 +256,11 @@ def _send(pipe: Connection, layout_json: str) -> None:
     layout = Layout.from_json(layout_json)
     parameters = [placed.parameter for bucket in layout.buckets for placed in bucket.tensors]
     versions = [{p.name: torch.randn(p.shape, dtype=torch.bfloat16).mul_(0.02) for p in parameters} for _ in range(2)]
-    store = open_store(HOST, TIMEOUT_S)
-    pipe.send(store.port)
-    sender = Sender(layout, GlooGroup(store, "bench", 0, 2, HOST, TIMEOUT_S))
+    opened = open_wire("gloo", HOST, TIMEOUT_S)
+    config = SyncConfig(timeout_s=TIMEOUT_S)
+    membership = Membership(ticket=opened.ticket, rank=0, world_size=2, layout_json=layout_json, config=config)
+    pipe.send(membership)
+    sender = Sender(layout, membership.join(HOST, CPU, opened))
     while True:
         match pipe.recv():
             case ("send", version):

@@ -5,6 +5,7 @@ the same id, so a swap under running requests is the filling of the slot: nothin
 vLLM would read from a file is built from the tensors as they arrive, while generation goes on.
 """
 
+import hashlib
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -63,6 +64,14 @@ class ServingAdapter:
         self._manager.remove_adapter(_ID)
         self._manager.add_adapter(adapter)
         self._manager.activate_adapter(_ID)
+
+    def checksum(self) -> str:
+        """Of the adapter that serves, this worker's share: what vLLM's own checksums leave out."""
+        state = hashlib.sha256()
+        for layer in self._manager.modules.values():
+            for factor in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+                state.update(factor.view(torch.uint8).cpu().numpy().data)
+        return state.hexdigest()
 
     def _factor(self, name: str, tensor: Tensor) -> Factor:
         factor = _parsed(name, self._manager.model)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sync.reload import Reload
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -53,7 +55,7 @@ class ServingModel:
 
     def __init__(self, model: Any, model_config: Any) -> None:
         self._model = model
-        self._model_config = model_config
+        self._reloading = Reload(model, model_config)
         self._on_cpu = next(model.parameters()).device.type == "cpu"
         self._parts: list[Part] | None = None  # None: unknown, or not covered
         self._tensors: dict[str, Tensor] = {}
@@ -114,21 +116,13 @@ class ServingModel:
         return _dressed(self._scratch[key], like)
 
     def _reload(self, tensors: dict[str, Tensor]) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-        model = self._model
-        device = next(model.parameters()).device
-        expected = {name for name, _ in model.named_parameters()}
+        device = next(self._model.parameters()).device
         on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-        initialize_layerwise_reload(model)
-        loads = _record(model, {id(tensor): name for name, tensor in on_device.items()})
-        loaded = model.load_weights(iter(on_device.items()))
-        finalize_layerwise_reload(model, self._model_config)
-        if missing := sorted(expected - loaded):
-            # vLLM would go on with the old values and only log it.
-            raise RuntimeError(f"{len(missing)} parameters were not among the weights sent: {', '.join(missing[:5])}")
-        _repack_tied_head(model)
-        self._parts = _parts(model, loads)
+        self._reloading.begin()
+        loads = _record(self._model, {id(tensor): name for name, tensor in on_device.items()})
+        self._reloading.arrived(on_device)
+        self._reloading.swap()
+        self._parts = _parts(self._model, loads)
 
 
 def _record(model: nn.Module, names: dict[int, str]) -> list[Load | None]:
@@ -237,15 +231,3 @@ def _dressed(data: Tensor, like: Tensor) -> Tensor:
     target.__class__ = like.__class__
     target.__dict__ = like.__dict__.copy()
     return target
-
-
-def _repack_tied_head(model: Any) -> None:
-    """Make a tied output head follow its embedding.
-
-    On the CPU vLLM keeps a packed copy of every linear layer, the output head's included. A tied head loads no weights
-    of its own, so the reload leaves its packed copy at the old version (vLLM 0.32 warns only "ParallelLMHead: Failed
-    to load weights"). On GPUs nothing is packed and this is a no-op.
-    """
-    head = getattr(model, "lm_head", None)
-    if head is not None and model.config.tie_word_embeddings:
-        head.quant_method.process_weights_after_loading(head)

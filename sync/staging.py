@@ -2,7 +2,8 @@
 
 Without delta the committed bytes are overwritten as the next version comes (the model has them). With delta a version
 is a change of the committed one: patches are applied in place and can be undone, and a bucket that comes in full comes
-into fresh memory, so a version that fails takes nothing with it.
+into fresh memory, so a version that fails takes nothing with it. Without staging a bucket's memory is given up as soon
+as the follower has it, and the version is in the model before it is verified: the model must not compute meanwhile.
 """
 
 import time
@@ -19,6 +20,8 @@ from sync.frame import NUM_BYTES, Frame, Kind
 from sync.layout import Layout, digest, unpack
 from sync.transport import Transport, remaining_s
 
+CPU = torch.device("cpu")
+
 
 class Follower(Protocol):
     """Told on a thread of its own, in order, of bytes that are here but not yet verified."""
@@ -27,20 +30,33 @@ class Follower(Protocol):
         """Another version is coming; forget the last one."""
 
     def arrived(self, tensors: dict[str, Tensor]) -> None:
-        """These tensors are here; they stay valid until the next `begin`."""
+        """These tensors are here; they stay as they are until the next `begin`."""
 
 
 class Staging:
     """Usable without vLLM, so that the wire can be tested on its own."""
 
     def __init__(
-        self, layout: Layout, group: Transport, *, delta: bool = False, follower: Follower | None = None
+        self,
+        layout: Layout,
+        group: Transport,
+        *,
+        where: torch.device | None = CPU,
+        delta: bool = False,
+        follower: Follower | None = None,
     ) -> None:
+        """`where` is the memory that a version waits in; with None it does not, and the follower must take it all.
+
+        With `delta` it waits on the host.
+        """
+        assert not delta or where == CPU, "changes are applied on the host"
         self._layout = layout
         self._group = group
+        self._where = where
         self._delta = delta
         self._follower = follower
-        self._buffers = [_empty(bucket.num_bytes, group.device) for bucket in layout.buckets]
+        self._buffers = [] if where is None else [_empty(bucket.num_bytes, where) for bucket in layout.buckets]
+        self._landing: Tensor | None = None  # where a bucket lands that is to wait elsewhere
         self._committed: int | None = None
         self._staged: int | None = None  # verified, not committed
         self._undo: list[Callable[[], object]] = []  # from what the buffers hold back to the committed version
@@ -94,8 +110,8 @@ class Staging:
         self._undo.clear()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The verified version, tensor by tensor, as views of the staging buffers."""
-        for bucket, buffer in zip(self._layout.buckets, self._buffers, strict=True):
+        """The verified version, tensor by tensor, as views of the staging buffers; nothing where there are none."""
+        for bucket, buffer in zip(self._layout.buckets, self._buffers, strict=self._where is not None):
             yield from unpack(bucket, buffer)
 
     def close(self) -> None:
@@ -108,31 +124,51 @@ class Staging:
     def _receive(self) -> list[Future[str]]:
         self._roll_back()
         self._following = [] if self._follower is None else [self._followed.submit(self._follower.begin)]
-        digests = []
+        digests: list[Future[str]] = []
         for index, bucket in enumerate(self._layout.buckets):
-            if self._delta:
-                self._receive_change(index)
-            else:
-                self._group.broadcast(self._buffers[index])
-            buffer = self._buffers[index]
+            if self._where is None and index >= 2:
+                self._let_go(index - 2, digests)
+            buffer = self._receive_bucket(index)
             digests.append(self._digester.submit(digest, bucket, buffer))
             if self._follower is not None:
                 self._following.append(self._followed.submit(self._follower.arrived, dict(unpack(bucket, buffer))))
         return digests
 
+    def _let_go(self, index: int, digests: list[Future[str]]) -> None:
+        """Unstaged buckets do not pile up: two are held at a time, whatever the wire's speed."""
+        digests[index].result()
+        if self._follower is not None:
+            self._following[1 + index].result()
+
+    def _receive_bucket(self, index: int) -> Tensor:
+        if self._delta:
+            self._receive_change(index)
+            return self._buffers[index]
+        staged = self._where is not None
+        return self._take(
+            self._buffers[index] if staged else _empty(self._layout.buckets[index].num_bytes, self._group.device)
+        )
+
+    def _take(self, target: Tensor) -> Tensor:
+        """Fill `target` with what comes next on the wire, wherever it lies."""
+        if target.device == self._group.device:
+            self._group.broadcast(target)
+            return target
+        if self._landing is None or self._landing.numel() < target.numel():
+            self._landing = _empty(target.numel(), self._group.device)
+        landed = self._landing[: target.numel()]
+        self._group.broadcast(landed)
+        return target.copy_(landed)
+
     def _receive_change(self, index: int) -> None:
-        head = _empty(NUM_BYTES, self._group.device)
-        self._group.broadcast(head)
-        frame = Frame.from_tensor(head)
+        frame = Frame.from_tensor(self._take(_empty(NUM_BYTES, CPU)))
         if frame.kind is Kind.FULL:
-            self._group.broadcast(self._fresh(index, frame.num_bytes))
+            self._take(self._fresh(index, frame.num_bytes))
             return
         if frame.base != self._committed:
             self._wrong_base = frame.base
         if frame.kind is Kind.PATCH:
-            patch = _empty(frame.num_bytes, self._group.device)
-            self._group.broadcast(patch)
-            self._apply(index, patch)
+            self._apply(index, self._take(_empty(frame.num_bytes, CPU)))
 
     def _fresh(self, index: int, num_bytes: int) -> Tensor:
         """Memory for all bytes of a bucket."""
@@ -169,4 +205,6 @@ def _on_one_core(*threads: ThreadPoolExecutor) -> None:
 
 
 def _empty(num_bytes: int, device: torch.device) -> Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    """Host memory is pinned where there is a GPU to copy from it."""
+    pinned = device == CPU and torch.cuda.is_available()
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)

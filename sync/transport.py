@@ -2,7 +2,7 @@
 
 Rank 0 opens a rendezvous and passes its ticket to the other ranks by whatever road they share; then all ranks join:
 
-    opened = open_gloo(host, timeout_s)                                 # rank 0
+    opened = open_wire("gloo", host, timeout_s)                         # rank 0
     wire = join(opened, 0, world_size, host, device, timeout_s)
     wire = join(ticket, rank, world_size, host, device, timeout_s)      # the others, at the same time
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
+Kind = Literal["gloo", "nccl"]
 Reason = Literal["peer gone", "deadline passed", "aborted", "async error", "closed"]
 T = TypeVar("T")
 
@@ -64,7 +65,7 @@ class Transport(Protocol):
 class Ticket:
     """What a rank must know to join; plain text, so any road will do."""
 
-    kind: Literal["gloo", "nccl"]
+    kind: Kind
     address: str
     """gloo: host:port of the store; nccl: the 128-byte unique id in base64."""
 
@@ -77,19 +78,21 @@ class Opened:
     store: TCPStore | None = None
 
 
-def open_gloo(host: str, timeout_s: float) -> Opened:
-    """A rendezvous on a free port of `host`, this process's own address."""
-    from sync.gloo import open_store
+def open_wire(kind: Kind, host: str, timeout_s: float) -> Opened:
+    """A rendezvous at this process, whose own address is `host`.
 
-    store = open_store(host, timeout_s)
-    return Opened(Ticket("gloo", f"{host}:{store.port}"), store)
+    nccl raises RuntimeError where cupy or a GPU is missing.
+    """
+    match kind:
+        case "gloo":
+            from sync.gloo import open_store
 
+            store = open_store(host, timeout_s)
+            return Opened(Ticket(kind, f"{host}:{store.port}"), store)
+        case "nccl":
+            from sync.nccl import make_unique_id
 
-def open_nccl() -> Opened:
-    """A rendezvous by NCCL's unique id; raises RuntimeError where cupy or a GPU is missing."""
-    from sync.nccl import make_unique_id
-
-    return Opened(Ticket("nccl", base64.b64encode(make_unique_id()).decode()))
+            return Opened(Ticket(kind, base64.b64encode(make_unique_id()).decode()))
 
 
 def join(

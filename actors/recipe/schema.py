@@ -284,7 +284,22 @@ class GrpoRecipe(_Recipe):
                 f"{self.pools.policy.num_workers} policy ranks; raise groups_per_batch or lower "
                 "pools.policy.num_workers"
             )
+        self._check_sync()
         return self
+
+    def _check_sync(self) -> None:
+        sync, pools = self.sync, self.pools
+        for name in ("policy", "rollout"):
+            if sync.transport == "nccl" and getattr(pools, name).gpus_per_worker == 0:
+                raise ValueError(
+                    f"sync.transport: nccl goes from GPU to GPU, and the {name} pool has none; set sync.transport to "
+                    f"gloo, or pools.{name}.gpus_per_worker to 1 or more"
+                )
+        if sync.delta and sync.staging != "host":
+            raise ValueError(
+                f"sync.delta: changes are applied to the version before, which staging {sync.staging!r} does not keep "
+                "in host memory; set sync.staging to host, or sync.delta to false"
+            )
 
     @property
     def max_groups_per_replica(self) -> int:

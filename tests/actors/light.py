@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import xxhash
 from torch import Tensor
 
 from actors.policy import node_ip
 from actors.rollout import Swapped
-from sync.gloo import GlooGroup, open_store
-from sync.layout import Layout, parameters_of, plan_layout
+from sync.gloo import GROUP, GlooGroup
+from sync.layout import parameters_of, plan_layout
+from sync.member import Membership
 from sync.sender import Sender, Sent
-from sync.staging import Staging
+from sync.staging import CPU, Staging
+from sync.transport import Kind, Ticket, open_wire
 
 SHAPES = {f"layer.{index}": torch.Size((40, 50)) for index in range(8)}
 BUCKET_MB = 0.01  # a layer of 8 kB each
@@ -45,15 +48,17 @@ class LightPolicy:
     def plan_weights(self, dtype: str, bucket_mb: float) -> str:
         return plan_layout(parameters_of(SHAPES.items(), dtype), int(bucket_mb * 2**20)).to_json()
 
-    def open_store(self, timeout_s: float) -> tuple[str, int]:
-        self._store = open_store(node_ip(), timeout_s)
-        return node_ip(), self._store.port
+    def open_wire(self, transport: Kind, timeout_s: float) -> Ticket:
+        self._opened = open_wire(transport, node_ip(), timeout_s)
+        return self._opened.ticket
 
-    def join_weights(
-        self, layout: str, group: str, world_size: int, timeout_s: float, delta: bool, full_every: int
-    ) -> None:
-        wire = GlooGroup(self._store, group, 0, world_size, node_ip(), timeout_s)
-        self._sender = Sender(Layout.from_json(layout), wire, delta=delta, full_every=full_every)
+    def join_weights(self, membership: Membership) -> None:
+        config = membership.config
+        self._wire = membership.join(node_ip(), CPU, self._opened)
+        self._sender = Sender(membership.layout, self._wire, delta=config.delta, full_every=config.full_every)
+
+    def abort_weights(self) -> None:
+        self._wire.abort()
 
     def send_weights(self) -> Sent:
         return self._sender.send(self.version, self._gather)
@@ -71,7 +76,7 @@ class LightPolicy:
 class Fault:
     """What goes wrong, and when: at a phase, or at a bucket of the stream."""
 
-    kind: Literal["kill", "stop", "flip", "slow"]
+    kind: Literal["kill", "stop", "flip", "slow", "spoil"]
     at: Literal["join", "announce", "verify", "swap"] | int
     version: int = 1
 
@@ -83,8 +88,8 @@ class Fault:
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "slow":
                 time.sleep(0.5)
-            case "flip":
-                pass
+            case "flip" | "spoil":
+                pass  # what it does is done where the bytes are
 
 
 class FaultyGroup(GlooGroup):
@@ -119,16 +124,14 @@ class LightReplica:
     async def ping(self) -> None:
         """It answers."""
 
-    async def join_weights(
-        self, store: tuple[str, int], group: str, first_rank: int, world_size: int, layout: str, timeout_s: float,
-        delta: bool,
-    ) -> None:  # fmt: skip
+    async def join_weights(self, first: Membership) -> None:
         self._strike("join")
         if self._staging is not None:
             self._staging.close()
-        arguments = (*store, group, first_rank, world_size, node_ip(), timeout_s)
+        store_host, _, port = first.ticket.address.rpartition(":")
+        arguments = (store_host, int(port), GROUP, first.rank, first.world_size, node_ip(), first.config.timeout_s)
         self._wire = await asyncio.to_thread(FaultyGroup.join, *arguments)
-        self._staging = Staging(Layout.from_json(layout), self._wire, delta=delta)
+        self._staging = Staging(first.layout, self._wire, delta=first.config.delta)
 
     async def begin_receive(self, version: int) -> None:
         assert self._staging is not None
@@ -139,18 +142,31 @@ class LightReplica:
         self._wire.num_broadcasts = 0
         self._staging.begin(version)
 
-    async def verify(self, version: int, digests: tuple[str, ...], timeout_s: float) -> None:
+    async def receive(self, version: int, timeout_s: float) -> None:
+        assert self._staging is not None
+        while not self._staging.ready():  # noqa: ASYNC110  other threads' work
+            await asyncio.sleep(0.005)
+
+    async def verify(self, version: int, digests: tuple[str, ...]) -> None:
         assert self._staging is not None
         self._strike("verify")
-        await asyncio.to_thread(self._staging.verify, version, list(digests), timeout_s)
+        await asyncio.to_thread(self._staging.verify, version, list(digests), 1.0)
 
     async def swap(self, version: int, timeout_s: float) -> Swapped:
         assert self._staging is not None
         self._strike("swap")
         self.model = {name: tensor.clone() for name, tensor in self._staging.tensors()}
+        if self.fault is not None and self.fault.kind == "spoil" and self.fault.version == version:
+            self.model["layer.3"][0, 0] += 1.0  # after all digests were found right
         self._staging.commit()
         self.version = version
         return Swapped(0.0, 0.0)
+
+    async def checksum(self) -> str:
+        state = xxhash.xxh3_64()
+        for tensor in self.model.values():
+            state.update(tensor.numpy().data)
+        return state.hexdigest()
 
     async def holds(self) -> tuple[int | None, bool]:
         """Its version, and whether its weights are that version's to the bit."""

@@ -38,7 +38,7 @@ def test_adapters_travel_and_the_replica_computes_what_the_policy_computes(
     delta: bool,
 ) -> None:
     path = tiny_models[name]
-    bench = Bench(path, path, zero_stage, "keep", lora, delta)
+    bench = Bench(path, path, zero_stage, "keep", lora, delta=delta)
 
     async def run() -> tuple[list[float], list[float]]:
         await bench.start()

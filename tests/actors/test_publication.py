@@ -47,6 +47,40 @@ def one_step(version: int) -> tuple[Batch, list[Group]]:
     return Batch(version, ((MicroBatch((sample,)),),), 1, len(PROBE) - 1, 0), [group]
 
 
+def policy_settings(path: Path, zero_stage: int, lora: LoraConfig | None = None) -> PolicySettings:
+    return PolicySettings(
+        model_path=str(path),
+        revision=None,
+        trust_remote_code=False,
+        num_ranks=1,
+        use_gpu=False,
+        seed=0,
+        num_steps=20,
+        policy=PolicyConfig(zero_stage=zero_stage, lora=lora),
+        optimizer=OptimizerConfig(learning_rate=3e-2),
+        objective=Objective(GrpoConfig(), 1.0, 160),
+        run_dir=str(path),
+    )
+
+
+def rollout_settings(path: Path, update: str, lora: LoraConfig | None = None) -> RolloutSettings:
+    return RolloutSettings(
+        model_path=str(path),
+        revision=None,
+        trust_remote_code=False,
+        num_generations=4,
+        generation=GenerationConfig(max_prompt_length=40, max_completion_length=160),
+        rollout=RolloutConfig(num_threads=1),
+        tensor_parallel_size=1,
+        use_gpu=False,
+        seed=0,
+        score_timeout_s=60.0,
+        in_flight_updates=update != "finish",
+        recompute_kv_cache=update == "recompute",
+        lora=lora,
+    )
+
+
 class Bench:
     """One policy rank and one replica, joined."""
 
@@ -57,51 +91,21 @@ class Bench:
         zero_stage: int,
         update: str,
         lora: LoraConfig | None = None,
-        delta: bool = False,
+        **sync: Any,
     ) -> None:
         import ray
 
-        generation = GenerationConfig(max_prompt_length=40, max_completion_length=160)
-        policy = PolicyConfig(zero_stage=zero_stage, lora=lora)
-        self.rank = ray.remote(num_cpus=0.5)(PolicyActor).remote(0, self._policy_settings(policy_path, policy))
-        settings = RolloutSettings(
-            model_path=str(replica_path),
-            revision=None,
-            trust_remote_code=False,
-            num_generations=4,
-            generation=generation,
-            rollout=RolloutConfig(num_threads=1),
-            tensor_parallel_size=1,
-            use_gpu=False,
-            seed=0,
-            score_timeout_s=60.0,
-            in_flight_updates=update != "finish",
-            recompute_kv_cache=update == "recompute",
-            lora=lora,
-        )
+        rank = ray.remote(num_cpus=0.5)(PolicyActor)
+        self.rank = rank.remote(0, policy_settings(policy_path, zero_stage, lora))
         reward = ray.remote(num_cpus=0.1)(NoReward).remote()
-        self.replica = ray.remote(num_cpus=1)(RolloutActor).remote(0, settings, [reward], [])
+        self.replica = ray.remote(num_cpus=1)(RolloutActor).remote(
+            0, rollout_settings(replica_path, update, lora), [reward], []
+        )
         self.group = PolicyGroup((self.rank,), 160, 120.0)
         # Small buckets, so that a version takes several broadcasts.
-        config = SyncConfig(bucket_mb=0.1, timeout_s=60.0, delta=delta)
+        config = SyncConfig(bucket_mb=0.1, timeout_s=60.0, **sync)
         self.fleet = fleet_of([self.replica])
         self.publisher = Publisher(self.group, self.fleet, 1, "float32", config, member_timeout_s=60.0)
-
-    @staticmethod
-    def _policy_settings(path: Path, policy: PolicyConfig) -> PolicySettings:
-        return PolicySettings(
-            model_path=str(path),
-            revision=None,
-            trust_remote_code=False,
-            num_ranks=1,
-            use_gpu=False,
-            seed=0,
-            num_steps=10,
-            policy=policy,
-            optimizer=OptimizerConfig(learning_rate=3e-2),
-            objective=Objective(GrpoConfig(), 1.0, 160),
-            run_dir=str(path),
-        )
 
     async def start(self) -> None:
         await asyncio.gather(self.fleet.start(), self.group.start(120.0))
@@ -122,14 +126,18 @@ class Bench:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("tied", "zero_stage"), [(True, 1), (False, 3)])
+@pytest.mark.parametrize(
+    ("tied", "zero_stage", "sync"),
+    [(True, 1, {}), (False, 3, {"delta": True}), (True, 1, {"staging": "none"})],
+    ids=["staged", "delta", "not-staged"],
+)
 def test_the_replica_computes_what_the_policy_computes(
-    local_ray: None, tmp_path: Path, tied: bool, zero_stage: int
+    local_ray: None, tmp_path: Path, tied: bool, zero_stage: int, sync: dict[str, Any]
 ) -> None:
     for name, seed in (("policy", 5), ("replica", 6)):
         config = TinyModel(kind="tiny", hidden_size=64, num_layers=2, num_heads=1, tie_word_embeddings=tied)
         make_tiny_model(config, tmp_path / name, seed)
-    bench = Bench(tmp_path / "policy", tmp_path / "replica", zero_stage, "keep")
+    bench = Bench(tmp_path / "policy", tmp_path / "replica", zero_stage, "keep", **sync)
 
     async def run() -> dict[str, Any]:
         await bench.start()

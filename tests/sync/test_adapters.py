@@ -49,7 +49,7 @@ def serve(path: str, pipe: Connection) -> None:
         **engine_arguments(LORA, load_skeleton(path, None, False)),
     )
     core: Any = llm.llm_engine.engine_core
-    serving = core.engine_core.model_executor.driver_worker.worker._serving()
+    serving = core.engine_core.model_executor.driver_worker.worker._serving(staged=True)
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     while (tensors := pipe.recv()) is not None:
         try:
@@ -64,7 +64,7 @@ def serve(path: str, pipe: Connection) -> None:
             tensor.fill_(7.0)  # as the next version writes over the staging buffers
         output = llm.generate([{"prompt_token_ids": IDS}], sampling, lora_request=adapter_request(), use_tqdm=False)[0]
         scores = zip(IDS[1:], output.prompt_logprobs[1:], strict=True)
-        pipe.send((refused, [entry[token].logprob for token, entry in scores]))
+        pipe.send((refused, [entry[token].logprob for token, entry in scores], serving.checksum()))
 
 
 class Replica:
@@ -74,12 +74,12 @@ class Replica:
         self._process = mp.get_context("spawn").Process(target=serve, args=(str(path), theirs))
         self._process.start()
 
-    def take(self, tensors: dict[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
-        """What it says against an adapter, and the log-probabilities that it has then."""
+    def take(self, tensors: dict[str, torch.Tensor]) -> tuple[str, torch.Tensor, str]:
+        """What it says against an adapter, and then its log-probabilities and the checksum of what it holds."""
         self._pipe.send(tensors)
         assert self._pipe.poll(TIMEOUT_S), "the engine answers"
-        refused, logprobs = self._pipe.recv()
-        return refused, torch.tensor(logprobs)
+        refused, logprobs, checksum = self._pipe.recv()
+        return refused, torch.tensor(logprobs), checksum
 
     def close(self) -> None:
         self._pipe.send(None)
@@ -108,14 +108,15 @@ def adapter(path: Path, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tenso
 
 @pytest.mark.cluster
 def test_one_adapter_after_the_other_serves(replica: Replica) -> None:
-    before = None
-    for seed in range(3):
+    checksums = []
+    for seed in (0, 1, 0):
         tensors, expected = adapter(replica.path, seed)
-        refused, logprobs = replica.take(tensors)
+        refused, logprobs, checksum = replica.take(tensors)
         assert refused == ""
         assert torch.allclose(logprobs, expected, atol=1e-4)
-        assert before is None or not torch.allclose(logprobs, before, atol=1e-2)
-        before = logprobs
+        assert not torch.allclose(logprobs, adapter(replica.path, 1 - seed)[1], atol=1e-2)
+        checksums.append(checksum)
+    assert checksums[0] == checksums[2] != checksums[1], "of the adapter that serves, and of nothing else"
 
 
 @pytest.mark.cluster
@@ -138,8 +139,10 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
     replica: Replica, change: dict[str, torch.Tensor | None], expected: str
 ) -> None:
     tensors, held = adapter(replica.path, 0)
-    assert replica.take(tensors)[0] == ""
+    accepted, _, checksum = replica.take(tensors)
+    assert accepted == ""
     others = {**adapter(replica.path, 1)[0], **change}
-    refused, logprobs = replica.take({name: tensor for name, tensor in others.items() if tensor is not None})
+    refused, logprobs, held_now = replica.take({name: tensor for name, tensor in others.items() if tensor is not None})
     assert expected in refused
+    assert held_now == checksum
     assert torch.allclose(logprobs, held, atol=1e-4), "the adapter before goes on serving"

@@ -11,16 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sync.transport import Opened, Ticket, Transport, WireError, join, open_gloo, open_nccl
+from sync.transport import Kind, Opened, Ticket, Transport, WireError, join, open_wire
 
 HOST = "127.0.0.1"
-Kind = Literal["gloo", "nccl"]
 KINDS = pytest.mark.parametrize("kind", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
 DTYPES = [
     torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
@@ -145,11 +144,11 @@ def members(context: Any) -> Iterator[list[Member]]:
 
 def opened(kind: Kind, num_gpus: int, timeout_s: float = 10.0) -> Opened:
     if kind == "gloo":
-        return open_gloo(HOST, timeout_s)
+        return open_wire("gloo", HOST, timeout_s)
     pytest.importorskip("cupy")
     if torch.cuda.device_count() < num_gpus:
         pytest.skip(f"needs {num_gpus} GPUs")
-    return open_nccl()
+    return open_wire("nccl", HOST, timeout_s)
 
 
 def form(kind: Kind, members: list[Member], name: str = "wire", timeout_s: float = 10.0) -> Opened:
@@ -299,7 +298,7 @@ def test_tickets_and_errors_travel() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing")
 def test_nccl_without_a_gpu_says_so() -> None:
     with pytest.raises(RuntimeError, match="no CUDA device"):
-        open_nccl()
+        open_wire("nccl", HOST, 1.0)
 
 
 # One GPU is enough for these: NCCL refuses two members on one.

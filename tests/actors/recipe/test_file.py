@@ -156,7 +156,7 @@ VALUES = {
     "staleness.max_stalenes=2": "staleness.max_stalenes: unknown key; did you mean 'max_staleness'?",
     "stalness.max_staleness=2": "stalness: unknown key; did you mean 'staleness'?",
     "max_staleness=2": "max_staleness: unknown key; did you mean 'staleness.max_staleness'?",
-    "sync.zzz=2": "sync.zzz: unknown key; valid keys: transport, bucket_mb, delta, full_every, timeout_s",
+    "sync.zzz=2": "sync.zzz: unknown key; valid keys: transport, staging, bucket_mb, delta, full_every,",
     "model.path=a/b": "model.path: unknown key; it belongs to kind 'pretrained', and this is kind 'tiny'; valid keys",
     "batch_size=4": "batch_size: unknown key; it belongs to kind 'sft', and this is kind 'grpo'; valid",
     "rewards.functions.1.wieght=2": "rewards.functions.1.wieght: unknown key; did you mean 'weight'?",
@@ -239,6 +239,14 @@ FILES: dict[str, tuple[dict[str, Any], str]] = {
     "own check of the recipe": (
         {"pools": {"policy": {"num_workers": 64}}},
         "recipes/bad.yaml: groups_per_batch: a batch of 32 rollouts cannot feed 64 policy ranks",
+    ),
+    "a wire without its devices": (
+        {"sync": {"transport": "nccl"}},
+        "recipes/bad.yaml: sync.transport: nccl goes from GPU to GPU, and the policy pool has none; set sync.transport",
+    ),
+    "changes of nothing": (
+        {"sync": {"delta": True, "staging": "none"}},
+        "recipes/bad.yaml: sync.delta: changes are applied to the version before, which staging 'none' does not keep",
     ),
     "unknown kind": ({"kind": "ppo"}, "recipes/bad.yaml: kind: 'ppo' is not one of 'grpo', 'sft'"),
     "long values are cut": ({"steps": "x" * 500}, "recipes/bad.yaml: steps: 'xxxxxxxx"),
