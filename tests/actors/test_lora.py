@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -24,8 +25,9 @@ NUM_SOME_BYTES = 2 * SOME.r * ((64 + 64) + (256 + 64)) * 4
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(
-    ("name", "zero_stage", "lora", "num_bytes", "delta"),
-    [("tied", 1, LORA, NUM_BYTES, False), ("untied", 3, SOME, NUM_SOME_BYTES, True)],
+    ("name", "zero_stage", "lora", "num_bytes", "sync"),
+    [("tied", 1, LORA, NUM_BYTES, {"staging": "none"}), ("untied", 3, SOME, NUM_SOME_BYTES, {"delta": True})],
+    ids=["not-staged", "delta"],
 )
 def test_adapters_travel_and_the_replica_computes_what_the_policy_computes(
     local_ray: None,
@@ -35,30 +37,37 @@ def test_adapters_travel_and_the_replica_computes_what_the_policy_computes(
     zero_stage: int,
     lora: LoraConfig,
     num_bytes: int,
-    delta: bool,
+    sync: dict[str, Any],
 ) -> None:
     path = tiny_models[name]
-    bench = Bench(path, path, zero_stage, "keep", lora, delta=delta)
+    bench = Bench(path, path, zero_stage, "keep", lora, **sync)
 
-    async def run() -> tuple[list[float], list[float]]:
+    differences: list[float] = []
+    sent: list[float] = []
+    checksums: list[str] = []
+
+    async def publish(version: int) -> None:
+        await bench.publisher.publish(version)
+        differences.append(await bench.difference())
+        sent.append(bench.publisher.metrics["sync/bytes"])
+        checksums.append(await bench.replica.checksum.remote())
+
+    async def run() -> None:
         await bench.start()
-        await bench.publisher.publish(0)
-        differences, sent = [await bench.difference()], [bench.publisher.metrics["sync/bytes"]]
+        await publish(0)
         for version in range(3):
             await bench.group.step(*one_step(version))
             assert await bench.difference() > 10 * AGREEMENT, "the step must move the policy for the check to mean much"
-            await bench.publisher.publish(version + 1)
-            differences.append(await bench.difference())
-            sent.append(bench.publisher.metrics["sync/bytes"])
+            await publish(version + 1)
         await bench.group.save(tmp_path)
-        return differences, sent
 
     try:
-        differences, sent = asyncio.run(run())
+        asyncio.run(run())
     finally:
         bench.kill()
     assert max(differences) < AGREEMENT
-    if delta:
+    assert len(set(checksums)) == 4, "the adapter is in the replica's checksum"
+    if "delta" in sync:
         assert sent[1] < num_bytes < max(sent) < num_bytes + 100, "the first step moves B alone; frames come on top"
     else:
         assert set(sent) == {num_bytes}
