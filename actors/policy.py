@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import RunError
+from actors.policy_state import PolicyState, collect, restore
 from actors.recipe.schema import PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.losses import Normalizer, grpo_loss, sft_loss
@@ -28,8 +29,8 @@ from sync.member import Membership
 from sync.sender import Sender, Sent
 from sync.transport import Kind, Ticket, Transport, open_wire
 
-CONTROL = "control"
-"""Concurrency group, of the actor's options, for calls that are answered while a rank trains or sends."""
+CONTROL, IO = "control", "io"
+"""Concurrency groups, one call each, that are answered while a rank trains or sends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ class PolicyActor:
         self.version = 0
         self._sender: Sender | None = None
         self._wire: Transport | None = None
+        self._snapshot: PolicyState | None = None
 
     def address(self) -> tuple[str, int]:
         """This process's address and a free port on it, for the ranks' rendezvous."""
@@ -269,6 +271,27 @@ class PolicyActor:
             logprobs_N, _ = row_logprobs(self.engine, row, self.settings.objective.temperature)
         return [logprobs_N[row.sequence_N == index].tolist() for index in range(len(rollouts))]
 
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> None:
+        """Copy all that the next step depends on to the host of rank 0; every rank is called."""
+        self._snapshot = collect(self.engine, self._parameters, self.version, keep=self.rank == 0)
+
+    def write_snapshot(self, folder: Path) -> None:
+        """Rank 0 writes the snapshot, while training goes on."""
+        assert self._snapshot is not None, "snapshot comes first, and rank 0 keeps it"
+        self._snapshot.write(folder)
+        self._snapshot = None
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what `write_snapshot` has left; every rank is called."""
+        try:
+            state = PolicyState.read(folder)
+            restore(self.engine, self._parameters, state)
+        except ValueError as error:
+            raise RunError(f"{folder}: {error}") from error
+        self.version = state.version
+
     def save(self, folder: Path) -> None:
         """Leave the weights in Hugging Face layout (safetensors) in `folder`; every rank is called, rank 0 writes.
 
@@ -299,6 +322,14 @@ class PolicyActor:
                 if self.rank == 0:
                     made[name] = make(parts)
         return made
+
+
+def policy_actor() -> Any:
+    """The class to make ranks of; its concurrency groups can be given to Ray at no later moment."""
+    import ray
+
+    remote: Any = ray.remote
+    return remote(concurrency_groups={CONTROL: 1, IO: 1})(PolicyActor)
 
 
 def node_ip() -> str:

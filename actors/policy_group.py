@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 
 from actors.deadline import within
 from actors.errors import RunError, last_line
-from actors.policy import CONTROL, RankBatch, RankUpdate
+from actors.policy import CONTROL, IO, RankBatch, RankUpdate
 from algorithms.losses import Normalizer
 from algorithms.stats import LossStats, merge
 from algorithms.types import Batch, Group, MicroBatch, Update
@@ -82,6 +82,19 @@ class PolicyGroup:
     async def send_weights(self, timeout_s: float) -> Sent:
         sent: list[Sent] = await self._all("send_weights", timeout_s=timeout_s)
         return sent[0]
+
+    async def snapshot(self) -> None:
+        """Copy all that the next step depends on to rank 0's host; training stands still for that alone."""
+        await self._all("snapshot", timeout_s=self.timeout_s)
+
+    async def write_snapshot(self, folder: Path, timeout_s: float) -> None:
+        """Write the snapshot while training goes on."""
+        call: Any = self.ranks[0].write_snapshot.options(concurrency_group=IO)
+        await _answer(timeout_s, call.remote(folder), "writing the policy's checkpoint")
+
+    async def restore(self, folder: Path) -> None:
+        """Go on from a snapshot, whatever number of ranks wrote it."""
+        await self._all("restore", folder, timeout_s=self.timeout_s)
 
     async def save(self, folder: Path) -> None:
         await self._all("save", folder, timeout_s=self.timeout_s)

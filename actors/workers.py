@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from actors.deadline import DeadlineError, within
 from actors.errors import RunError, last_line
 from actors.fleet import Fleet
-from actors.policy import CONTROL, Objective, PolicyActor, PolicySettings
+from actors.policy import Objective, PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.reference import ReferenceActor, ReferenceSettings
@@ -106,11 +106,11 @@ def _spawn_all(
     spawned: list[ActorHandle],
 ) -> Workers:
     functions, timeout_s = recipe.rewards.functions, recipe.rewards.timeout_s
-    rewards = _spawn(RewardActor, "reward", recipe, pools, spawned, lambda _: (functions, timeout_s))
+    rewards = _spawn(ray.remote(RewardActor), "reward", recipe, pools, spawned, lambda _: (functions, timeout_s))
     references: tuple[ActorHandle, ...] = ()
     if recipe.algorithm.beta > 0:
         frozen = _reference_settings(recipe, model)
-        references = _spawn(ReferenceActor, "reference", recipe, pools, spawned, lambda _: (frozen,))
+        references = _spawn(ray.remote(ReferenceActor), "reference", recipe, pools, spawned, lambda _: (frozen,))
     settings, scorers = _rollout_settings(recipe, model), (list(rewards), list(references))
     actor: Any = ray.remote(RolloutActor)
 
@@ -130,7 +130,7 @@ def _spawn_all(
 
 
 def _spawn(
-    kind: type,
+    actor: Any,
     pool: str,
     recipe: Recipe,
     pools: ReservedPools,
@@ -138,12 +138,8 @@ def _spawn(
     arguments: Callable[[int], tuple[Any, ...]],
 ) -> tuple[ActorHandle, ...]:
     """One actor on each bundle of the pool; `arguments` gives those of worker n."""
-    # A policy rank is asked to abort while it sends; the others do one thing at a time, or are asynchronous.
-    groups = {"concurrency_groups": {CONTROL: 1}} if kind is PolicyActor else {}
-    actor: Any = ray.remote(kind)
     num_workers = getattr(recipe.pools, pool).num_workers
-    options = [pools.options(pool, worker) | groups for worker in range(num_workers)]
-    handles = tuple(actor.options(**options[worker]).remote(*arguments(worker)) for worker in range(num_workers))
+    handles = tuple(actor.options(**pools.options(pool, n)).remote(*arguments(n)) for n in range(num_workers))
     spawned += handles
     return handles
 
@@ -164,7 +160,7 @@ def _policy_group(
         objective=_objective(recipe),
         run_dir=str(run_dir),
     )
-    ranks = _spawn(PolicyActor, "policy", recipe, pools, spawned, lambda rank: (rank, settings))
+    ranks = _spawn(policy_actor(), "policy", recipe, pools, spawned, lambda rank: (rank, settings))
     return PolicyGroup(ranks, settings.objective.max_completion_length, recipe.policy.timeout_s)
 
 

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from actors.fleet import Fleet, State
-from actors.policy import CONTROL, PolicyActor
+from actors.policy import policy_actor
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
 from actors.router import Router
@@ -45,8 +45,7 @@ class Bench:
     """One policy rank and two replicas, of which the second is told to fail."""
 
     def __init__(self, models: dict[str, Path]) -> None:
-        policy: Any = ray.remote(num_cpus=0.5, concurrency_groups={CONTROL: 1})(PolicyActor)  # type: ignore[call-overload]
-        self.rank = policy.remote(0, policy_settings(models["untied"], 1))
+        self.rank = policy_actor().options(num_cpus=0.5).remote(0, policy_settings(models["untied"], 1))
         reward = ray.remote(num_cpus=0.1)(NoReward).remote()
         settings = rollout_settings(models["other"], "keep")
         actor: Any = ray.remote(num_cpus=1)(FaultyRolloutActor)

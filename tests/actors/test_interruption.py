@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from actors.model.tiny import make_tiny_model
-from actors.policy import Objective, PolicyActor, PolicySettings
+from actors.policy import Objective, PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
 from actors.recipe.schema import GenerationConfig, PolicyConfig, RolloutConfig, TinyModel
@@ -252,7 +252,7 @@ def bench(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     reward = ray.remote(num_cpus=0.1)(GatedReward).remote()
     replica: Any = ray.remote(num_cpus=1)(PausableRollout)
     replicas = (replica.remote(0, settings, [reward], []), replica.remote(1, settings, [reward], []))
-    rank = ray.remote(num_cpus=0.5)(PolicyActor).remote(0, policy_settings)
+    rank = policy_actor().options(num_cpus=0.5).remote(0, policy_settings)
     policy = PolicyGroup((rank,), MAX_COMPLETION, 120.0)
     fleet = fleet_of(replicas)
     publisher = Publisher(policy, fleet, 1, "float32", SyncConfig(timeout_s=60.0), member_timeout_s=60.0)

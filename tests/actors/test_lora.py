@@ -8,12 +8,14 @@ import peft
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from actors.model.lora import adapt, merged, sources
+from actors.policy_group import PolicyGroup
 from actors.recipe.schema import LoraConfig
-from algorithms.types import Prompt, Rollout, ScoredGroup
-from tests.actors.test_policy import train, train_plainly
+from algorithms.types import Prompt, Rollout, ScoredGroup, Update
+from tests.actors.test_policy import batch, settings_of, train, train_plainly, with_policy
 from tests.actors.test_publication import AGREEMENT, PROBE, Bench, one_step
 
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -170,3 +172,30 @@ def test_bfloat16_takes_the_same_step_to_its_precision(expected, tiny_models: di
     for name, tensor in expected[0].items():
         assert weights[name].dtype == torch.bfloat16
         assert torch.allclose(weights[name].float(), tensor, atol=5e-3, rtol=1e-2), name
+
+
+@pytest.mark.cluster
+def test_a_policy_goes_on_from_a_checkpoint_of_its_adapters(
+    expected, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Written by two ranks under ZeRO-3, read by one under ZeRO-1; the model below is in no checkpoint."""
+    path = tiny_models["untied"]
+
+    async def first(group: PolicyGroup) -> None:
+        await group.step(*batch(2, 20, 0, 0))
+        await group.snapshot()
+        await group.write_snapshot(tmp_path, 60.0)
+
+    async def second(group: PolicyGroup) -> Update:
+        await group.restore(tmp_path)
+        update = await group.step(*batch(1, 20, 1, 0))
+        await group.save(tmp_path / "model")
+        return update
+
+    with_policy(settings_of(path, tmp_path, 2, 3, "float32", LORA), first)
+    update = with_policy(settings_of(path, tmp_path, 1, 1, "float32", LORA), second)
+    assert sum(tensor.nbytes for tensor in load_file(tmp_path / "weights.safetensors").values()) == NUM_BYTES
+    assert update.metrics["loss"] == pytest.approx(expected[1][1].metrics["loss"], rel=1e-4)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    for name, tensor in expected[0].items():
+        assert torch.allclose(weights[name], tensor, atol=5e-6), name

@@ -1,19 +1,23 @@
 """A policy step is the gradient of the global batch, whatever the ranks, the ZeRO stage or the micro-batches."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
 import torch
 
 from actors.model.load import Dtype
-from actors.policy import Objective, PolicyActor, PolicySettings
+from actors.policy import Objective, PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import LoraConfig, PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.packing import pack
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, Update, VersionSpan
+
+Answer = TypeVar("Answer")
 
 LENGTHS = [(5, 9), (3, 4), (8, 2), (2, 12), (6, 6), (4, 1), (7, 3), (2, 2)]  # prompt and completion tokens
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.05)
@@ -65,10 +69,29 @@ def train(
     gradient_checkpointing: bool = False,
 ) -> tuple[dict[str, torch.Tensor], list[Update]]:
     """Weights after two steps on the same batch, and the updates."""
-    import ray
     from safetensors.torch import load_file
 
-    settings = PolicySettings(
+    settings = settings_of(path, folder, num_ranks, zero_stage, dtype, lora, gradient_checkpointing)
+
+    async def run(group: PolicyGroup) -> list[Update]:
+        updates = [await group.step(*batch(num_ranks, max_tokens, step, oldest_version)) for step in range(2)]
+        await group.save(folder)
+        return updates
+
+    updates = with_policy(settings, run)
+    return load_file(folder / "model.safetensors"), updates
+
+
+def settings_of(
+    path: Path,
+    folder: Path,
+    num_ranks: int,
+    zero_stage: int,
+    dtype: Dtype,
+    lora: LoraConfig | None = None,
+    gradient_checkpointing: bool = False,
+) -> PolicySettings:
+    return PolicySettings(
         model_path=str(path),
         revision=None,
         trust_remote_code=False,
@@ -83,22 +106,25 @@ def train(
         objective=Objective(GrpoConfig(loss_type="grpo"), 1.0, 16),
         run_dir=str(folder),
     )
-    actor = ray.remote(num_cpus=0.5)(PolicyActor)
-    ranks = tuple(actor.remote(rank, settings) for rank in range(num_ranks))
 
-    async def run() -> list[Update]:
+
+def with_policy(settings: PolicySettings, use: Callable[[PolicyGroup], Awaitable[Answer]]) -> Answer:
+    """What `use` makes of a policy that has started."""
+    import ray
+
+    actor = policy_actor().options(num_cpus=0.5)
+    ranks = tuple(actor.remote(rank, settings) for rank in range(settings.num_ranks))
+
+    async def run() -> Answer:
         group = PolicyGroup(ranks, 16, 60.0)
         await group.start(120.0)
-        updates = [await group.step(*batch(num_ranks, max_tokens, step, oldest_version)) for step in range(2)]
-        await group.save(folder)
-        return updates
+        return await use(group)
 
     try:
-        updates = asyncio.run(run())
+        return asyncio.run(run())
     finally:
         for rank in ranks:
             ray.kill(rank)
-    return load_file(folder / "model.safetensors"), updates
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +218,50 @@ def test_bfloat16_takes_the_same_step_to_its_precision(expected, tiny_models: di
     for name, tensor in expected_weights.items():
         assert weights[name].dtype == torch.bfloat16
         assert torch.allclose(weights[name].float(), tensor, atol=5e-3, rtol=1e-2), name
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("before", "after", "dtype"),
+    [((1, 0), (1, 0), "float32"), ((2, 1), (1, 3), "float32"), ((1, 3), (2, 2), "bfloat16")],
+    ids=["same", "fewer ranks", "more ranks"],
+)
+def test_a_policy_goes_on_from_its_checkpoint(
+    local_ray: None,
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    before: tuple[int, int],
+    after: tuple[int, int],
+    dtype: Dtype,
+) -> None:
+    """One step, a checkpoint, another policy, one more step: as two steps without; to the bit on equal ranks."""
+    path = tiny_models["untied"]
+    (tmp_path / "whole").mkdir()
+    whole, updates = train(path, tmp_path / "whole", *after, 20, dtype=dtype)
+
+    async def first(group: PolicyGroup) -> None:
+        await group.step(*batch(before[0], 20, 0, 0))
+        await group.snapshot()
+        await group.step(*batch(before[0], 20, 1, 0))  # what comes later is not in it
+        await group.write_snapshot(tmp_path, 60.0)
+
+    async def second(group: PolicyGroup) -> Update:
+        await group.restore(tmp_path)
+        update = await group.step(*batch(after[0], 20, 1, 0))
+        await group.save(tmp_path)
+        return update
+
+    with_policy(settings_of(path, tmp_path, *before, dtype), first)
+    update = with_policy(settings_of(path, tmp_path, *after, dtype), second)
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "model.safetensors")
+    assert update.version == updates[1].version == 2
+    assert update.metrics["learning_rate"] == updates[1].metrics["learning_rate"]
+    for name, tensor in whole.items():
+        if before == after:
+            assert torch.equal(weights[name], tensor), name
+        else:
+            tolerance = 5e-6 if dtype == "float32" else 5e-3
+            assert torch.allclose(weights[name].float(), tensor.float(), atol=tolerance, rtol=1e-2), name
+    assert update.metrics["loss"] == pytest.approx(updates[1].metrics["loss"], rel=1e-4 if dtype == "float32" else 0.05)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from actors.model.tiny import make_tiny_model
-from actors.policy import Objective, PolicyActor, PolicySettings
+from actors.policy import Objective, PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
 from actors.recipe.schema import GenerationConfig, LoraConfig, PolicyConfig, RolloutConfig, TinyModel
@@ -95,8 +95,7 @@ class Bench:
     ) -> None:
         import ray
 
-        rank = ray.remote(num_cpus=0.5)(PolicyActor)
-        self.rank = rank.remote(0, policy_settings(policy_path, zero_stage, lora))
+        self.rank = policy_actor().options(num_cpus=0.5).remote(0, policy_settings(policy_path, zero_stage, lora))
         reward = ray.remote(num_cpus=0.1)(NoReward).remote()
         self.replica = ray.remote(num_cpus=1)(RolloutActor).remote(
             0, rollout_settings(replica_path, update, lora), [reward], []
