@@ -43,12 +43,16 @@ class Controller:
     """Moves the pipeline depth with what the steps measure; None keeps it."""
     report: Callable[[list[ReadyGroup], Batch, Update], Awaitable[None]]
     """Called after each step with its groups, the batch and the update: metrics, samples, progress."""
+    settled: Callable[[int], Awaitable[None]]
+    """Called with the version after each step, when nothing of it is left to do: checkpoints."""
+    first_version: int = 0
+    """What the policy holds when the run begins, or goes on."""
 
     async def run(self) -> None:
         """Train `num_steps` updates; raises what stopped the run."""
         async with self.fleet.supervised(), self.publisher.admitting():
             async with self.publisher.exclusive:
-                await self._publish(0)
+                await self._publish(self.first_version)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.produce(), name="produce")
                 tasks.create_task(self.learn(), name="learn")
@@ -60,7 +64,7 @@ class Controller:
                 groups.create_task(self.attempts.make(slot), name=f"group-{slot.ordinal}")
 
     async def learn(self) -> None:
-        for _ in range(self.num_steps):
+        for _ in range(self.first_version, self.num_steps):
             taken = await self.pacer.take()
             self.attempts.discard(taken)
             batch = self.batch(taken.batch)
@@ -70,6 +74,7 @@ class Controller:
             self.ledger.trained(taken.batch, update, batch.oldest_version)
             await self._follow(update)
             await self.report(taken.batch, batch, update)
+            await self.settled(update.version)
 
     def batch(self, groups: list[ReadyGroup]) -> Batch:
         """Advantages against each group's own baseline, packed for the ranks."""

@@ -16,7 +16,7 @@ import ray
 
 from actors.deadline import DeadlineError
 from algorithms.pacing import Pacer
-from algorithms.slots import Slot
+from algorithms.slots import PacerState, Slot
 from algorithms.types import GroupSummary
 
 Decision = TypeVar("Decision")
@@ -89,6 +89,16 @@ class AsyncPacer:
     @property
     def pipeline_depth(self) -> int:
         return self._pacer.pipeline_depth
+
+    def state(self) -> tuple[PacerState, list[ReadyGroup]]:
+        """A snapshot of the pacer, and the scored groups that are in it."""
+        state = self._pacer.state()
+        return state, [self._ready[ready.slot.ordinal] for ready in state.ready]
+
+    def restore(self, state: PacerState, groups: list[ReadyGroup]) -> None:
+        """Go on from a snapshot, before anybody waits; ready groups that are not among `groups` are sampled anew."""
+        self._ready = {group.slot.ordinal: group for group in groups}
+        self._pacer.restore(state, self._ready)
 
     async def set_depth(self, pipeline_depth: int) -> None:
         """From now on as many groups may be dispatched and not yet trained."""

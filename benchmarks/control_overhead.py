@@ -155,6 +155,9 @@ class SleepingPolicy:
     def admitting(self) -> contextlib.AbstractAsyncContextManager[None]:
         return contextlib.nullcontext()
 
+    async def settled(self, version: int) -> None:
+        """There are no checkpoints."""
+
     async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> None:
         self.done_at.append(time.perf_counter())
 
@@ -218,6 +221,7 @@ async def run(folder: Path, num_steps: int) -> Overhead:
             ledger=ledger,
             depth=None,
             report=policy.report,
+            settled=policy.settled,
         )
         await controller.run()
         assert ledger.num_trained == num_steps * GROUPS_PER_BATCH

@@ -3,7 +3,7 @@
     python -m benchmarks.weight_sync
 
 Prints a table and, as its last line, one JSON object; about four minutes on two cores. Everything is measured in this
-run on this machine, in turns with what it is compared with, medians.
+run on this machine, in turns with what it is compared with, medians; but for relay_over_bound.
 
     packed_over_raw         a 512 MiB model of large tensors, announced, streamed and verified, over one flat
                             torch.distributed (gloo) broadcast of as many bytes
@@ -11,6 +11,10 @@ run on this machine, in turns with what it is compared with, medians.
     pause_over_bound        pause of a vLLM replica that generates with a 218 MB model, over one memory copy of the
                             model + one engine step + the 20 ms that vLLM's pause always takes
     pause_share             that pause over the whole publication
+    relay_over_bound        simulated: 15 GB to 1,024 workers by a relay tree, each on a machine of its own, over the
+                            policy's link carrying them once (12.5 GB/s, 0.3 ms for each message)
+    relay_over_group        a bucket to five receivers on this machine, by a relay tree over by one gloo group; no
+                            link is spared here, so this is what passing on costs
     throughput_kept         tokens/s with a version in full every 2 s, over without; neighbouring windows
     delta_overhead          bytes of a version sent as changes over 6 for each element that a step of AdamW (learning
                             rate 1e-6, float32 masters) changed in bf16
@@ -20,6 +24,7 @@ run on this machine, in turns with what it is compared with, medians.
 
 import json
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +35,8 @@ from benchmarks.weight_sync_engine import EngineFigures
 from benchmarks.weight_sync_engine import measure as measure_engine
 from benchmarks.weight_sync_lora import LORA, LoraFigures
 from benchmarks.weight_sync_lora import measure as measure_lora
+from benchmarks.weight_sync_relay import LINKS, NUM_RANKS, Measured, Predicted, predict
+from benchmarks.weight_sync_relay import measure as measure_relay
 from benchmarks.weight_sync_wire import (
     Comparison,
     DeltaCost,
@@ -41,10 +48,43 @@ from benchmarks.weight_sync_wire import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class FanOut:
+    """To many workers in virtual time, on each of LINKS, and to few in this run."""
+
+    predicted: tuple[Predicted, ...]
+    measured: Measured
+
+    def figures(self) -> dict[str, float]:
+        first = self.predicted[0]
+        return {
+            "relay_over_bound": first.relay_s / first.bound_s,
+            "relay_over_group": self.measured.relay_s / self.measured.group_s,
+        }
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Name, target and how."""
+        each = "; ".join(
+            f"{p.bytes_per_s / 1e9:g} GB/s: fan-out {p.fanout} {p.relay_s / p.bound_s:.2f} (closed form "
+            f"{p.closed_form_s / p.bound_s:.2f}), one group {p.group_s / p.bound_s:.2f}"
+            for p in self.predicted
+        )
+        here = self.measured
+        return [
+            ("relay_over_bound", "2.5 or less", f"simulated, not measured: 15 GB to 1,024 workers; {each}"),
+            (
+                "relay_over_group",
+                "",
+                f"{here.relay_s * 1e3:.0f} ms over {here.group_s * 1e3:.0f} ms; {here.num_bytes / 1e6:.0f} MB, "
+                f"{NUM_RANKS} processes of one machine, {here.num_runs} runs in turns",
+            ),
+        ]
+
+
 def figures(
-    large: Comparison, small: Comparison, delta: DeltaCost, lora: LoraFigures, engine: EngineFigures
+    large: Comparison, small: Comparison, fan_out: FanOut, delta: DeltaCost, lora: LoraFigures, engine: EngineFigures
 ) -> dict[str, Any]:
-    return {
+    return fan_out.figures() | {
         "packed_over_raw": large.theirs_s / large.ours_s,
         "packed_over_per_tensor": small.theirs_s / small.ours_s,
         "pause_share": engine.pause_s / engine.total_s,
@@ -58,8 +98,10 @@ def figures(
     }
 
 
-def table(large: Comparison, small: Comparison, delta: DeltaCost, lora: LoraFigures, engine: EngineFigures) -> Table:
-    result = figures(large, small, delta, lora, engine)
+def table(
+    large: Comparison, small: Comparison, fan_out: FanOut, delta: DeltaCost, lora: LoraFigures, engine: EngineFigures
+) -> Table:
+    result = figures(large, small, fan_out, delta, lora, engine)
     rows = [
         (
             "packed_over_raw",
@@ -72,6 +114,7 @@ def table(large: Comparison, small: Comparison, delta: DeltaCost, lora: LoraFigu
             "5 or more",
             f"{small.ours_s * 1e3:.1f} ms against {small.theirs_s * 1e3:.1f} ms; {small.num_tensors} tensors",
         ),
+        *fan_out.rows(),
         (
             "pause_over_bound",
             "3 or less",
@@ -115,11 +158,12 @@ def main() -> None:
     torch.set_num_threads(1)
     large = compare(large_parameters(), Wire.flat, num_runs=15)
     small = compare(small_parameters(), Wire.per_tensor, num_runs=15)
+    fan_out = FanOut(tuple(predict(link) for link in LINKS), measure_relay())
     delta = delta_cost()
     lora = measure_lora()
     engine = measure_engine()
-    Console().print(table(large, small, delta, lora, engine))
-    print(json.dumps(figures(large, small, delta, lora, engine)))
+    Console().print(table(large, small, fan_out, delta, lora, engine))
+    print(json.dumps(figures(large, small, fan_out, delta, lora, engine)))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,12 @@ def train(
         typer.Option(help="Ray cluster to join, such as auto; without it RAY_ADDRESS, or else this machine."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has left.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Go on with the run although this key of its recipe has changed."),
+    ] = None,
 ) -> None:
-    """Train what the recipe says."""
+    """Train what the recipe says; a run that was ended before its time goes on from its last checkpoint."""
     from actors.recipe.file import load_recipe
 
     with _user_errors():
@@ -46,7 +50,7 @@ def train(
 
     address = address or os.environ.get("RAY_ADDRESS")
     with _user_errors():
-        jobs = prepare(loaded, recipe, address, overwrite)
+        jobs = prepare(loaded, recipe, address, overwrite, allow_change or ())
     try:
         execute(jobs, address, Console())
     except RunError as error:
@@ -111,6 +115,17 @@ def simulate(
         if calibrate is not None:
             loaded = calibrated(loaded, calibrate, save)
         show(loaded, plot)
+
+
+@app.command()
+def ledger(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
+    """Prove from a run's journal that every prompt group has one fate, and show what was sampled in vain."""
+    from deploy.ledger import show
+
+    with _user_errors():
+        consistent = show(run_dir)
+    if not consistent:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -5,15 +5,20 @@ import shlex
 import socket
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from actors.model.size import num_elements
+from actors.recipe.file import load_recipe
 from actors.recipe.pools import used_pools
-from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
+from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe, TinyModel
+from actors.run.folder import RunFolder
 from actors.run.lineage import trained_before
 from placement.cluster import ClusterSpec, from_ray
 from placement.plan import PlacementError, PlacementPlan, plan
+from sync.fanout import fanout_of, relative_time
 
 _KNOCK_TIMEOUT_S = 10.0
 
@@ -28,6 +33,8 @@ def show(recipe: Recipe, cluster: ClusterSpec, path: str, overrides: Sequence[st
         except PlacementError as error:
             raise PlacementError(f"{first_path}, which is trained first: {error}") from None
         lines.insert(1, f"{first_path}, which is trained first: {_summarize(first)}")
+    if isinstance(recipe, GrpoRecipe):
+        lines.append(_describe_fanout(recipe, placed))
     lines.append(f"submit: {_submit_line(path, overrides)}")
     console = Console()
     console.print(_table(placed))
@@ -91,6 +98,42 @@ def _summarize(recipe: Recipe) -> str:
                 f"staleness at most {bound} version{'' if bound == 1 else 's'} ({recipe.staleness.when_stale}), "
                 f"{recipe.max_groups_in_flight} groups in flight at most; leaves {recipe.folder}"
             )
+
+
+def _describe_fanout(recipe: GrpoRecipe, placed: PlacementPlan) -> str:
+    """How a weight version reaches the rollout workers, and how long that takes; the link's own speed is not known."""
+    workers = [bundle.node for bundle in placed.bundles["rollout"] for _ in range(max(1, bundle.gpus))]
+    machines = [placed.bundles["policy"][0].node, *workers]
+    num_bytes = _num_bytes(recipe)
+    fanout = fanout_of(recipe.sync, machines, num_bytes)
+    road = "one broadcast group" if fanout is None else f"a relay tree of fan-out {fanout}" if fanout > 1 else "a chain"
+    line = f"weights: {recipe.sync.transport}, to {len(workers)} rollout worker{'s' * (len(workers) > 1)} by {road}"
+    if len(set(machines)) == 1:
+        return f"{line}, all on one machine"
+    if recipe.sync.transport == "nccl":
+        return line
+    bucket_bytes = recipe.sync.bucket_mb * 2**20
+    size = round(bucket_bytes) if num_bytes is None else num_bytes
+    ours, group = (relative_time(machines, size, bucket_bytes, each) for each in (fanout, None))
+    line += f"; predicted {ours:.3g} times what a link takes for one copy"
+    if fanout is not None:
+        line += f" (one group: {group:.3g} times)"
+    unknown = "an adapter" if recipe.policy.lora is not None else "the model is not here yet and"
+    return f"{line}; {unknown} counts as one bucket" if num_bytes is None else line
+
+
+def _num_bytes(recipe: GrpoRecipe) -> int | None:
+    """A version's size as it travels, where the model's files are here to tell; of an adapter they do not."""
+    if recipe.policy.lora is not None:
+        return None
+    match recipe.model:
+        case PretrainedModel(path=path):
+            elements = num_elements(Path(path))
+        case RecipeModel(recipe=first):
+            elements = num_elements(RunFolder(load_recipe(first).folder).model)
+        case TinyModel():
+            elements = None
+    return elements and elements * {"float32": 4, "bfloat16": 2}[recipe.rollout.dtype]
 
 
 def _submit_line(path: str, overrides: Sequence[str]) -> str:

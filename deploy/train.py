@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from actors.checkpoint.resume import Resume, changes, find
+from actors.checkpoint.store import CheckpointStore
 from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.examples import ExampleStream
 from actors.data.prompts import PromptStream
@@ -47,12 +49,16 @@ class Job:
     rows: Rows
     folder: RunFolder
     overwrite: bool
+    resume: Resume | None = None
 
 
-def prepare(recipe: Recipe, path: str, address: str | None, overwrite: bool) -> list[Job]:
+def prepare(
+    recipe: Recipe, path: str, address: str | None, overwrite: bool, allowed: Collection[str] = ()
+) -> list[Job]:
     """The runs that the recipe asks for, in order; ValueError names the key, the file and the fix.
 
-    `path` is where the recipe was read, for messages. Without an `address` the workers must fit on this machine.
+    `path` is where the recipe was read, for messages. Without an `address` the workers must fit on this machine. A run
+    that was ended before its time is gone on with; keys in `allowed` may have another value then.
     """
     jobs: list[Job] = []
     for run in [before for _, before in trained_before(recipe, path)] + [recipe]:
@@ -67,9 +73,31 @@ def prepare(recipe: Recipe, path: str, address: str | None, overwrite: bool) -> 
         if run.policy.lora is not None:
             target_modules(_skeleton(run), run.policy.lora)
         folder = RunFolder(run.folder)
-        folder.check_free(overwrite)
-        jobs.append(Job(run, rows, folder, overwrite))
+        resume = None if overwrite else _resume(run, folder, allowed)
+        replaces = overwrite or (resume is None and _ended_early(run, folder))
+        if resume is None:
+            folder.check_free(replaces)
+        jobs.append(Job(run, rows, folder, replaces, resume))
     return jobs
+
+
+def _resume(recipe: Recipe, folder: RunFolder, allowed: Collection[str]) -> Resume | None:
+    """Where a run that has not finished can go on from."""
+    if folder.finished or not folder.recipe.exists():
+        return None
+    resume = find(CheckpointStore(folder.checkpoints), folder.recipe, recipe, allowed)
+    if resume is not None and resume.cut.version >= recipe.steps:
+        raise ValueError(
+            f"steps: {recipe.steps}, but the run in {folder.path} has taken {resume.cut.version}; raise steps, or "
+            "begin anew with --overwrite"
+        )
+    return resume
+
+
+def _ended_early(recipe: Recipe, folder: RunFolder) -> bool:
+    """Whether the same run was here and ended before its first checkpoint: the same command begins it again."""
+    begun = folder.recipe.exists() and not folder.finished
+    return begun and not list(changes(folder.recipe, recipe))
 
 
 def execute(jobs: list[Job], address: str | None, console: Console) -> None:
@@ -81,10 +109,25 @@ def execute(jobs: list[Job], address: str | None, console: Console) -> None:
 
 
 def _run(job: Job, console: Console) -> None:
+    recipe, folder, resume = job.recipe, job.folder, job.resume
+    with folder.held():
+        if resume is None:
+            if folder.recipe.exists() and not folder.finished:
+                console.print("an earlier run ended here before its first checkpoint: it begins anew", highlight=False)
+            folder.create(recipe, job.overwrite)
+        else:
+            folder.rewind(recipe, resume.cut.version)
+            CheckpointStore(folder.checkpoints).discard_after(resume.cut.version)
+            notes = [f"going on from step {resume.cut.version} of {recipe.steps}", *resume.notes]
+            console.print(*notes, sep="\n", highlight=False, soft_wrap=True)
+        _train(job, console)
+    _conclude(folder, console)
+
+
+def _train(job: Job, console: Console) -> None:
     recipe, folder = job.recipe, job.folder
     pools = reserve(plan(used_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
     try:
-        folder.create(recipe, job.overwrite)
         if isinstance(recipe.model, TinyModel):
             make_tiny_model(recipe.model, folder.path / "initial_model", recipe.seed)
         model = _source(recipe, folder)
@@ -95,14 +138,13 @@ def _run(job: Job, console: Console) -> None:
         with RunProgress(recipe.name, recipe.steps, console) as progress:
             match recipe, stream:
                 case GrpoRecipe(), PromptStream():
-                    asyncio.run(run_grpo(recipe, model, stream, tokenizer, pools, folder, progress))
+                    asyncio.run(run_grpo(recipe, model, stream, tokenizer, pools, folder, progress, job.resume))
                 case SftRecipe(), ExampleStream():
                     asyncio.run(run_sft(recipe, model, stream, tokenizer, pools, folder, progress))
     except BaseExceptionGroup as errors:
         raise first_cause(errors) from None
     finally:
         pools.release()
-    _conclude(folder, console)
 
 
 def _conclude(folder: RunFolder, console: Console) -> None:

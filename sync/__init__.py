@@ -5,6 +5,8 @@ member.py     what a process must know to take part
 layout.py     parameters -> fixed buckets; names, shapes and offsets, computed once and sent ahead; pure
 transport.py  what a wire is: two implementations, one rendezvous
 gloo.py       over TCP, host memory to host memory; every operation ends by its deadline
+relay.py      over TCP too, handed down a tree of members
+fanout.py     one group or a tree, and how long each takes; pure        simulated.py  the same in virtual time
 nccl.py       GPU to GPU through cupy; has not run on a GPU yet
 sender.py     policy side: gather, pack and stream the buckets of one version
 changes.py    policy side, with delta: what changed since the last version

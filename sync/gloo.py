@@ -33,8 +33,18 @@ _TIMED_OUT = re.compile("timed? ?out", re.IGNORECASE)
 class GlooGroup:
     """A member of the group: `broadcast` sends from the root (rank 0) to all others."""
 
-    def __init__(self, store: TCPStore, group: str, rank: int, world_size: int, host: str, timeout_s: float) -> None:
-        """Returns when all members have joined; raises WireError when they have not within `timeout_s`."""
+    def __init__(
+        self,
+        store: TCPStore,
+        group: str,
+        rank: int,
+        world_size: int,
+        host: str,
+        timeout_s: float,
+        join_s: float | None = None,
+    ) -> None:
+        """Returns when all members have joined; WireError when they have not within `join_s`, or else `timeout_s`."""
+        join_s = timeout_s if join_s is None else join_s
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device("cpu")
@@ -44,10 +54,10 @@ class GlooGroup:
         self._group: Any = None
         try:
             self._group = within(
-                lambda: _connect(store, group, rank, world_size, host, timeout_s), _drop, timeout_s, "gloo-join"
+                lambda: _connect(store, group, rank, world_size, host, join_s), _drop, join_s, "gloo-join"
             )
         except (RuntimeError, TimeoutError) as error:
-            raise WireError(rank, f"joining {world_size} ranks", _reason(error), _words(error)) from None
+            raise WireError(rank, f"joining {world_size} ranks", reason_of(error), words_of(error)) from None
         self._store: TCPStore | None = store  # closes with the last reference
 
     @classmethod
@@ -56,17 +66,8 @@ class GlooGroup:
     ) -> Self:
         """Join the group whose store is served at `store_host`; `host` is this process's own address."""
         deadline = time.monotonic() + timeout_s
-        timeout = timedelta(seconds=timeout_s)
-        try:
-            store = within(
-                lambda: TCPStore(store_host, store_port, None, False, timeout), _drop, timeout_s, "gloo-store"
-            )
-        except (RuntimeError, TimeoutError) as error:
-            what = f"reaching the store at {store_host}:{store_port}"
-            raise WireError(rank, what, _reason(error), _words(error)) from None
-        member = cls(store, group, rank, world_size, host, remaining_s(deadline))
-        member._timeout_s = timeout_s
-        return member
+        store = reach_store(store_host, store_port, rank, timeout_s)
+        return cls(store, group, rank, world_size, host, timeout_s, remaining_s(deadline))
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         """Send (`root`) or fill (others) `tensor`; raises WireError when a peer is gone or the deadline passes."""
@@ -100,7 +101,7 @@ class GlooGroup:
             if self._wait(self._work):
                 self._work = None
         except (RuntimeError, TimeoutError) as error:
-            self._fail(_reason(error), _words(error))
+            self._fail(reason_of(error), words_of(error))
 
     def _wait(self, work: Any) -> bool:
         """True when `work` is done, False soon after it was aborted; raises at the deadline or when a peer is gone."""
@@ -123,7 +124,7 @@ class GlooGroup:
             try:
                 self._group.send([torch.zeros(1, dtype=torch.uint8)], peer, _PROBE_TAG)
             except RuntimeError as error:
-                raise RuntimeError(f"rank {peer}: {_words(error)}") from error
+                raise RuntimeError(f"rank {peer}: {words_of(error)}") from error
 
     def _fail(self, reason: Reason, detail: str) -> None:
         """The first failure is the cause of all that follow."""
@@ -145,6 +146,16 @@ class GlooGroup:
 def open_store(host: str, timeout_s: float) -> TCPStore:
     """The rendezvous of a group, served by this process on a free port of `host`."""
     return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def reach_store(host: str, port: int, rank: int, timeout_s: float) -> TCPStore:
+    """The rendezvous that another process serves; WireError of `rank` when it does not answer in time."""
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        return within(lambda: TCPStore(host, port, None, False, timeout), _drop, timeout_s, "gloo-store")
+    except (RuntimeError, TimeoutError) as error:
+        what = f"reaching the store at {host}:{port}"
+        raise WireError(rank, what, reason_of(error), words_of(error)) from None
 
 
 def _connect(store: TCPStore, group: str, rank: int, world_size: int, host: str, timeout_s: float) -> Any:
@@ -172,13 +183,13 @@ def _done_within(work: Any, seconds: float) -> bool:
     return True
 
 
-def _reason(error: Exception) -> Reason:
+def reason_of(error: Exception) -> Reason:
     """gloo and the store tell by their words alone."""
     timed_out = isinstance(error, TimeoutError) or _TIMED_OUT.search(str(error)) is not None
     return "deadline passed" if timed_out else "peer gone"
 
 
-def _words(error: Exception) -> str:
+def words_of(error: Exception) -> str:
     """gloo's message without the place in gloo's sources and its advice."""
     return _DECORATION.sub("", str(error)).strip()
 

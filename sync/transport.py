@@ -96,25 +96,38 @@ def open_wire(kind: Kind, host: str, timeout_s: float) -> Opened:
 
 
 def join(
-    rendezvous: Opened | Ticket, rank: int, world_size: int, host: str, device: torch.device, timeout_s: float
+    rendezvous: Opened | Ticket,
+    rank: int,
+    world_size: int,
+    host: str,
+    device: torch.device,
+    timeout_s: float,
+    fanout: int | None = None,
 ) -> Transport:
     """Become member `rank`; returns when all are there and raises WireError when they are not within `timeout_s`.
 
     `host` is this process's own address (gloo binds to it), `timeout_s` also the deadline of each later operation.
+    With a `fanout`, the same on all ranks, gloo's members pass tensors on to so many others each, from rank 0 down.
     """
     ticket, store = (rendezvous, None) if isinstance(rendezvous, Ticket) else (rendezvous.ticket, rendezvous.store)
     match ticket.kind:
         case "gloo":
-            from sync.gloo import GROUP, GlooGroup
+            from sync.gloo import GROUP, GlooGroup, reach_store
+            from sync.relay import RelayGroup
 
             assert device.type == "cpu", f"gloo carries host memory, not {device}"
-            if store is not None:
-                return GlooGroup(store, GROUP, rank, world_size, host, timeout_s)
-            store_host, _, port = ticket.address.rpartition(":")
-            return GlooGroup.join(store_host, int(port), GROUP, rank, world_size, host, timeout_s)
+            deadline = time.monotonic() + timeout_s
+            if store is None:
+                store_host, _, port = ticket.address.rpartition(":")
+                store = reach_store(store_host, int(port), rank, timeout_s)
+            join_s = remaining_s(deadline)
+            if fanout is None:
+                return GlooGroup(store, GROUP, rank, world_size, host, timeout_s, join_s)
+            return RelayGroup(store, GROUP, rank, world_size, host, timeout_s, fanout, join_s=join_s)
         case "nccl":
             from sync.nccl import NcclGroup
 
+            assert fanout is None, "nccl pipelines its broadcast through all members by itself"
             return NcclGroup(base64.b64decode(ticket.address), rank, world_size, device, timeout_s)
 
 

@@ -3,6 +3,7 @@
 A cut is taken between two steps, at one weight version: the policy with its optimizer, what the pacer knows, and the
 scored groups that wait to be trained. Groups in flight are sampled again under their ordinals.
 
+config.py        what a recipe may say
 store.py         folders that are complete or not there: staged, digested, renamed; the newest are kept
 groups.py        scored groups as bytes and back
 cut.py           what is in a cut besides the policy

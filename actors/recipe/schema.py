@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from actors.checkpoint.config import CheckpointConfig
 from algorithms.config import GrpoConfig, OptimizerConfig, StalenessConfig
 from algorithms.pacing import default_depth
 from algorithms.simulation.config import SimulationConfig
@@ -247,6 +248,7 @@ class GrpoRecipe(_Recipe):
     generation: GenerationConfig = GenerationConfig()
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     simulation: SimulationConfig = SimulationConfig()
     """How long things take, for `python -m deploy simulate`; training ignores it."""
 

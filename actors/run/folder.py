@@ -5,14 +5,18 @@ metrics.jsonl     one JSON object per step, under TRL's metric names
 ledger.jsonl      what became of every prompt group
 completions/      samples of what the policy said, one file per sampled step
 model/            the trained weights and tokenizer in Hugging Face layout; of adapters, merged, with adapter/ in peft's
+checkpoints/      cuts from which the same command goes on when the run was ended before its time
 summary.json      the figures of the whole run; written last
 reward.png        reward and staleness over the steps
 """
 
+import contextlib
+import fcntl
 import json
 import math
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,14 @@ class RunFolder:
         return self.path / "reward.png"
 
     @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def finished(self) -> bool:
         """Whether a run ended here: the summary is written last."""
         return (self.path / "summary.json").exists()
@@ -47,7 +59,7 @@ class RunFolder:
         """ValueError when the folder holds another run that may not be overwritten, or something else altogether."""
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        if not (self.path / "recipe.yaml").exists():
+        if not self.recipe.exists():
             raise ValueError(f"run_dir: {self.path} exists and is not a run folder; choose another with run_dir=...")
         if not overwrite:
             raise ValueError(
@@ -55,12 +67,34 @@ class RunFolder:
                 "or replace it with --overwrite"
             )
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No other process trains in the folder meanwhile; ValueError when one does already."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # is given back when the process ends, however
+            yield
+        except BlockingIOError:
+            raise ValueError(f"run_dir: another process is training in {self.path}; wait for it, or end it") from None
+        finally:
+            os.close(descriptor)
+
     def create(self, recipe: Recipe, overwrite: bool) -> None:
         """Start a new run here; ValueError as in `check_free`."""
         self.check_free(overwrite)
-        shutil.rmtree(self.path, ignore_errors=True)
+        for entry in self.path.iterdir():  # not the folder itself: it is held
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         (self.path / "completions").mkdir(parents=True)
-        dump_recipe(recipe, self.path / "recipe.yaml")
+        dump_recipe(recipe, self.recipe)
+
+    def rewind(self, recipe: Recipe, version: int) -> None:
+        """Go on with the run that is here at `version`: metrics of later steps were of weights that are gone."""
+        kept = [line for line in self.read_metrics() if line["step"] < version]
+        staged = self.path / "metrics.jsonl.staged"
+        staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        staged.rename(self.path / "metrics.jsonl")
+        dump_recipe(recipe, self.recipe)
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; a value that is not finite is left out, because JSON has none."""
@@ -69,8 +103,10 @@ class RunFolder:
             file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def read_metrics(self) -> list[dict[str, float]]:
-        with (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        """Every whole line; a process that is killed can tear the last one."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def write_completions(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         path = self.path / "completions" / f"step_{step:05d}.jsonl"

@@ -1,12 +1,18 @@
 """One GRPO run from its recipe to its run folder: build the components, run the controller, write the summary."""
 
+from dataclasses import replace
+
+import ray
 from transformers import PreTrainedTokenizerBase
 
 from actors.attempts import Attempts, Limits
+from actors.checkpoint.checkpointer import Checkpointer
+from actors.checkpoint.resume import Resume
+from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
 from actors.data.prompts import PromptStream
 from actors.ledger import Ledger
-from actors.pacer import AsyncPacer
+from actors.pacer import AsyncPacer, ReadyGroup
 from actors.publisher import Publisher
 from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
@@ -18,6 +24,7 @@ from actors.run.tracker import Tracker
 from actors.workers import ModelSource, Workers, grpo_workers, score_timeout_s
 from algorithms.depth import DepthController
 from algorithms.pacing import Pacer
+from algorithms.slots import Slot
 from placement.groups import ReservedPools
 
 
@@ -29,8 +36,9 @@ async def run_grpo(
     pools: ReservedPools,
     folder: RunFolder,
     progress: RunProgress,
+    resume: Resume | None = None,
 ) -> None:
-    """Train; raises what stopped the run, after the workers are gone."""
+    """Train, from the beginning or from a cut; raises what stopped the run, after the workers are gone."""
     progress.say("starting the policy, the rollout replicas and the reward workers")
     config = recipe.model_dump(mode="json")
     router = _router(recipe)
@@ -38,12 +46,29 @@ async def run_grpo(
         publisher = _publisher(recipe, workers)
         pacer = _pacer(recipe)
         async_pacer = AsyncPacer(pacer, stall_timeout_s=2 * _group_timeout_s(recipe))
+        first_version = 0
+        if resume is not None:
+            first_version = resume.cut.version
+            await workers.policy.restore(resume.path)
+            async_pacer.restore(replace(resume.cut.pacer, batches_left=recipe.steps - first_version), _ready(resume))
         await publisher.connect()
         with (
-            Ledger(folder.ledger) as ledger,
+            _ledger(folder, resume) as ledger,
             Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker,
         ):
             reporter = Reporter(recipe, folder, progress, tracker, async_pacer, publisher, ledger)
+            if resume is not None:
+                reporter.resume(resume.cut.progress)
+            checkpointer = Checkpointer(
+                store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep),
+                every=recipe.checkpoint.every,
+                timeout_s=recipe.checkpoint.timeout_s,
+                pacer=async_pacer,
+                policy=workers.policy,
+                ledger=ledger,
+                progress=reporter.progress,
+                say=progress.say,
+            )
             attempts = Attempts(
                 limits=_limits(recipe),
                 dynamic_sampling=recipe.algorithm.dynamic_sampling,
@@ -66,12 +91,33 @@ async def run_grpo(
                 ledger=ledger,
                 depth=_depth(recipe, pacer),
                 report=reporter.report,
+                settled=checkpointer.after,
+                first_version=first_version,
             )
             await controller.run()
+            await checkpointer.finish()
         await workers.policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)
     plot_run(folder.read_metrics(), recipe.staleness.max_staleness, folder.plot)
     folder.write_summary(reporter.summary())
+
+
+def _ledger(folder: RunFolder, resume: Resume | None) -> Ledger:
+    if resume is None:
+        return Ledger(folder.ledger)
+    return Ledger.resume(folder.ledger, resume.cut.lines, resume.cut.version)
+
+
+def _ready(resume: Resume) -> list[ReadyGroup]:
+    """The groups that waited to be trained, their tokens in this node's object store."""
+    return [
+        ReadyGroup(
+            Slot(saved.summary.ordinal, saved.attempt, saved.version, saved.resumed),
+            saved.summary,
+            ray.put(saved.scored),
+        )
+        for saved in resume.groups
+    ]
 
 
 def _pacer(recipe: GrpoRecipe) -> Pacer:

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import msgspec
+
+from actors.checkpoint.cut import Progress
 from actors.deadline import within
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
@@ -33,16 +36,9 @@ class Reporter:
         self._pacer = pacer
         self._publisher = publisher
         self._ledger = ledger
-        self._rewards: list[float] = []
+        self._totals = Progress()
         self._waits: dict[str, float] = {}
-        self._max_staleness_seen = 0
-        self._staleness_sum = 0
-        self._tokens_fresh = 0
-        self._tokens_masked = 0
-        self._tokens_trained = 0
         self._warned = False
-        self._num_tokens = 0
-        self._unscorable = 0
         self._started = self._last = time.monotonic()
 
     async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> None:
@@ -63,10 +59,10 @@ class Reporter:
         for summary in summaries:
             for note in summary.notes:
                 self._progress.say(f"warning: {note}")
-            self._num_tokens += sum(summary.num_tokens_G)
-            self._unscorable += sum(reward is None for reward in summary.rewards_G)
+            self._totals.num_tokens += sum(summary.num_tokens_G)
+            self._totals.unscorable += sum(reward is None for reward in summary.rewards_G)
             self._count_tokens(summary, batch)
-        self._tokens_trained += num_trained_tokens(batch, summaries)
+        self._totals.tokens_trained += num_trained_tokens(batch, summaries)
         rewards = reward_metrics(
             summaries,
             version=batch.version,
@@ -74,12 +70,12 @@ class Reporter:
             max_staleness=self._recipe.staleness.max_staleness,
         )
         if "reward" in rewards:
-            self._rewards.append(rewards["reward"])
+            self._totals.rewards.append(rewards["reward"])
         return {
             **rewards,
             **update.metrics,
             **self._publisher.metrics,
-            "num_tokens": float(self._num_tokens),
+            "num_tokens": float(self._totals.num_tokens),
             **self._pacing(),
         }
 
@@ -87,11 +83,11 @@ class Reporter:
         """By weight version: fresh ones are within the bound, the others have left the loss."""
         for version, count in summary.tokens_by_version.items():
             if version < batch.oldest_version:
-                self._tokens_masked += count
+                self._totals.tokens_masked += count
                 continue
-            self._max_staleness_seen = max(self._max_staleness_seen, batch.version - version)
-            self._staleness_sum += count * (batch.version - version)
-            self._tokens_fresh += count
+            self._totals.max_staleness_seen = max(self._totals.max_staleness_seen, batch.version - version)
+            self._totals.staleness_sum += count * (batch.version - version)
+            self._totals.tokens_fresh += count
 
     def _pacing(self) -> dict[str, float]:
         """How deep the pipeline is, what was sampled in vain, and whether that tilts what is trained."""
@@ -157,8 +153,8 @@ class Reporter:
 
     def summary(self) -> dict[str, Any]:
         """The figures of the whole run."""
-        tenth = max(1, len(self._rewards) // 10)
-        first, last = self._rewards[:tenth], self._rewards[-tenth:]
+        tenth = max(1, len(self._totals.rewards) // 10)
+        first, last = self._totals.rewards[:tenth], self._totals.rewards[-tenth:]
         # Masked tokens are in groups that were trained.
         wasted = sum(waste.tokens for cause, waste in self._ledger.waste.items() if cause != "masked")
         return {
@@ -166,22 +162,32 @@ class Reporter:
             "seed": self._recipe.seed,
             "reward_first": _mean(first) if first else None,
             "reward_last": _mean(last) if last else None,
-            "max_staleness_seen": self._max_staleness_seen,
+            "max_staleness_seen": self._totals.max_staleness_seen,
             "max_staleness_allowed": self._recipe.staleness.max_staleness,
-            "staleness_mean": self._staleness_sum / max(1, self._tokens_fresh),
+            "staleness_mean": self._totals.staleness_sum / max(1, self._totals.tokens_fresh),
             "weight_version": self._publisher.committed,
             "groups_trained": self._ledger.num_trained,
             "groups_lost": len(self._ledger.lost()),
             "groups_duplicated": self._ledger.num_duplicated,
             "groups_quarantined": self._ledger.num_quarantined,
             "groups_redispatched": self._ledger.num_redispatched,
-            "rollouts_unscorable": self._unscorable,
-            "tokens_generated": self._tokens_fresh + self._tokens_masked + wasted,
-            "tokens_trained": self._tokens_trained,
+            "rollouts_unscorable": self._totals.unscorable,
+            "tokens_generated": self._totals.tokens_fresh + self._totals.tokens_masked + wasted,
+            "tokens_trained": self._totals.tokens_trained,
             "waste": {cause: asdict(waste) for cause, waste in self._ledger.waste.items()},
             "selection_bias": self._ledger.audit.warning(),
-            "wall_s": time.monotonic() - self._started,
+            "resumed": self._ledger.num_cuts,
+            "wall_s": self.progress().wall_s,
         }
+
+    def progress(self) -> Progress:
+        """What the summary has counted so far, for a checkpoint."""
+        wall_s = self._totals.wall_s + time.monotonic() - self._started
+        return msgspec.structs.replace(self._totals, rewards=list(self._totals.rewards), wall_s=wall_s)
+
+    def resume(self, progress: Progress) -> None:
+        """Go on counting from a checkpoint."""
+        self._totals = progress
 
 
 def _mean(values: list[float]) -> float:

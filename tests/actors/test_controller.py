@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,7 @@ class Bench:
             ledger=self.ledger,
             depth=depth,
             report=self.report,
+            settled=self.settled,
         )
 
     def spawn(self, number: int, bundle: int) -> Any:
@@ -156,6 +158,9 @@ class Bench:
     async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> None:
         self.events.append(f"report {update.version}")
 
+    async def settled(self, version: int) -> None:
+        self.events.append(f"settled {version}")
+
     async def run(self) -> None:
         await self.fleet.start()
         try:
@@ -169,7 +174,10 @@ class Bench:
 async def test_each_step_is_published_before_it_is_reported(tmp_path: Path) -> None:
     bench = Bench(tmp_path, num_steps=2)
     await bench.run()
-    assert bench.events == ["publish 0", "step 0", "publish 1", "report 1", "step 1", "publish 2", "report 2"]
+    steps = (
+        f"step {version - 1}, publish {version}, report {version}, settled {version}".split(", ") for version in (1, 2)
+    )
+    assert bench.events == ["publish 0", *itertools.chain(*steps)]
     assert bench.ledger.num_trained == 4
 
 

@@ -1,5 +1,7 @@
 """`python -m deploy` as a user meets it: exit code 0 with what was asked for, or 2 with one message."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +52,7 @@ def test_a_plan_shows_pools_figures_and_the_submit_line(tmp_path: Path) -> None:
         "7 steps of 128 rollouts (16 groups x 8); staleness at most 2 versions (pace), 24 groups in flight at most"
         in out
     )
+    assert "weights: gloo, to 8 rollout workers by one broadcast group, all on one machine" in out
     assert f"{first}, which is trained first: sft, {load_recipe(first).steps} steps of 64 sequences" in out
     assert (
         "ray job submit --working-dir . -- python -m deploy train recipes/demo.yaml pools.rollout.num_workers=2 "
@@ -112,6 +115,22 @@ def test_a_live_cluster_is_planned_for_as_it_is() -> None:
         assert (code, "pool 'rollout' needs 1 worker x 6 GPUs" in err) == (2, True)
     finally:
         ray.shutdown()
+
+
+def test_a_plan_says_how_weights_travel(tmp_path: Path) -> None:
+    header = json.dumps({"__metadata__": {}, "w": {"dtype": "F32", "shape": [1024, 2**20], "data_offsets": [0, 0]}})
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    recipe = ("plan", "recipes/demo.yaml", "pools.rollout.num_workers=8")
+    recipe += ("pools.rollout.gpus_per_worker=1", "pools.policy.gpus_per_worker=1")
+    cluster = ("--nodes", "9", "--gpus-per-node", "1")
+    code, out, _ = deploy(*recipe, f"model={{kind: pretrained, path: {tmp_path}}}", *cluster)
+    assert code == 0
+    expected = r"to 8 rollout workers by a chain; predicted 1\.3\d times what a link takes for one copy \(one group: 4"
+    assert re.search(expected, out)
+    code, out, _ = deploy(*recipe, "sync.fanout=3", *cluster)
+    assert code == 0
+    assert "by a relay tree of fan-out 3; predicted " in out
+    assert "the model is not here yet and counts as one bucket\n" in out
 
 
 def test_without_arguments_the_help_is_shown() -> None:

@@ -1,4 +1,4 @@
-"""Both transports keep one contract: bytes arrive exact, and every operation ends by its deadline whoever dies."""
+"""All transports keep one contract: bytes arrive exact, and every operation ends by its deadline whoever dies."""
 
 import contextlib
 import json
@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from sync.transport import Kind, Opened, Ticket, Transport, WireError, join, open_wire
+from sync.transport import Opened, Ticket, Transport, WireError, join, open_wire
 
 HOST = "127.0.0.1"
-KINDS = pytest.mark.parametrize("kind", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+Case = Literal["gloo", "relay", "nccl"]
+KINDS = pytest.mark.parametrize("kind", ["gloo", "relay", pytest.param("nccl", marks=pytest.mark.gpu)])
+FANOUT: dict[Case, int] = {"relay": 1}
+"""Three ranks in a chain: the first sends, the second passes on, the third only receives."""
 DTYPES = [
     torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.complex64,
@@ -32,8 +35,16 @@ LARGE = 16_000_000  # does not fit into the sockets' buffers
 # What members do, in their own processes; `wires` are theirs.
 
 
-def enter(wires: dict[str, Transport], name: str, ticket: Ticket, rank: int, world_size: int, timeout_s: float) -> None:
-    wires[name] = join(ticket, rank, world_size, HOST, device_of(ticket.kind, rank), timeout_s)
+def enter(
+    wires: dict[str, Transport],
+    name: str,
+    ticket: Ticket,
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    fanout: int | None,
+) -> None:
+    wires[name] = join(ticket, rank, world_size, HOST, device_of(ticket.kind, rank), timeout_s, fanout)
 
 
 def carry(wires: dict[str, Transport], name: str, seed: int, root: int) -> bool:
@@ -69,8 +80,12 @@ def held(wires: dict[str, Transport]) -> tuple[int, int, int]:
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(threading.enumerate())
 
 
-def device_of(kind: Kind, rank: int) -> torch.device:
-    return torch.device("cpu") if kind == "gloo" else torch.device("cuda", rank)
+def device_of(kind: Case, rank: int) -> torch.device:
+    return torch.device("cuda", rank) if kind == "nccl" else torch.device("cpu")
+
+
+def root_of(kind: Case, root: int) -> int:
+    return 0 if kind == "relay" else root
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -142,8 +157,8 @@ def members(context: Any) -> Iterator[list[Member]]:
         member.end()
 
 
-def opened(kind: Kind, num_gpus: int, timeout_s: float = 10.0) -> Opened:
-    if kind == "gloo":
+def opened(kind: Case, num_gpus: int, timeout_s: float = 10.0) -> Opened:
+    if kind != "nccl":
         return open_wire("gloo", HOST, timeout_s)
     pytest.importorskip("cupy")
     if torch.cuda.device_count() < num_gpus:
@@ -151,11 +166,11 @@ def opened(kind: Kind, num_gpus: int, timeout_s: float = 10.0) -> Opened:
     return open_wire("nccl", HOST, timeout_s)
 
 
-def form(kind: Kind, members: list[Member], name: str = "wire", timeout_s: float = 10.0) -> Opened:
+def form(kind: Case, members: list[Member], name: str = "wire", timeout_s: float = 10.0) -> Opened:
     """All members join one group; what is returned must be held until then."""
     rendezvous = opened(kind, len(members))
     for rank, member in enumerate(members):
-        member.start(enter, name, rendezvous.ticket, rank, len(members), timeout_s)
+        member.start(enter, name, rendezvous.ticket, rank, len(members), timeout_s, FANOUT.get(kind))
     assert [member.answer()[0] for member in members] == [None] * len(members)
     return rendezvous
 
@@ -168,20 +183,20 @@ def all_do(members: list[Member], action: Callable[..., Any], *arguments: object
 
 @KINDS
 @pytest.mark.parametrize("root", [0, 2])
-def test_every_dtype_and_size_arrives_bit_exact(kind: Kind, root: int, members: list[Member]) -> None:
+def test_every_dtype_and_size_arrives_bit_exact(kind: Case, root: int, members: list[Member]) -> None:
     _rendezvous = form(kind, members)
-    assert all_do(members, carry, "wire", 7, root) == [True, True, True]
+    assert all_do(members, carry, "wire", 7, root_of(kind, root)) == [True, True, True]
 
 
 @KINDS
-def test_one_process_is_in_several_groups(kind: Kind, members: list[Member]) -> None:
+def test_one_process_is_in_several_groups(kind: Case, members: list[Member]) -> None:
     held_open = [form(kind, members, "a"), form(kind, members[1:], "b"), form(kind, members[::-1], "c")]
     for seed in range(2):
-        assert all_do(members[1:], carry, "b", seed, 1) == [True, True]
-        assert all_do(members, carry, "a", seed, 1) == [True] * 3
+        assert all_do(members[1:], carry, "b", seed, root_of(kind, 1)) == [True, True]
+        assert all_do(members, carry, "a", seed, root_of(kind, 1)) == [True] * 3
         assert all_do(members, carry, "c", seed, 0) == [True] * 3
     assert all_do(members, leave, "a") == [None] * 3
-    assert all_do(members, carry, "c", 3, 2) == [True] * 3
+    assert all_do(members, carry, "c", 3, root_of(kind, 2)) == [True] * 3
     assert len(held_open) == 3
 
 
@@ -189,7 +204,7 @@ def test_one_process_is_in_several_groups(kind: Kind, members: list[Member]) -> 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_survivors_of_a_dead_member_are_released_and_form_a_new_group(
-    kind: Kind, blow: signal.Signals, victim: int, members: list[Member]
+    kind: Case, blow: signal.Signals, victim: int, members: list[Member]
 ) -> None:
     timeout_s = 2.0
     _rendezvous = form(kind, members, timeout_s=timeout_s)
@@ -205,17 +220,17 @@ def test_survivors_of_a_dead_member_are_released_and_form_a_new_group(
     released_s = time.monotonic() - struck
     print(f"{blow.name} of rank {victim}: released after {released_s:.2f} s, {reasons}")
     assert released_s < timeout_s + 1.0
-    assert "peer gone" in reasons if blow == signal.SIGKILL and kind == "gloo" else "deadline passed" in reasons
+    assert "peer gone" in reasons if blow == signal.SIGKILL and kind != "nccl" else "deadline passed" in reasons
     assert all_do(survivors, leave, "wire") == [None, None]
     _second = form(kind, survivors)
-    assert all_do(survivors, carry, "wire", 11, 1) == [True, True]
+    assert all_do(survivors, carry, "wire", 11, root_of(kind, 1)) == [True, True]
 
 
 @KINDS
-def test_who_never_joins_is_not_waited_for(kind: Kind, members: list[Member]) -> None:
+def test_who_never_joins_is_not_waited_for(kind: Case, members: list[Member]) -> None:
     rendezvous = opened(kind, 3)
     for rank, member in enumerate(members[:2]):
-        member.start(enter, "wire", rendezvous.ticket, rank, 3, 1.0)
+        member.start(enter, "wire", rendezvous.ticket, rank, 3, 1.0, FANOUT.get(kind))
     for member in members[:2]:
         error, seconds = member.answer()
         assert isinstance(error, WireError)
@@ -234,10 +249,10 @@ def test_a_store_that_does_not_answer_is_not_waited_for() -> None:
 
 @KINDS
 @pytest.mark.parametrize("busy", [True, False], ids=["mid-payload", "waiting"])
-def test_an_abort_from_another_thread_releases_at_once(kind: Kind, busy: bool, members: list[Member]) -> None:
+def test_an_abort_from_another_thread_releases_at_once(kind: Case, busy: bool, members: list[Member]) -> None:
     rendezvous = opened(kind, 2)
-    members[0].start(enter, "wire", rendezvous.ticket, 1, 2, 3.0)
-    wire = join(rendezvous, 0, 2, HOST, device_of(kind, 0), 3.0)
+    members[0].start(enter, "wire", rendezvous.ticket, 1, 2, 3.0, FANOUT.get(kind))
+    wire = join(rendezvous, 0, 2, HOST, device_of(kind, 0), 3.0, FANOUT.get(kind))
     assert members[0].answer()[0] is None
     if busy:
         members[0].start(go_on, "wire")
@@ -250,7 +265,7 @@ def test_an_abort_from_another_thread_releases_at_once(kind: Kind, busy: bool, m
     timer.join()
     if busy:
         reason, seconds = members[0].answer()
-        assert reason == ("peer gone" if kind == "gloo" else "async error")
+        assert reason == ("async error" if kind == "nccl" else "peer gone")
         assert seconds < 0.3 + 1.0
     wire.close()
     wire.close()
@@ -258,31 +273,34 @@ def test_an_abort_from_another_thread_releases_at_once(kind: Kind, busy: bool, m
 
 @pytest.mark.cluster
 @KINDS
-def test_fifty_rebuilds_after_failures_leak_nothing(kind: Kind, members: list[Member]) -> None:
+def test_rebuilds_after_failures_leak_nothing(kind: Case, members: list[Member]) -> None:
     timeout_s = 2.0
-    peer = members[0]
+    peers = members[:2] if kind == "relay" else members[:1]  # one that passes on is among them
+    size = len(peers) + 1
 
     def rebuild() -> None:
         rendezvous = opened(kind, 2)
-        peer.start(enter, "wire", rendezvous.ticket, 1, 2, timeout_s)
-        wire = join(rendezvous, 0, 2, HOST, device_of(kind, 0), timeout_s)
-        assert peer.answer()[0] is None
-        peer.start(go_on, "wire")
+        for rank, peer in enumerate(peers, 1):
+            peer.start(enter, "wire", rendezvous.ticket, rank, size, timeout_s, FANOUT.get(kind))
+        wire = join(rendezvous, 0, size, HOST, device_of(kind, 0), timeout_s, FANOUT.get(kind))
+        assert [peer.answer()[0] for peer in peers] == [None] * len(peers)
+        for peer in peers:
+            peer.start(go_on, "wire")
         timer = threading.Timer(0.03, wire.abort)  # mid-payload, the worst moment
         timer.start()
         assert go_on({"wire": wire}, "wire") == "aborted"
         timer.join()
         wire.close()
-        assert isinstance(peer.answer()[0], str)
-        assert all_do([peer], leave, "wire") == [None]
+        assert all(isinstance(peer.answer()[0], str) for peer in peers)
+        assert all_do(peers, leave, "wire") == [None] * len(peers)
 
     def settled() -> tuple[int, ...]:
         time.sleep(timeout_s + 1.5)  # gloo's own time-out, here and in the tests before
-        return held({}) + all_do([peer], held)[0]
+        return held({}) + tuple(count for counts in all_do(peers, held) for count in counts)
 
     rebuild()
     before = settled()
-    for _ in range(50):
+    for _ in range(20 if kind == "relay" else 50):
         rebuild()
     after = settled()
     assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)

@@ -14,6 +14,7 @@ from sync.gloo import GlooGroup, open_store
 from sync.layout import Layout, Parameter, plan_layout
 from sync.sender import Sender, Sent
 from sync.staging import Staging
+from sync.transport import Ticket, join, open_wire
 
 HOST = "127.0.0.1"
 LAYOUT = plan_layout([Parameter(f"w{i}", "float32", (64, i + 1)) for i in range(20)], 4096)
@@ -47,9 +48,10 @@ def weights(version: int) -> dict[str, torch.Tensor]:
     }
 
 
-def receive_changes(port: int, rank: int, world_size: int, versions: int, layout: str, result: Connection) -> None:
-    group = GlooGroup.join(HOST, port, "test", rank, world_size, HOST, 20.0)
+def receive_changes(ticket: Ticket, rank: int, fanout: int | None, layout: str, result: Connection) -> None:
+    group = join(ticket, rank, 3, HOST, torch.device("cpu"), 20.0, fanout)
     staging = Staging(Layout.from_json(layout), group, delta=True)
+    versions = result.recv()
     for version in range(versions):
         staging.begin(version)
         staging.verify(version, result.recv(), 20.0)
@@ -58,9 +60,10 @@ def receive_changes(port: int, rank: int, world_size: int, versions: int, layout
         result.send(all(torch.equal(tensor, expected[name]) for name, tensor in staging.tensors()))
 
 
-def receive(port: int, rank: int, world_size: int, versions: int, layout: str, result: Connection) -> None:
-    group = GlooGroup.join(HOST, port, "test", rank, world_size, HOST, 20.0)
+def receive(ticket: Ticket, rank: int, fanout: int | None, layout: str, result: Connection) -> None:
+    group = join(ticket, rank, 3, HOST, torch.device("cpu"), 20.0, fanout)
     staging = Staging(Layout.from_json(layout), group)
+    versions = result.recv()
     for version in range(versions):
         staging.begin(version)
         staging.verify(version, result.recv(), 20.0)
@@ -77,21 +80,23 @@ def gather_from(version: int, names: tuple[str, ...]) -> Iterator[Mapping[str, t
     yield {name: tensor for name, tensor in weights(version).items() if name in names}
 
 
+@pytest.mark.parametrize("fanout", [None, 1])
 @pytest.mark.parametrize("delta", [False, True])
-def test_versions_reach_two_receivers_whole(delta: bool) -> None:
+def test_versions_reach_two_receivers_whole(delta: bool, fanout: int | None) -> None:
     layout, versions = (CHANGING, 7) if delta else (LAYOUT, 3)
-    store = open_store(HOST, 20.0)
+    opened = open_wire("gloo", HOST, 20.0)
     context = mp.get_context("spawn")
     pipes, processes = [], []
     for rank in (1, 2):
         ours, theirs = context.Pipe()
-        process = context.Process(
-            target=receive_changes if delta else receive, args=(store.port, rank, 3, versions, layout.to_json(), theirs)
-        )
+        arguments = (opened.ticket, rank, fanout, layout.to_json(), theirs)
+        process = context.Process(target=receive_changes if delta else receive, args=arguments)
         process.start()
+        ours.send(versions)
         pipes.append(ours)
         processes.append(process)
-    sender = Sender(layout, GlooGroup(store, "test", 0, 3, HOST, 20.0), delta=delta, full_every=4)
+    group = join(opened, 0, 3, HOST, torch.device("cpu"), 20.0, fanout)
+    sender = Sender(layout, group, delta=delta, full_every=4)
     gather = changing_from if delta else gather_from
     for version in range(versions):
         sent = sender.send(version, lambda names, version=version: gather(version, names))

@@ -1,0 +1,76 @@
+"""Whether a run folder can be gone on with by this recipe, and from where."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from actors.checkpoint.cut import Cut
+from actors.checkpoint.groups import SavedGroup
+from actors.checkpoint.store import CheckpointStore, DamagedError
+from actors.recipe.schema import Recipe
+
+_FREE = (
+    "pools", "rollout", "sync", "logging", "checkpoint", "simulation", "run_dir", "policy.zero_stage",
+    "policy.num_threads", "policy.timeout_s", "policy.max_tokens_per_micro_batch", "policy.gradient_checkpointing",
+    "rewards.timeout_s", "generation.timeout_s",
+)  # fmt: skip
+"""How and where a run computes may change when it goes on; what it computes may not, but by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on from this cut."""
+
+    path: Path
+    cut: Cut
+    groups: list[SavedGroup]
+    notes: tuple[str, ...] = ()
+    """What the user should know: checkpoints that were passed over, and changes of the recipe."""
+
+
+def find(store: CheckpointStore, recipe_file: Path, recipe: Recipe, allowed: Collection[str]) -> Resume | None:
+    """The newest cut that is whole; None when the run has made none.
+
+    ValueError when the recipe has changed in a key that is not `allowed`, or when every checkpoint is damaged.
+    """
+    versions = store.versions()
+    if not versions:
+        return None
+    notes = []
+    for key, old, new in changes(recipe_file, recipe):
+        if not any(key == free or key.startswith(free + ".") for free in (*_FREE, *allowed)):
+            raise ValueError(
+                f"{recipe_file}: {key} was {old!r} when the run began and is {new!r} now; go on with "
+                f"--allow-change {key}, take the old value, or begin anew with --overwrite"
+            )
+        notes.append(f"{key} was {old!r} and is {new!r} from here on")
+    for version in reversed(versions):
+        try:
+            path = store.open(version)
+            cut, groups = Cut.read(path)
+        except (DamagedError, ValueError) as error:
+            notes.append(f"a checkpoint is passed over: {error}")
+            continue
+        return Resume(path, cut, groups, tuple(notes))
+    raise ValueError(f"{store.path}: no checkpoint is whole ({notes[-1]}); begin anew with --overwrite")
+
+
+def changes(recipe_file: Path, recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """Keys whose values differ from those of the recipe in a run folder, with the old and the new value."""
+    before = dict(_flat(yaml.safe_load(recipe_file.read_text(encoding="utf-8"))))
+    now = dict(_flat(recipe.model_dump(mode="json")))
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` -> `("a.b", 1)`."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}{key}.")
+    else:
+        yield prefix.rstrip("."), value

@@ -1,0 +1,101 @@
+"""What became of every ordinal, from the journal's events alone: the run counts by them as they are written, and
+`python -m deploy ledger` by reading them back."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Event = Mapping[str, Any]
+"""One line of the journal: `event`, `ordinal`, `t` (seconds since the run began), and what actors/ledger.py says."""
+
+
+@dataclass(slots=True)
+class Waste:
+    """What one cause has cost: attempts, the tokens that they had sampled, and the seconds that they took."""
+
+    attempts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.attempts += 1
+        self.tokens += tokens
+        self.seconds += seconds
+
+
+@dataclass(slots=True)
+class Fates:
+    """Every ordinal that was dispatched is trained once, or left out for one cause, or has no fate yet."""
+
+    dispatched: dict[int, float] = field(default_factory=dict)
+    """When the latest attempt began."""
+    trained: Counter[int] = field(default_factory=Counter)
+    left_out: dict[int, str] = field(default_factory=dict)
+    """Cause by ordinal."""
+    waste: dict[str, Waste] = field(default_factory=dict)
+    """By cause."""
+    by_step: Counter[int] = field(default_factory=Counter)
+    """How many groups each step has trained."""
+    num_redispatched: int = 0
+    num_resumed: int = 0
+    num_late: int = 0
+    num_cuts: int = 0
+    """How often the run went on from a checkpoint."""
+    last_t: float = 0.0
+
+    def apply(self, event: Event) -> None:
+        """Count one more event."""
+        kind, ordinal, t = event["event"], event["ordinal"], event["t"]
+        self.last_t = t
+        tokens, seconds = event.get("tokens", 0), event.get("seconds", 0.0)
+        match kind:
+            case "dispatched":
+                self.num_resumed += event["resumed"]
+                self.num_redispatched += event["attempt"] > 0 and not event["resumed"]
+                self.dispatched[ordinal] = t
+            case "failed":
+                self._wasted("failed", 0, t - self.dispatched[ordinal])
+            case "late":
+                self.num_late += 1
+                self._wasted("late", tokens, 0.0)
+            case "stopped":
+                self._wasted("surplus", tokens, seconds)
+            case "requeued":
+                self._wasted("requeued", sum(event["lengths"]), seconds)
+            case "quarantined":
+                self.left_out[ordinal] = "quarantined"
+            case "filtered":
+                self.left_out[ordinal] = event["cause"]
+                if tokens:
+                    self._wasted(event["cause"], tokens, seconds)
+            case "trained":
+                self.trained[ordinal] += 1
+                self.by_step[event["step"]] += 1
+                if tokens:
+                    self._wasted("masked", tokens, seconds)
+            case "scored" | "interrupted":
+                pass
+            case _:
+                raise ValueError(f"unknown event {kind!r}")
+
+    def lost(self) -> set[int]:
+        """Ordinals without a fate; empty when the run is over."""
+        return set(self.dispatched) - set(self.trained) - set(self.left_out)
+
+    def problems(self) -> Iterator[str]:
+        """What must never be: an ordinal with two fates, or a fate without a dispatch, or steps of unequal size."""
+        for ordinal, count in sorted(self.trained.items()):
+            if count > 1:
+                yield f"ordinal {ordinal} was trained {count} times"
+            if ordinal in self.left_out:
+                yield f"ordinal {ordinal} was trained and left out ({self.left_out[ordinal]})"
+        for ordinal in sorted({*self.trained, *self.left_out} - set(self.dispatched)):
+            yield f"ordinal {ordinal} has a fate and was never dispatched"
+        if len(sizes := sorted(set(self.by_step.values()))) > 1:
+            yield f"steps have trained {', '.join(map(str, sizes))} groups; each must train equally many"
+        if missing := sorted(set(range(len(self.by_step))) - set(self.by_step)):
+            yield f"step {missing[0]} has trained nothing"
+
+    def _wasted(self, cause: str, tokens: int, seconds: float) -> None:
+        self.waste.setdefault(cause, Waste()).add(tokens, seconds)

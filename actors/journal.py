@@ -1,0 +1,56 @@
+"""The journal as a file: append-only lines of JSON, of which a process that is killed can tear the last one only.
+
+When a run goes on from a checkpoint, what was written since that cut happened to weights that are gone. It stays in the
+file, and the line `resumed` says from which line on it does not count.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from actors.fates import Event, Fates
+
+
+def read(path: Path) -> list[Event]:
+    """Every line; a torn last one was never written. ValueError names a line that is none of ours."""
+    lines = path.read_bytes().split(b"\n")
+    events: list[Event] = []
+    for number, line in enumerate(lines[:-1], start=1):  # behind the last line end is nothing, or what was torn
+        try:
+            event = json.loads(line)
+            complete = {"event", "ordinal", "t"} <= event.keys()
+        except (ValueError, AttributeError):
+            complete = False
+        if not complete:
+            raise ValueError(f"{path}: line {number} is not an event of a journal")
+        events.append(event)
+    return events
+
+
+def mend(path: Path) -> None:
+    """Cut off a torn last line, so that the next one begins at its beginning."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def fates(events: Iterable[Event]) -> Fates:
+    """What counts of a journal; work that was undone by going back to a cut is waste, cause `rolled back`."""
+    standing: list[tuple[int, Event]] = []
+    undone: list[Event] = []
+    num_cuts = 0
+    for number, event in enumerate(events):
+        if event["event"] == "resumed":
+            undone += [past for line, past in standing if line >= event["lines"] and past["event"] == "scored"]
+            standing = [(line, past) for line, past in standing if line < event["lines"]]
+            num_cuts += 1
+        else:
+            standing.append((number, event))
+    result = Fates(num_cuts=num_cuts)
+    for _, event in standing:
+        result.apply(event)
+    for event in undone:
+        result._wasted("rolled back", sum(event["lengths"]), event["generate_s"])
+    return result

@@ -1,0 +1,82 @@
+"""From the journal alone it is known what became of every ordinal, wherever the process was killed."""
+
+from pathlib import Path
+
+import pytest
+
+from actors import journal
+from actors.ledger import Ledger
+from algorithms.slots import Slot
+from algorithms.types import Update
+from tests.actors.groups import ready
+
+
+def write(ledger: Ledger, ordinals: range, step: int | None) -> None:
+    """The ordinals are sampled and, at a step, trained."""
+    for ordinal in ordinals:
+        slot = Slot(ordinal, 0, 0)
+        ledger.dispatched(slot, replica=0)
+        ledger.scored(ready(slot, 0).summary)
+    if step is not None:
+        ledger.trained([ready(Slot(n, 0, 0), 0) for n in ordinals], Update(step, step + 1, {}), 0)
+
+
+def test_a_run_that_goes_back_trains_nothing_twice(tmp_path: Path) -> None:
+    """Two steps, a cut after the first, a crash in the third; the second is taken again."""
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(path) as ledger:
+        write(ledger, range(4), step=0)
+        lines = ledger.num_lines
+        write(ledger, range(4, 8), step=1)
+        write(ledger, range(8, 10), step=None)
+    with path.open("ab") as file:
+        file.write(b'{"event": "disp')  # torn by the crash
+    with Ledger.resume(path, lines, version=1) as ledger:
+        assert ledger.lost() == set()
+        write(ledger, range(4, 8), step=1)
+        assert (ledger.num_trained, ledger.num_duplicated, ledger.num_cuts) == (8, 0, 1)
+        in_memory = ledger.waste
+    found = journal.fates(journal.read(path))
+    assert list(found.problems()) == []
+    assert found.trained == dict.fromkeys(range(8), 1)
+    assert found.waste == in_memory
+    assert found.waste["rolled back"].attempts == 6, "four of step 1 and two that had not been trained"
+
+
+def test_a_crash_at_any_byte_leaves_a_journal(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(path) as ledger:
+        write(ledger, range(2), step=0)
+        write(ledger, range(2, 4), step=1)
+    whole = path.read_bytes()
+    cut = tmp_path / "cut.jsonl"
+    for size in range(len(whole)):
+        cut.write_bytes(whole[:size])
+        journal.mend(cut)
+        events = journal.read(cut)
+        assert len(events) == whole[:size].count(b"\n")
+        list(journal.fates(events).problems())
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda lines: [*lines, lines[-1]], "ordinal 3 was trained 2 times"),
+        (lambda lines: lines[1:], "ordinal 0 has a fate and was never dispatched"),
+        (lambda lines: lines[:-1], "steps have trained 1, 2 groups"),
+    ],
+)
+def test_what_must_not_be_is_named(tmp_path: Path, change, problem: str) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(path) as ledger:
+        write(ledger, range(2), step=0)
+        write(ledger, range(2, 4), step=1)
+    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    assert any(problem in found for found in journal.fates(journal.read(path)).problems())
+
+
+def test_a_line_that_is_no_event_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"event": "late", "ordinal": 1, "t": 0}\nhello\n')
+    with pytest.raises(ValueError, match="line 2 is not an event"):
+        journal.read(path)

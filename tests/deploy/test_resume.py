@@ -1,0 +1,73 @@
+"""A run whose driver is killed goes on by the same command, and trains every group exactly once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.journal import fates, read
+from tests.deploy.test_faults import RECIPE, REWARD, wait_for_steps
+
+NUM_STEPS = 12
+
+
+def train(folder: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "deploy", "train", str(folder / "recipe.yaml"), "checkpoint.every=3", *overrides]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.cluster
+def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
+    (tmp_path / "reward.py").write_text(REWARD)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
+    run = tmp_path / "run"
+    log = (tmp_path / "log").open("w")
+    process = psutil.Popen(train(tmp_path), env=environment(), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_for_steps(run, 5, process)
+        others = process.children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=30)
+    finally:
+        if process.is_running():
+            process.kill()
+        log.close()
+    _, alive = psutil.wait_procs(others, timeout=40)
+    ours = [process for process in alive if "Agent" not in process.name()]  # Ray's agents take their time
+    assert not ours, "nothing of ours outlives the driver"
+    assert (run / "checkpoints" / "version-00000003" / "COMPLETE.json").exists()
+
+    refused = subprocess.run(
+        [*train(tmp_path), "algorithm.beta=0.1"], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert refused.returncode == 2
+    assert "algorithm.beta was 0.0 when the run began and is 0.1 now" in refused.stderr
+
+    again = subprocess.run(train(tmp_path), env=environment(), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"going on from step 3 of {NUM_STEPS}" in again.stdout
+    found = fates(read(run / "ledger.jsonl"))
+    assert list(found.problems()) == []
+    assert found.lost() == set()
+    assert found.num_cuts == 1
+    assert found.trained.total() == 2 * NUM_STEPS
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(NUM_STEPS)), "every step is reported once"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["groups_lost"], summary["groups_duplicated"], summary["resumed"]) == (0, 0, 1)
+    assert summary["weight_version"] == NUM_STEPS
+
+    shown = subprocess.run(
+        [sys.executable, "-m", "deploy", "ledger", str(run)], capture_output=True, text=True, timeout=120
+    )
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "each ordinal was trained once" in shown.stdout
