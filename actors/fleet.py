@@ -41,6 +41,8 @@ class Replica:
     bundle: int
     handle: ActorHandle
     state: State = State.STARTING
+    node: str = ""
+    """Address of its machine, once it has started."""
 
 
 class Fleet:
@@ -155,7 +157,7 @@ class Fleet:
     async def _build(self, replica: Replica) -> None:
         what = f"rollout replica {replica.number}"
         try:
-            await within(self._start_timeout_s, replica.handle.start.remote(), f"starting {what}")
+            replica.node = await within(self._start_timeout_s, replica.handle.start.remote(), f"starting {what}")
         except RayError as error:
             raise RunError(f"{what} could not start: {last_line(error)}") from error
         if replica.state is State.STARTING:

@@ -23,8 +23,11 @@ from actors.fleet import Fleet, Replica
 from actors.policy_group import PolicyGroup
 from actors.rollout import Swapped
 from sync.config import SyncConfig
+from sync.fanout import fanout_of
+from sync.layout import Layout
 from sync.member import Membership
 from sync.sender import Sent
+from sync.transport import Ticket
 
 # What is waited beyond the workers' own deadlines, whose messages name the cause better than ours.
 _GRACE_S = 1.0
@@ -90,7 +93,8 @@ class Publisher:
             if not self.fleet.members:
                 waiting = self.fleet.wait_for(lambda: bool(self.fleet.members))
                 await within(self.member_timeout_s, waiting, f"version {version}: rebuilding a rollout replica")
-            replicas = members()
+            # Neighbours in rank are neighbours in place, so that a relay crosses from machine to machine seldom.
+            replicas = sorted(members(), key=lambda replica: (replica.node, replica.number))
             if not replicas:
                 return  # those that were to be admitted have failed
             try:
@@ -109,7 +113,14 @@ class Publisher:
             return
         ticket = await self.policy.open_wire(self.config)
         size = 1 + len(replicas) * self.workers_per_replica
-        policy = Membership(ticket=ticket, rank=0, world_size=size, layout_json=self._layout, config=self.config)
+        policy = Membership(
+            ticket=ticket,
+            rank=0,
+            world_size=size,
+            layout_json=self._layout,
+            config=self.config,
+            fanout=self._fanout(ticket, replicas),
+        )
         ranks = range(1, size, self.workers_per_replica)
         joining = [
             self.policy.join_weights(policy),
@@ -125,6 +136,12 @@ class Publisher:
         if failures:  # when one does not come, none gets in
             await self._blame(replicas, what, failures[0])
         self._group = numbers
+
+    def _fanout(self, ticket: Ticket, replicas: Sequence[Replica]) -> int | None:
+        """How the version reaches these replicas; the survivors of a failure may be reached in another way."""
+        host, _, _ = ticket.address.rpartition(":")
+        machines = [host, *(replica.node for replica in replicas for _ in range(self.workers_per_replica))]
+        return fanout_of(self.config, machines, Layout.from_json(self._layout).num_bytes)
 
     async def _transact(self, version: int, replicas: Sequence[Replica]) -> None:
         started = time.perf_counter()

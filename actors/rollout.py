@@ -116,8 +116,8 @@ class RolloutActor:
         self._is_staged = True
         self._stopped: float | None = None  # since when generation is paused
 
-    async def start(self) -> None:
-        """Start the engine; it serves nothing before its first committed version."""
+    async def start(self) -> str:
+        """Start the engine, which serves nothing before its first committed version; the address of its machine."""
         settings = self.settings
         rollout = settings.rollout
         os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
@@ -165,6 +165,7 @@ class RolloutActor:
                 **arguments,
             )
         )
+        return node_ip()
 
     # Groups ------------------------------------------------------------------------------------------------------
 

@@ -128,7 +128,7 @@ def _train(job: Job, console: Console) -> None:
     recipe, folder = job.recipe, job.folder
     pools = reserve(plan(used_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
     try:
-        if isinstance(recipe.model, TinyModel):
+        if isinstance(recipe.model, TinyModel) and job.resume is None:
             make_tiny_model(recipe.model, folder.path / "initial_model", recipe.seed)
         model = _source(recipe, folder)
         tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)

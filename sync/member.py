@@ -18,6 +18,8 @@ class Membership(BaseModel):
     world_size: int
     layout_json: str
     config: SyncConfig
+    fanout: int | None = None
+    """Of the relay tree, in which each rank passes on what it receives to so many others; None for one group."""
 
     @property
     def layout(self) -> Layout:
@@ -32,4 +34,4 @@ class Membership(BaseModel):
 
         Rank 0 passes what it has opened. Returns when all ranks are there; WireError when they are not in time.
         """
-        return join(opened or self.ticket, self.rank, self.world_size, host, on, self.config.timeout_s)
+        return join(opened or self.ticket, self.rank, self.world_size, host, on, self.config.timeout_s, self.fanout)

@@ -2,34 +2,9 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from actors.rollout import RolloutActor
 from sync.receiver import WeightReceiver
-from sync.transport import Transport
-from tests.actors.light import Fault
-
-
-class FaultyWire:
-    """A transport that strikes before a bucket arrives, or flips one of its bits after."""
-
-    def __init__(self, wire: Transport, fault: Fault) -> None:
-        self._wire = wire
-        self._fault = fault
-        self._num_broadcasts = 0
-
-    def broadcast(self, tensor: Tensor, root: int = 0) -> None:
-        due = self._num_broadcasts == self._fault.at
-        self._num_broadcasts += 1
-        if due:
-            self._fault.strike()
-        self._wire.broadcast(tensor, root)
-        if due and self._fault.kind == "flip":
-            tensor.view(torch.uint8)[3] ^= 16
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._wire, name)
+from tests.actors.light import Fault, FaultyWire
 
 
 class FaultyReceiver(WeightReceiver):
@@ -46,7 +21,8 @@ class FaultyReceiver(WeightReceiver):
         self._strike("announce")
         group: Any = self.staging._group
         if self.fault is not None and self.fault.version == version:
-            self.staging._group = FaultyWire(group, self.fault)
+            self.staging._group = wire = FaultyWire(group)  # type: ignore[assignment]
+            wire.fault = self.fault
         super().begin_receive(version)
 
     def verify(self, version: int, digests: list[str]) -> None:

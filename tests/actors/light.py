@@ -19,12 +19,11 @@ from torch import Tensor
 
 from actors.policy import node_ip
 from actors.rollout import Swapped
-from sync.gloo import GROUP, GlooGroup
 from sync.layout import parameters_of, plan_layout
 from sync.member import Membership
 from sync.sender import Sender, Sent
 from sync.staging import CPU, Staging
-from sync.transport import Kind, Ticket, open_wire
+from sync.transport import Kind, Ticket, Transport, open_wire
 
 SHAPES = {f"layer.{index}": torch.Size((40, 50)) for index in range(8)}
 BUCKET_MB = 0.01  # a layer of 8 kB each
@@ -92,20 +91,25 @@ class Fault:
                 pass  # what it does is done where the bytes are
 
 
-class FaultyGroup(GlooGroup):
-    """Strikes before a bucket arrives, or flips one of its bits after."""
+class FaultyWire:
+    """A transport that strikes before a bucket arrives, or flips one of its bits after."""
 
-    fault: Fault | None = None
-    num_broadcasts = 0
+    def __init__(self, wire: Transport) -> None:
+        self._wire = wire
+        self.fault: Fault | None = None
+        self.num_broadcasts = 0
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
-        bucket, self.num_broadcasts = self.num_broadcasts, self.num_broadcasts + 1
-        due = self.fault is not None and bucket == self.fault.at
-        if due and self.fault is not None:
-            self.fault.strike()
-        super().broadcast(tensor, root)
-        if due and self.fault is not None and self.fault.kind == "flip":
+        fault = self.fault if self.fault is not None and self.num_broadcasts == self.fault.at else None
+        self.num_broadcasts += 1
+        if fault is not None:
+            fault.strike()
+        self._wire.broadcast(tensor, root)
+        if fault is not None and fault.kind == "flip":
             tensor.view(torch.uint8)[3] ^= 16
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wire, name)
 
 
 class LightReplica:
@@ -118,8 +122,9 @@ class LightReplica:
         self.model: dict[str, Tensor] = {}
         self._staging: Staging | None = None
 
-    async def start(self) -> None:
+    async def start(self) -> str:
         """There is no engine to build."""
+        return node_ip()
 
     async def ping(self) -> None:
         """It answers."""
@@ -128,10 +133,9 @@ class LightReplica:
         self._strike("join")
         if self._staging is not None:
             self._staging.close()
-        store_host, _, port = first.ticket.address.rpartition(":")
-        arguments = (store_host, int(port), GROUP, first.rank, first.world_size, node_ip(), first.config.timeout_s)
-        self._wire = await asyncio.to_thread(FaultyGroup.join, *arguments)
-        self._staging = Staging(first.layout, self._wire, delta=first.config.delta)
+        self._wire = FaultyWire(await asyncio.to_thread(first.join, node_ip(), CPU))
+        wire: Any = self._wire
+        self._staging = Staging(first.layout, wire, delta=first.config.delta)
 
     async def begin_receive(self, version: int) -> None:
         assert self._staging is not None

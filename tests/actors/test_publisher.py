@@ -25,7 +25,7 @@ LAST = len(SHAPES) - 1
 class Bench:
     """One policy rank and some replicas, each with the fault that its number has."""
 
-    def __init__(self, faults: Mapping[int, Fault], num_replicas: int = 3, delta: bool = False) -> None:
+    def __init__(self, faults: Mapping[int, Fault], num_replicas: int = 3, **sync: Any) -> None:
         actor: Any = ray.remote(num_cpus=0)(LightReplica)
         self.rank = ray.remote(num_cpus=0, concurrency_groups={CONTROL: 1})(LightPolicy).remote()
         self.handles: list[Any] = []
@@ -40,7 +40,7 @@ class Bench:
             spawn, num_replicas, self.router, start_timeout_s=60.0, max_rebuilds=len(faults) + 1, say=self.said.append
         )
         policy = PolicyGroup((self.rank,), 8, 60.0)
-        config = SyncConfig(bucket_mb=BUCKET_MB, timeout_s=TIMEOUT_S, delta=delta, full_every=3, checksum_every=1)
+        config = SyncConfig(bucket_mb=BUCKET_MB, timeout_s=TIMEOUT_S, full_every=3, checksum_every=1, **sync)
         self.publisher = Publisher(policy, self.fleet, 1, "float32", config, member_timeout_s=30.0)
 
     async def publish(self, version: int) -> float:
@@ -86,14 +86,15 @@ if os.environ.get("PACELINE_PROVE"):
 
 
 @pytest.mark.cluster
-def test_the_others_get_the_version_and_the_failed_one_comes_back(close: list[Bench]) -> None:
-    """Replica 1 fails at the first version, the one that takes its place at the second, and so on."""
+@pytest.mark.parametrize("fanout", [None, 1], ids=["one group", "chain"])
+def test_the_others_get_the_version_and_the_failed_one_comes_back(fanout: int | None, close: list[Bench]) -> None:
+    """Replica 1, in a chain the first to pass on, fails at the first version, its successor at the next, and so on."""
     victims = [1, *range(3, len(FAULTS) + 2)]
     faults = {
         victim: Fault(fault.kind, fault.at, version)
         for version, (victim, fault) in enumerate(zip(victims, FAULTS, strict=True))
     }
-    bench = Bench(faults)
+    bench = Bench(faults, fanout=fanout)
     close.append(bench)
     asyncio.run(asyncio.wait_for(survive_all(bench, faults), 40.0 * len(faults)))
 
