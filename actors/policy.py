@@ -8,7 +8,7 @@ into micro-batches (`loss_type: bnpo` alone depends on the split, by definition)
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,7 @@ class PolicyActor:
 
         from actors.model.forward import PACKED_ATTENTION
         from actors.model.load import load_causal_lm
+        from actors.model.lora import adapt, trained_parameters
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
         # killed meanwhile leaves behind: every later start would wait for it without end.
@@ -138,6 +139,10 @@ class PolicyActor:
         )
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        if settings.policy.lora is not None:
+            adapt(model, settings.policy.lora)
+            if settings.policy.gradient_checkpointing:
+                model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient may give none
         optimizer = _optimizer(model, settings.optimizer)
         self.pad_id = int(model.config.pad_token_id or 0)
         self.engine, *_ = deepspeed.initialize(
@@ -152,7 +157,7 @@ class PolicyActor:
             config=_deepspeed_config(settings),
         )
         self.engine.train()
-        self._parameters: dict[str, Any] = dict(self.engine.module.named_parameters())
+        self._parameters: dict[str, Any] = trained_parameters(self.engine.module)
 
     def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
         """Train on this rank's share of one batch; the version grows by one."""
@@ -211,7 +216,7 @@ class PolicyActor:
     # Weights -----------------------------------------------------------------------------------------------------
 
     def plan_weights(self, dtype: str, bucket_mb: float) -> str:
-        """The layout in which this policy's parameters travel, as JSON; the same on every rank."""
+        """The layout in which the parameters that are trained travel, as JSON; the same on every rank."""
         shapes = ((name, getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items())
         layout = plan_layout(parameters_of(shapes, dtype), int(bucket_mb * 2**20))
         return layout.to_json()
@@ -243,16 +248,19 @@ class PolicyActor:
 
     @contextlib.contextmanager
     def _gather(self, names: tuple[str, ...]) -> Iterator[Mapping[str, Tensor]]:
+        parameters = {name: self._parameters[name] for name in names}
+        with self._whole(list(parameters.values())):
+            yield parameters
+
+    @contextlib.contextmanager
+    def _whole(self, parameters: list[Any]) -> Iterator[None]:
+        """The parameters are whole on this rank while the context is open; all ranks enter it for the same ones."""
         import deepspeed
 
-        parameters = {name: self._parameters[name] for name in names}
-        whole = (
-            deepspeed.zero.GatheredParameters(list(parameters.values()))
-            if self.settings.policy.zero_stage == 3
-            else contextlib.nullcontext()
-        )
+        sharded = self.settings.policy.zero_stage == 3
+        whole = deepspeed.zero.GatheredParameters(parameters) if sharded else contextlib.nullcontext()
         with whole, torch.no_grad():
-            yield parameters
+            yield
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Log-probability of each loss token under the current weights; every rank is called with the same rollouts."""
@@ -285,14 +293,35 @@ class PolicyActor:
         self.version = state.version
 
     def save(self, folder: Path) -> None:
-        """Leave the weights in Hugging Face layout (safetensors) in `folder`; every rank is called, rank 0 writes."""
-        whole: dict[str, Tensor] = {}
-        for name in self._parameters:  # one at a time: a ZeRO-3 model need never be whole on the device
-            with self._gather((name,)) as tensors:
-                if self.rank == 0:
-                    whole[name] = tensors[name].detach().cpu().clone()
+        """Leave the weights in Hugging Face layout (safetensors) in `folder`; every rank is called, rank 0 writes.
+
+        Adapters are merged there, and lie in peft's layout in a folder of their own beside.
+        """
+        from actors.model.lora import ADAPTER_FOLDER, merged, save_adapter, sources
+
+        module, lora = self.engine.module, self.settings.policy.lora
+        parameters: dict[str, Any] = dict(module.named_parameters())
+        plan = {name: [parameters[part] for part in parts] for name, parts in sources(parameters).items()}
+        scaling = lora.lora_alpha / lora.r if lora is not None else 1.0
+        model = self._copied(plan, lambda parts: merged(parts, scaling))
         if self.rank == 0:
-            self.engine.module.save_pretrained(folder, state_dict=whole)
+            module.save_pretrained(folder, state_dict=model)
+        if lora is None:
+            return
+        adapter = self._copied({name: [p] for name, p in self._parameters.items()}, lambda parts: merged(parts, 1.0))
+        if self.rank == 0:
+            save_adapter(module, adapter, folder / ADAPTER_FOLDER)
+
+    def _copied(
+        self, plan: Mapping[str, Sequence[Any]], make: Callable[[Sequence[Tensor]], Tensor]
+    ) -> dict[str, Tensor]:
+        """What `make` makes of each entry's parameters, on rank 0; one entry at a time is whole on the device."""
+        made: dict[str, Tensor] = {}
+        for name, parts in plan.items():
+            with self._whole(list(parts)):
+                if self.rank == 0:
+                    made[name] = make(parts)
+        return made
 
 
 def policy_actor() -> Any:
@@ -315,11 +344,14 @@ def _rollouts(group: ScoredGroup | Group) -> tuple[Rollout, ...]:
 
 
 def _optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; norms and biases are not decayed, as in transformers' Trainer."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    exempt = [p for p in model.parameters() if p.ndim < 2]
+    """AdamW for what is trained; norms and biases are not decayed, as in transformers' Trainer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}],
+        [group for group in groups if group["params"]],  # adapters have neither norms nor biases
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

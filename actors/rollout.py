@@ -22,8 +22,9 @@ import ray
 from actors.deadline import within
 from actors.errors import ReplicaDeadError
 from actors.policy import node_ip
-from actors.recipe.schema import GenerationConfig, RolloutConfig
+from actors.recipe.schema import GenerationConfig, LoraConfig, RolloutConfig
 from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, VersionSpan, summarize
+from sync.adapters import adapter_request
 from sync.member import Membership
 
 INTERRUPTED = "interrupted"
@@ -51,6 +52,8 @@ class RolloutSettings:
     """Deadline of one group's reference and rewards, the queue at the workers included."""
     in_flight_updates: bool
     recompute_kv_cache: bool
+    lora: LoraConfig | None = None
+    """The adapter that versions are of; None when they are of the whole model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,7 @@ class RolloutActor:
         self._references = references
         self._generations: dict[tuple[int, int], _Generation] = {}  # (ordinal, attempt) -> what the engine samples now
         self._num_fills = itertools.count()
+        self._adapter: Any = None  # what a request must bear to be served with it
         self._is_staged = True
         self._stopped: float | None = None  # since when generation is paused
 
@@ -127,7 +131,8 @@ class RolloutActor:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from actors.model.load import load_tokenizer, stop_token_ids
+        from actors.model.load import load_skeleton, load_tokenizer, stop_token_ids
+        from actors.model.lora import engine_arguments
 
         self._tokenizer = load_tokenizer(settings.model_path, settings.revision, settings.trust_remote_code)
         self._stop_token_ids = stop_token_ids(settings.model_path, self._tokenizer, settings.revision)
@@ -135,6 +140,10 @@ class RolloutActor:
         arguments: dict[str, Any] = (
             {"gpu_memory_utilization": rollout.gpu_memory_utilization} if settings.use_gpu else {}
         )
+        if settings.lora is not None:
+            skeleton = load_skeleton(settings.model_path, settings.revision, settings.trust_remote_code)
+            arguments |= engine_arguments(settings.lora, skeleton)
+            self._adapter = adapter_request()
         self.engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=settings.model_path,
@@ -228,7 +237,9 @@ class RolloutActor:
             # group's on an earlier visit, may come from other weights.
             request: Any = {"prompt_token_ids": list(token_ids), "cache_salt": generation.request_id}
             # Not engine.generate: it does not say when the engine knows the request, and no earlier abort counts.
-            collectors.append(await self.engine.add_request(generation.request_id, request, sampling))
+            collectors.append(
+                await self.engine.add_request(generation.request_id, request, sampling, lora_request=self._adapter)
+            )
         generation.admitted = True
         if generation.interrupted:
             await self._abort([generation.request_id])
@@ -334,7 +345,9 @@ class RolloutActor:
 
     async def checksum(self) -> str:
         """Equal on replicas whose weights are equal; the engine stands still meanwhile."""
-        by_worker: list[dict[str, str]] = await self.engine.compute_weight_checksums()
+        by_worker: list[Any] = list(await self.engine.compute_weight_checksums())
+        if self._adapter is not None:
+            by_worker += await self.engine.collective_rpc("adapter_checksum")
         return hashlib.sha256(json.dumps(by_worker, sort_keys=True).encode()).hexdigest()
 
     async def score_tokens(self, token_ids: list[int]) -> list[float]:
@@ -345,7 +358,8 @@ class RolloutActor:
             max_tokens=1, temperature=self.settings.generation.temperature, prompt_logprobs=0, detokenize=False
         )
         request: Any = {"prompt_token_ids": token_ids, "cache_salt": f"check-{time.time_ns()}"}
-        output = await self._final(self.engine.generate(request, sampling, f"check-{time.time_ns()}"))
+        outputs = self.engine.generate(request, sampling, f"check-{time.time_ns()}", lora_request=self._adapter)
+        output = await self._final(outputs)
         scores = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
         return [entry[token].logprob for token, entry in scores]
 

@@ -219,4 +219,5 @@ def _rollout_settings(recipe: GrpoRecipe, model: ModelSource) -> RolloutSettings
         score_timeout_s=score_timeout_s(recipe),
         in_flight_updates=recipe.staleness.in_flight_updates and recipe.staleness.max_staleness > 0,
         recompute_kv_cache=recipe.staleness.kv_cache == "recompute",
+        lora=recipe.policy.lora,
     )

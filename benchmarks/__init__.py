@@ -3,7 +3,7 @@
 demo_seeds.py        the demo on five seeds
 pacing.py            the scheduler in virtual time: efficiency, staleness, and the rules of other systems beside it
 rivals.py            those rules, in our own words
-weight_sync.py       publication against the raw wire, the pause, changed elements (with _wire, _relay, _engine)
+weight_sync.py       publication against the raw wire, the pause, changed elements (with _wire, _relay, _engine, _lora)
 weight_sync_links.py a relay against one group where each process has a slow link of its own
 control_overhead.py  the real controller on real Ray with workers that sleep
 """

@@ -3,8 +3,7 @@
     python -m benchmarks.weight_sync
 
 Prints a table and, as its last line, one JSON object; about four minutes on two cores. Everything is measured in this
-run on this machine, in turns with what it is compared with, medians; but for the share of a LoRA adapter, which is
-arithmetic on the shapes of Qwen2.5-1.5B, and for relay_over_bound.
+run on this machine, in turns with what it is compared with, medians; but for relay_over_bound.
 
     packed_over_raw         a 512 MiB model of large tensors, announced, streamed and verified, over one flat
                             torch.distributed (gloo) broadcast of as many bytes
@@ -19,6 +18,8 @@ arithmetic on the shapes of Qwen2.5-1.5B, and for relay_over_bound.
     throughput_kept         tokens/s with a version in full every 2 s, over without; neighbouring windows
     delta_overhead          bytes of a version sent as changes over 6 for each element that a step of AdamW (learning
                             rate 1e-6, float32 masters) changed in bf16
+    lora_bytes_share        bytes of a version that is an adapter on all linear layers over those of the whole model,
+                            the one of 218 MB
 """
 
 import json
@@ -32,6 +33,8 @@ from rich.table import Table
 
 from benchmarks.weight_sync_engine import EngineFigures
 from benchmarks.weight_sync_engine import measure as measure_engine
+from benchmarks.weight_sync_lora import LORA, LoraFigures
+from benchmarks.weight_sync_lora import measure as measure_lora
 from benchmarks.weight_sync_relay import LINKS, NUM_RANKS, Measured, Predicted, predict
 from benchmarks.weight_sync_relay import measure as measure_relay
 from benchmarks.weight_sync_wire import (
@@ -43,19 +46,6 @@ from benchmarks.weight_sync_wire import (
     large_parameters,
     small_parameters,
 )
-
-LORA_RANK = 16
-
-
-def lora_bytes_share(rank: int) -> float:
-    """Adapters on every linear layer of Qwen2.5-1.5B over all of its weights, which are tied; one dtype for both."""
-    hidden, inner, vocab, num_layers, kv = 1536, 8960, 151936, 28, 256
-    linear = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
-    linear += [(inner, hidden), (inner, hidden), (hidden, inner)]
-    biases, norms = hidden + 2 * kv, 2 * hidden
-    full = vocab * hidden + num_layers * (sum(rows * columns for rows, columns in linear) + biases + norms) + hidden
-    adapters = num_layers * sum(rank * (rows + columns) for rows, columns in linear)
-    return adapters / full
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +82,7 @@ class FanOut:
 
 
 def figures(
-    large: Comparison, small: Comparison, fan_out: FanOut, delta: DeltaCost, engine: EngineFigures
+    large: Comparison, small: Comparison, fan_out: FanOut, delta: DeltaCost, lora: LoraFigures, engine: EngineFigures
 ) -> dict[str, Any]:
     return fan_out.figures() | {
         "packed_over_raw": large.theirs_s / large.ours_s,
@@ -103,12 +93,15 @@ def figures(
         "throughput_kept": engine.throughput_kept,
         "delta_overhead": delta.overhead,
         "delta_exact": delta.exact,
-        "lora_bytes_share": lora_bytes_share(LORA_RANK),
+        "lora_bytes_share": lora.share,
+        "lora_seconds_share": lora.seconds / lora.full_s,
     }
 
 
-def table(large: Comparison, small: Comparison, fan_out: FanOut, delta: DeltaCost, engine: EngineFigures) -> Table:
-    result = figures(large, small, fan_out, delta, engine)
+def table(
+    large: Comparison, small: Comparison, fan_out: FanOut, delta: DeltaCost, lora: LoraFigures, engine: EngineFigures
+) -> Table:
+    result = figures(large, small, fan_out, delta, lora, engine)
     rows = [
         (
             "packed_over_raw",
@@ -143,7 +136,12 @@ def table(large: Comparison, small: Comparison, fan_out: FanOut, delta: DeltaCos
             f"{delta.num_bytes / 1e6:.2f} MB for {delta.full_bytes / 1e6:.0f} MB, {delta.seconds * 1e3:.0f} ms for "
             f"{delta.full_s * 1e3:.0f} ms, {'bit for bit' if delta.exact else 'NOT EXACT'}",
         ),
-        ("lora_bytes_share", "", f"arithmetic, not measured: rank {LORA_RANK} on all linear layers, Qwen2.5-1.5B"),
+        (
+            "lora_bytes_share",
+            "",
+            f"{lora.num_bytes / 1e6:.2f} MB for {lora.full_bytes / 1e6:.0f} MB, {lora.seconds * 1e3:.1f} ms for "
+            f"{lora.full_s * 1e3:.0f} ms; rank {LORA.r} on all linear layers",
+        ),
     ]
     shown = Table("figure", "value", "target", "how")
     for name, target, how in rows:
@@ -162,9 +160,10 @@ def main() -> None:
     small = compare(small_parameters(), Wire.per_tensor, num_runs=15)
     fan_out = FanOut(tuple(predict(link) for link in LINKS), measure_relay())
     delta = delta_cost()
+    lora = measure_lora()
     engine = measure_engine()
-    Console().print(table(large, small, fan_out, delta, engine))
-    print(json.dumps(figures(large, small, fan_out, delta, engine)))
+    Console().print(table(large, small, fan_out, delta, lora, engine))
+    print(json.dumps(figures(large, small, fan_out, delta, lora, engine)))
 
 
 if __name__ == "__main__":

@@ -218,11 +218,12 @@ def _engine(folder: Path) -> Any:
     )
 
 
-def _write_model(folder: Path) -> Layout:
-    """The config of a Qwen3 of 218 MB in bf16, tied; the weights come over the wire."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def model_config() -> Any:
+    """A Qwen3 of 218 MB in bf16, tied."""
+    from transformers import Qwen3Config
 
-    config: Any = Qwen3Config(
+    untyped: Any = Qwen3Config
+    return untyped(
         vocab_size=32768,
         hidden_size=1024,
         intermediate_size=3072,
@@ -235,6 +236,13 @@ def _write_model(folder: Path) -> Layout:
         dtype="bfloat16",
         architectures=["Qwen3ForCausalLM"],
     )
+
+
+def _write_model(folder: Path) -> Layout:
+    """The model's config; the weights come over the wire."""
+    from transformers import Qwen3ForCausalLM
+
+    config = model_config()
     config.save_pretrained(folder)
     untyped: Any = Qwen3ForCausalLM
     with torch.device("meta"):

@@ -176,7 +176,7 @@ def _receive(pipe: Connection, store_port: int, port: int, layout_json: str, del
 
 def compare(parameters: list[Parameter], road: Callable[[Wire], None], num_runs: int) -> Comparison:
     """Ours and `road`, in turns; the first of each, which touches the memory, is not counted."""
-    with _wire(parameters) as wire:
+    with open_wire(parameters) as wire:
         seconds = [(_seconds(wire.publish), _seconds(lambda: road(wire))) for _ in range(num_runs + 1)][1:]
         assert wire.same()
         ours, theirs = zip(*seconds, strict=True)
@@ -185,7 +185,7 @@ def compare(parameters: list[Parameter], road: Callable[[Wire], None], num_runs:
 
 def delta_cost(num_steps: int = 3) -> DeltaCost:
     """Float32 masters trained by AdamW on random gradients, published in bf16."""
-    with _wire(large_parameters()[:NUM_DELTA_MATRICES], delta=True) as wire:
+    with open_wire(large_parameters()[:NUM_DELTA_MATRICES], delta=True) as wire:
         full_s = [_seconds(wire.publish), _seconds(lambda: wire.publish(full=True))][1]
         masters = [tensor.float().requires_grad_() for tensor in wire.tensors.values()]
         optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, weight_decay=0.0)
@@ -206,7 +206,8 @@ def delta_cost(num_steps: int = 3) -> DeltaCost:
 
 
 @contextlib.contextmanager
-def _wire(parameters: list[Parameter], delta: bool = False) -> Iterator[Wire]:
+def open_wire(parameters: list[Parameter], delta: bool = False) -> Iterator[Wire]:
+    """Closed with the context."""
     torch.manual_seed(0)
     wire = Wire(parameters, delta)
     try:

@@ -118,11 +118,14 @@ def _describe_fanout(recipe: GrpoRecipe, placed: PlacementPlan) -> str:
     line += f"; predicted {ours:.3g} times what a link takes for one copy"
     if fanout is not None:
         line += f" (one group: {group:.3g} times)"
-    return f"{line}; the model is not here yet and counts as one bucket" if num_bytes is None else line
+    unknown = "an adapter" if recipe.policy.lora is not None else "the model is not here yet and"
+    return f"{line}; {unknown} counts as one bucket" if num_bytes is None else line
 
 
 def _num_bytes(recipe: GrpoRecipe) -> int | None:
-    """A version's size as it travels, where the model's files are here to tell."""
+    """A version's size as it travels, where the model's files are here to tell; of an adapter they do not."""
+    if recipe.policy.lora is not None:
+        return None
     match recipe.model:
         case PretrainedModel(path=path):
             elements = num_elements(Path(path))

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from actors.checkpoint.resume import Resume, changes, find
@@ -20,8 +20,9 @@ from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.examples import ExampleStream
 from actors.data.prompts import PromptStream
 from actors.errors import first_cause
-from actors.model.load import load_tokenizer, max_model_length
-from actors.model.tiny import byte_tokenizer, make_tiny_model
+from actors.model.load import load_skeleton, load_tokenizer, max_model_length
+from actors.model.lora import target_modules
+from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
 from actors.recipe.file import load_recipe
 from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe, TinyModel
@@ -69,6 +70,8 @@ def prepare(
             plan(used_pools(run), this_machine())
         check_tracker(run.logging.wandb_project)
         _stream(run, rows, *_words(run))
+        if run.policy.lora is not None:
+            target_modules(_skeleton(run), run.policy.lora)
         folder = RunFolder(run.folder)
         resume = None if overwrite else _resume(run, folder, allowed)
         replaces = overwrite or (resume is None and _ended_early(run, folder))
@@ -188,6 +191,19 @@ def _words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
     model = _source(recipe, RunFolder(recipe.folder))
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
     return tokenizer, max_model_length(model.path, model.revision, model.trust_remote_code)
+
+
+def _skeleton(recipe: Recipe) -> PreTrainedModel:
+    """The model without weights, also one that has yet to be made."""
+    match recipe.model:
+        case TinyModel() as tiny:
+            return tiny_skeleton(tiny)
+        case RecipeModel():
+            source = load_recipe(recipe.model.recipe)
+            if not RunFolder(source.folder).finished:
+                return _skeleton(source)
+    model = _source(recipe, RunFolder(recipe.folder))
+    return load_skeleton(model.path, model.revision, model.trust_remote_code)
 
 
 def _stream(

@@ -15,4 +15,5 @@ receiver.py   replica side, inside vLLM's worker
 staging.py    replica side: receive and verify without touching the committed version
 serving.py    replica side: the staged tensors become the model that serves, in the time of a flip of pointers
 reload.py     replica side: the model is loaded as from a checkpoint, tensor by tensor
+adapters.py   replica side: or the adapter that serves, on a model that stays
 """

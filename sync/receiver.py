@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import device
 
+from sync.adapters import ServingAdapter
 from sync.member import Membership
 from sync.reload import Reload
 from sync.serving import ServingModel
@@ -28,6 +29,7 @@ class WeightReceiver:
     """vLLM mixes this class into its worker; `model_runner`, `rank` and `device` are the worker's own."""
 
     model_runner: Any
+    vllm_config: Any
     rank: int
     device: device
 
@@ -39,12 +41,18 @@ class WeightReceiver:
             old.close()
         else:
             _die_with_parent()
-            model = Reload if config.staging == "none" else ServingModel
-            self.serving = model(self.model_runner.model, self.model_runner.model_config)
+            self.serving = self._serving(config.staging != "none")
         wire = membership.at(membership.rank + self.rank).join(host, self.device if config.transport == "nccl" else CPU)
         where = {"device": self.device, "host": CPU, "none": None}[config.staging]
         self.staging = Staging(membership.layout, wire, where=where, delta=config.delta, follower=self.serving)
         self.timeout_s = config.timeout_s
+
+    def _serving(self, staged: bool) -> ServingModel | Reload | ServingAdapter:
+        """A version is all weights of the model, or the adapter of an engine that was started to take one."""
+        runner = self.model_runner
+        if self.vllm_config.lora_config is not None:
+            return ServingAdapter(runner.model.lora_manager, **self.vllm_config.additional_config["adapter"])
+        return (ServingModel if staged else Reload)(runner.model, runner.model_config)
 
     def answer(self) -> None:
         """This worker is alive, whether it is in a group or not."""
@@ -62,6 +70,10 @@ class WeightReceiver:
         """Serve the verified version from the next step on; generation must be paused."""
         self.serving.swap(self.staging.tensors())
         self.staging.commit()
+
+    def adapter_checksum(self) -> str:
+        assert isinstance(self.serving, ServingAdapter), "the engine was started to take adapters"
+        return self.serving.checksum()
 
 
 def _die_with_parent() -> None:

@@ -2,5 +2,5 @@
 
 load.py   weights and tokenizer     tiny.py   make a small one from a config
 size.py   how large it is, from its files
-forward.py   log-probabilities of a packed row
+forward.py   log-probabilities of a packed row     lora.py   adapters: what is trained, travels and is saved
 """

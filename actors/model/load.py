@@ -62,6 +62,17 @@ def load_causal_lm(
     return model
 
 
+def load_skeleton(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without its weights, on the meta device: for what can be known from its config alone."""
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(_why(path, revision, trust_remote_code, "model", error)) from error
+    return model
+
+
 def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> list[int]:
     """The tokens that end a completion: the tokenizer's EOS, and those that the model's generation config adds.
 

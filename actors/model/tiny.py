@@ -47,6 +47,14 @@ def make_tiny_model(config: TinyModel, out_dir: Path, seed: int) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def tiny_skeleton(config: TinyModel) -> Qwen3ForCausalLM:
+    """The model without its weights, on the meta device; ValueError when the sizes do not fit together."""
+    untyped_model: Any = Qwen3ForCausalLM
+    with torch.device("meta"):
+        model: Qwen3ForCausalLM = untyped_model(_model_config(config, byte_tokenizer(config.max_position_embeddings)))
+    return model
+
+
 def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     """One token per byte of UTF-8 (id = the byte), then the special tokens; no BOS; decode(encode(text)) == text."""
     # BPE without merges leaves single bytes, each written as the one character that byte-level BPE has for it.

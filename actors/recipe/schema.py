@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from actors.checkpoint.config import CheckpointConfig
 from algorithms.config import GrpoConfig, OptimizerConfig, StalenessConfig
@@ -116,6 +116,33 @@ class GenerationConfig(BaseModel):
     """Deadline of one group's generation."""
 
 
+class LoraConfig(BaseModel):
+    """Adapters on linear layers are trained and published, and the model below them never moves; names are peft's."""
+
+    model_config = CLOSED
+
+    r: int = Field(16, ge=1, le=512)
+    """Rank of the adapters."""
+    lora_alpha: int = Field(32, ge=1)
+    """What an adapter adds is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of an adapter's inputs that training leaves out; for supervised recipes."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """`all-linear`, which leaves out the output head alone, or names of linear layers such as `[q_proj, v_proj]`."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        if given == "all-linear":
+            return given
+        if not (isinstance(given, list | tuple) and given and all(isinstance(name, str) and name for name in given)):
+            raise ValueError(
+                "target_modules: write all-linear, or a list with the names of one or more linear layers, such as "
+                "[q_proj, v_proj]"
+            )
+        return tuple(given)
+
+
 class PolicyConfig(BaseModel):
     """The model in training: one DeepSpeed rank per worker of the policy pool."""
 
@@ -127,6 +154,8 @@ class PolicyConfig(BaseModel):
     max_tokens_per_micro_batch: int = Field(8192, ge=16)
     """Token budget of one forward pass."""
     gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train and publish adapters only; null trains and publishes every weight."""
     num_threads: int | None = Field(None, ge=1)
     """CPU threads of each rank; null takes the pool's cpus_per_worker, at least 1."""
     timeout_s: float = Field(1800.0, gt=0.0)
@@ -237,6 +266,12 @@ class GrpoRecipe(_Recipe):
             raise ValueError(
                 "staleness.adapt_depth.kl_max: the KL divergence from the reference is measured only when "
                 "algorithm.beta is above 0; set algorithm.beta, or leave kl_max out"
+            )
+        lora = self.policy.lora
+        if lora is not None and lora.lora_dropout > 0:
+            raise ValueError(
+                f"policy.lora.lora_dropout: {lora.lora_dropout} would make the policy differ from the replicas that "
+                "sample for it, which have no dropout; set it to 0 (recipes of kind 'sft' may have it)"
             )
         depth = staleness.pipeline_depth
         if depth is not None and depth < self.groups_per_batch:

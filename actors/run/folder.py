@@ -4,7 +4,7 @@ recipe.yaml       the resolved recipe: `python -m deploy train recipe.yaml` make
 metrics.jsonl     one JSON object per step, under TRL's metric names
 ledger.jsonl      what became of every prompt group
 completions/      samples of what the policy said, one file per sampled step
-model/            the trained weights and tokenizer in Hugging Face layout
+model/            the trained weights and tokenizer in Hugging Face layout; of adapters, merged, with adapter/ in peft's
 checkpoints/      cuts from which the same command goes on when the run was ended before its time
 summary.json      the figures of the whole run; written last
 reward.png        reward and staleness over the steps

@@ -12,7 +12,7 @@ import torch
 from actors.model.load import Dtype
 from actors.policy import Objective, PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
-from actors.recipe.schema import PolicyConfig
+from actors.recipe.schema import LoraConfig, PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.packing import pack
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, Update, VersionSpan
@@ -65,11 +65,13 @@ def train(
     max_tokens: int,
     dtype: Dtype = "float32",
     oldest_version: int = 0,
+    lora: LoraConfig | None = None,
+    gradient_checkpointing: bool = False,
 ) -> tuple[dict[str, torch.Tensor], list[Update]]:
     """Weights after two steps on the same batch, and the updates."""
     from safetensors.torch import load_file
 
-    settings = settings_of(path, folder, num_ranks, zero_stage, dtype)
+    settings = settings_of(path, folder, num_ranks, zero_stage, dtype, lora, gradient_checkpointing)
 
     async def run(group: PolicyGroup) -> list[Update]:
         updates = [await group.step(*batch(num_ranks, max_tokens, step, oldest_version)) for step in range(2)]
@@ -80,7 +82,15 @@ def train(
     return load_file(folder / "model.safetensors"), updates
 
 
-def settings_of(path: Path, folder: Path, num_ranks: int, zero_stage: int, dtype: Dtype) -> PolicySettings:
+def settings_of(
+    path: Path,
+    folder: Path,
+    num_ranks: int,
+    zero_stage: int,
+    dtype: Dtype,
+    lora: LoraConfig | None = None,
+    gradient_checkpointing: bool = False,
+) -> PolicySettings:
     return PolicySettings(
         model_path=str(path),
         revision=None,
@@ -89,7 +99,9 @@ def settings_of(path: Path, folder: Path, num_ranks: int, zero_stage: int, dtype
         use_gpu=False,
         seed=0,
         num_steps=2,
-        policy=PolicyConfig(zero_stage=zero_stage, dtype=dtype),
+        policy=PolicyConfig(
+            zero_stage=zero_stage, dtype=dtype, lora=lora, gradient_checkpointing=gradient_checkpointing
+        ),
         optimizer=OPTIMIZER,
         objective=Objective(GrpoConfig(loss_type="grpo"), 1.0, 16),
         run_dir=str(folder),
@@ -121,11 +133,13 @@ def expected(local_ray: None, tiny_models: dict[str, Path], tmp_path_factory: py
     return train(tiny_models["untied"], tmp_path_factory.mktemp("plain"), 1, 0, 10_000)
 
 
-def train_plainly(path: Path, oldest_version: int = 0) -> tuple[torch.nn.Module, list[float]]:
+def train_plainly(
+    path: Path, oldest_version: int = 0, model: torch.nn.Module | None = None
+) -> tuple[torch.nn.Module, list[float]]:
     """With torch alone: each sequence alone, the loss by hand, AdamW, clipping; the model and the gradient norms."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = model or AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},

@@ -14,7 +14,7 @@ from actors.model.tiny import make_tiny_model
 from actors.policy import Objective, PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
-from actors.recipe.schema import GenerationConfig, PolicyConfig, RolloutConfig, TinyModel
+from actors.recipe.schema import GenerationConfig, LoraConfig, PolicyConfig, RolloutConfig, TinyModel
 from actors.rollout import RolloutActor, RolloutSettings
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, ScoredGroup, VersionSpan
@@ -47,7 +47,7 @@ def one_step(version: int) -> tuple[Batch, list[Group]]:
     return Batch(version, ((MicroBatch((sample,)),),), 1, len(PROBE) - 1, 0), [group]
 
 
-def policy_settings(path: Path, zero_stage: int) -> PolicySettings:
+def policy_settings(path: Path, zero_stage: int, lora: LoraConfig | None = None) -> PolicySettings:
     return PolicySettings(
         model_path=str(path),
         revision=None,
@@ -56,14 +56,14 @@ def policy_settings(path: Path, zero_stage: int) -> PolicySettings:
         use_gpu=False,
         seed=0,
         num_steps=20,
-        policy=PolicyConfig(zero_stage=zero_stage),
+        policy=PolicyConfig(zero_stage=zero_stage, lora=lora),
         optimizer=OptimizerConfig(learning_rate=3e-2),
         objective=Objective(GrpoConfig(), 1.0, 160),
         run_dir=str(path),
     )
 
 
-def rollout_settings(path: Path, update: str) -> RolloutSettings:
+def rollout_settings(path: Path, update: str, lora: LoraConfig | None = None) -> RolloutSettings:
     return RolloutSettings(
         model_path=str(path),
         revision=None,
@@ -77,19 +77,28 @@ def rollout_settings(path: Path, update: str) -> RolloutSettings:
         score_timeout_s=60.0,
         in_flight_updates=update != "finish",
         recompute_kv_cache=update == "recompute",
+        lora=lora,
     )
 
 
 class Bench:
     """One policy rank and one replica, joined."""
 
-    def __init__(self, policy_path: Path, replica_path: Path, zero_stage: int, update: str, **sync: Any) -> None:
+    def __init__(
+        self,
+        policy_path: Path,
+        replica_path: Path,
+        zero_stage: int,
+        update: str,
+        lora: LoraConfig | None = None,
+        **sync: Any,
+    ) -> None:
         import ray
 
-        self.rank = policy_actor().options(num_cpus=0.5).remote(0, policy_settings(policy_path, zero_stage))
+        self.rank = policy_actor().options(num_cpus=0.5).remote(0, policy_settings(policy_path, zero_stage, lora))
         reward = ray.remote(num_cpus=0.1)(NoReward).remote()
         self.replica = ray.remote(num_cpus=1)(RolloutActor).remote(
-            0, rollout_settings(replica_path, update), [reward], []
+            0, rollout_settings(replica_path, update, lora), [reward], []
         )
         self.group = PolicyGroup((self.rank,), 160, 120.0)
         # Small buckets, so that a version takes several broadcasts.

@@ -63,6 +63,12 @@ CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
         ["dynamic_sampling", "no group would pass"],
     ),
     "no room on the replica": (["rollout.max_groups_per_replica=0"], {}, ["max_groups_per_replica", "1"]),
+    "no such layer to adapt": (
+        ["policy.lora.target_modules=[q_proj, query]"],
+        {},
+        ["policy.lora.target_modules", "'query'", "choose from down_proj"],
+    ),
+    "dropout that replicas lack": (["policy.lora.lora_dropout=0.1"], {}, ["policy.lora.lora_dropout", "set it to 0"]),
     "unknown transport": (["sync.transport=carrier-pigeon"], {}, ["sync.transport", "gloo"]),
     "unknown loss": (["algorithm.loss_type=ppo2"], {}, ["loss_type", "dapo"]),
     "more ranks than rollouts": (["pools.policy.num_workers=9"], {}, ["9 policy ranks"]),

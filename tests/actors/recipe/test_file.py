@@ -14,7 +14,7 @@ from actors.recipe.plain_yaml import PlainYamlError, parse, write
 from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, SftRecipe, TinyModel
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 GRPO: dict[str, Any] = {

@@ -1,0 +1,57 @@
+"""What a recipe may say about adapters, and what it is told when that cannot be."""
+
+from pathlib import Path
+
+import pytest
+
+from actors.recipe.file import RecipeError, dump_recipe, load_recipe
+from actors.recipe.schema import LoraConfig
+
+ROOT = Path(__file__).parents[3]
+GRPO, SFT = ROOT / "recipes/demo.yaml", ROOT / "recipes/demo_sft.yaml"
+
+
+def test_every_weight_is_trained_unless_the_recipe_says_otherwise() -> None:
+    assert load_recipe(GRPO).policy.lora is None
+
+
+@pytest.mark.parametrize("path", [GRPO, SFT], ids=lambda path: path.stem)
+def test_adapters_are_read_and_written_unchanged(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path, ["policy.lora.r=8", "policy.lora.target_modules=[q_proj, v_proj]"])
+    assert recipe.policy.lora == LoraConfig(r=8, target_modules=("q_proj", "v_proj"))
+    dump_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_the_defaults_adapt_every_linear_layer() -> None:
+    lora = load_recipe(GRPO, ["policy.lora={}"]).policy.lora
+    assert lora is not None
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (16, 32, 0.0, "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("policy.lora.rank=8", "policy.lora.rank: unknown key; valid keys: r, lora_alpha"),
+        ("policy.lora.r=0", "policy.lora.r: 0 is out of range; it must be at least 1"),
+        ("policy.lora.r=1024", "policy.lora.r: 1024 is out of range; it must be at most 512"),
+        ("policy.lora.target_modules=[]", "policy.lora.target_modules: write all-linear, or a list"),
+        ("policy.lora.target_modules=q_proj", "policy.lora.target_modules: write all-linear, or a list"),
+        ("policy.lora.target_modules=[1]", "policy.lora.target_modules: write all-linear, or a list"),
+        ("policy.lora.lora_dropout=1.0", "policy.lora.lora_dropout: 1.0 is out of range; it must be less than 1"),
+        (
+            "policy.lora.lora_dropout=0.1",
+            "policy.lora.lora_dropout: 0.1 would make the policy differ from the replicas",
+        ),
+        ("policy.lora=true", "policy.lora: true is not a mapping"),
+    ],
+)
+def test_what_cannot_be_is_named_with_the_fix(override: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(GRPO, [override])
+    assert expected in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_supervised_recipes_may_have_dropout() -> None:
+    assert load_recipe(SFT, ["policy.lora.lora_dropout=0.1"]).policy.lora is not None

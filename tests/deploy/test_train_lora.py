@@ -1,0 +1,50 @@
+"""A supervised and a GRPO run of adapters by the command line, the second from what the first leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.deploy.test_train import SFT, deploy, lines
+
+LORA = "\npolicy: {{lora: {{r: 4, lora_alpha: 8}}}}\n"
+GRPO = """
+kind: grpo
+name: second
+steps: 3
+groups_per_batch: 3
+run_dir: {folder}/second
+model: {{kind: recipe, recipe: {folder}/first.yaml}}
+dataset: {{path: "reasoning_gym:spell_backward", size: 100, task: {{min_word_len: 3, max_word_len: 4}}}}
+rewards: {{functions: [{{function: "recipes/rewards/reasoning_gym_score.py:reasoning_gym_score"}}]}}
+algorithm: {{num_generations: 4, beta: 0.0}}
+staleness: {{max_staleness: 1}}
+generation: {{max_prompt_length: 80, max_completion_length: 6}}
+rollout: {{num_threads: 1}}
+pools:
+  policy: {{cpus_per_worker: 0.25}}
+  rollout: {{cpus_per_worker: 0.25}}
+  reward: {{cpus_per_worker: 0.1}}
+"""
+NUM_BYTES = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 256)) * 4
+
+
+@pytest.mark.cluster
+def test_adapters_are_trained_published_and_left(tmp_path: Path) -> None:
+    for name, text in (("first", SFT), ("second", GRPO)):
+        (tmp_path / f"{name}.yaml").write_text((text + LORA).format(folder=tmp_path))
+    result = deploy("train", str(tmp_path / "second.yaml"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    metrics = lines(tmp_path / "second" / "metrics.jsonl")
+    assert [row["weights/version"] for row in metrics] == [1, 2, 3]
+    assert {row["sync/bytes"] for row in metrics} == {NUM_BYTES}
+    assert all(row["grad_norm"] >= 0 for row in metrics)
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    moved = {name for name in first if not first[name].equal(second[name])}
+    assert moved <= {name for name in first if "_proj" in name}
+    for name in ("first", "second"):
+        adapter = tmp_path / name / "model" / "adapter"
+        assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
+        assert sum(tensor.nbytes for tensor in load_file(adapter / "adapter_model.safetensors").values()) == NUM_BYTES
