@@ -4,10 +4,13 @@ The loop     controller.py   two coroutines: prompts become groups, batches beco
              pacer.py        algorithms/pacing.py as waits        attempts.py      what becomes of one dispatch
              router.py       groups to replicas and back          ledger.py        one fate for every group, waste
              publisher.py    one version to all replicas
+The record   fates.py        what the journal's events say       journal.py       the journal as a file
+             fleet.py        replicas and their states
 The actors   policy.py       one DeepSpeed rank                   policy_group.py  all ranks as one
+             policy_state.py what its next step depends on
              rollout.py      one vLLM replica                     reference.py     frozen log-probabilities
              reward.py       scores, in a killable child          workers.py       starts and stops all of them
 Waits        deadline.py     every wait has a deadline and a name errors.py        what stops a run
 Around it    recipe/  what a run is told     data/  prompts and examples     model/  load and forward
-             rewards/ the child process      run/   from recipe to run folder
+             rewards/ the child process      run/   from recipe to run folder    checkpoint/  cuts to go on from
 """

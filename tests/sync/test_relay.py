@@ -69,6 +69,7 @@ def test_what_passes_through_many_hands_is_exact_and_nobody_has_many_neighbours(
     assert all_do(members, leave, "wire") == [None] * SIZE
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("victim", [INNER, LEAF])
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_death_anywhere_releases_the_whole_tree(blow: signal.Signals, victim: int, members: list[Member]) -> None:

@@ -200,6 +200,7 @@ def test_one_process_is_in_several_groups(kind: Case, members: list[Member]) -> 
     assert len(held_open) == 3
 
 
+@pytest.mark.cluster
 @KINDS
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])

@@ -80,6 +80,7 @@ def gather_from(version: int, names: tuple[str, ...]) -> Iterator[Mapping[str, t
     yield {name: tensor for name, tensor in weights(version).items() if name in names}
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("fanout", [None, 1])
 @pytest.mark.parametrize("delta", [False, True])
 def test_versions_reach_two_receivers_whole(delta: bool, fanout: int | None) -> None:
