@@ -12,6 +12,10 @@ import contextlib
 import re
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from typing import Any, Self
 
@@ -25,7 +29,9 @@ GROUP = "wire"
 """The one group that the store of a ticket serves."""
 _SLICE_S = 0.05
 _PROBE_S = 0.5
-_PROBE_TAG, _SEVER_TAG = 1, 2
+_PROBE_TAG, _SEVER_TAG, _SLICE_TAG = 1, 2, 3
+_LARGE, _NUM_POSTED = 4 * 2**20, 12
+"""Bytes of a slice of a large payload, and how many are under way; measured on 2 cores."""
 _DECORATION = re.compile(r"\[\S+\.cc:\d+\] |\. This is typically caused by.*", re.DOTALL)
 _TIMED_OUT = re.compile("timed? ?out", re.IGNORECASE)
 
@@ -93,15 +99,20 @@ class GlooGroup:
 
     def _attempt(self, payload: Tensor, root: int) -> None:
         """Leaves what went wrong in `_failure`; the exception itself would keep its frames, and so gloo, alive."""
-        options = BroadcastOptions()
-        options.rootRank = root
-        options.timeout = timedelta(seconds=self._timeout_s)
         try:
-            self._work = self._group.broadcast([payload], options)
+            self._work = self._start(payload, root)
             if self._wait(self._work):
                 self._work = None
         except (RuntimeError, TimeoutError) as error:
             self._fail(reason_of(error), words_of(error))
+
+    def _start(self, payload: Tensor, root: int) -> Any:
+        if self.world_size == 2 and payload.numel() > _LARGE:
+            return _Sliced(self._group, payload, 1 - self.rank, self.rank == root, self._timeout_s)
+        options = BroadcastOptions()
+        options.rootRank = root
+        options.timeout = timedelta(seconds=self._timeout_s)
+        return self._group.broadcast([payload], options)
 
     def _wait(self, work: Any) -> bool:
         """True when `work` is done, False soon after it was aborted; raises at the deadline or when a peer is gone."""
@@ -141,6 +152,48 @@ class GlooGroup:
 
     def _peers(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank]
+
+
+class _Sliced:
+    """A large payload between two members, faster than gloo's own broadcast, which makes one copy after the other.
+
+    Several slices are posted at once, so both ends copy all the time. It is waited for as gloo's work is.
+    """
+
+    def __init__(self, group: Any, payload: Tensor, peer: int, sends: bool, timeout_s: float) -> None:
+        # What went wrong, as text: an exception that is kept would keep its frames, and so gloo's objects, alive.
+        self._done: Future[str | None] = Future()
+        post = group.send if sends else group.recv
+        slices = payload.split(_LARGE)
+        run = threading.Thread(target=self._run, args=(post, slices, peer, timeout_s), name="gloo-slices", daemon=True)
+        run.start()
+
+    def is_completed(self) -> bool:
+        return self._done.done()
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """RuntimeError when it has failed, or is not done by then."""
+        try:
+            failure = self._done.result(None if timeout is None else timeout.total_seconds())
+        except FutureTimeoutError:
+            failure = "not done yet"
+        if failure is not None:
+            raise RuntimeError(failure)
+
+    def _run(self, post: Any, slices: Sequence[Tensor], peer: int, timeout_s: float) -> None:
+        posted: deque[Any] = deque()
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            for piece in slices:
+                if len(posted) == _NUM_POSTED:
+                    posted.popleft().wait(timeout)
+                posted.append(post([piece], peer, _SLICE_TAG))
+            while posted:
+                posted.popleft().wait(timeout)
+        except RuntimeError as error:
+            self._done.set_result(str(error))
+        else:
+            self._done.set_result(None)
 
 
 def open_store(host: str, timeout_s: float) -> TCPStore:
