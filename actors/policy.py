@@ -280,8 +280,8 @@ class PolicyActor:
     def write_snapshot(self, folder: Path) -> None:
         """Rank 0 writes the snapshot, while training goes on."""
         assert self._snapshot is not None, "snapshot comes first, and rank 0 keeps it"
-        self._snapshot.write(folder)
-        self._snapshot = None
+        snapshot, self._snapshot = self._snapshot, None
+        snapshot.write(folder)
 
     def restore(self, folder: Path) -> None:
         """Go on from what `write_snapshot` has left; every rank is called."""

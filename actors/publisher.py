@@ -186,13 +186,19 @@ class Publisher:
         return sent
 
     async def _compared(self, version: int, replicas: list[Replica]) -> list[Replica]:
-        """Those whose weights are what most hold, by vLLM's own checksums, when the version is one to be compared."""
+        """Those whose weights are what most hold, by vLLM's own checksums, when the version is one to be compared.
+
+        Where no checksum is that of most, nobody knows who is right, and none serves.
+        """
         every = self.config.checksum_every
         if not every or version % every or len(replicas) < 2:
             return replicas
         phase = f"comparing checksums of version {version}"
         answers = await self._phase(phase, replicas, [replica.handle.checksum.remote() for replica in replicas])
-        usual, _ = Counter(checksum for _, checksum in answers).most_common(1)[0]
+        if not answers:
+            return []
+        usual, count = Counter(checksum for _, checksum in answers).most_common(1)[0]
+        usual = usual if 2 * count > len(answers) else ""
         for replica, checksum in answers:
             if checksum != usual:
                 self.fleet.fence(replica.number, f"{phase}: its weights are not those of the other replicas")
@@ -251,12 +257,14 @@ class Publisher:
 
 async def _first_failure(calls: Sequence[Awaitable[Any]]) -> None:
     """Returns when one of the calls has failed; never when none does."""
-    for next_done in asyncio.as_completed(list(map(_answer, calls))):
-        try:
-            await next_done
-        except RayError:
-            return
-    await asyncio.Event().wait()
+    tasks = [asyncio.ensure_future(_answer(call)) for call in calls]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if not any(task.exception() for task in tasks if task.done()):
+            await asyncio.Event().wait()
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _answer(call: Awaitable[Any]) -> Any:

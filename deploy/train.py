@@ -19,7 +19,8 @@ from actors.checkpoint.store import CheckpointStore
 from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.examples import ExampleStream
 from actors.data.prompts import PromptStream
-from actors.errors import first_cause
+from actors.errors import RunError, first_cause
+from actors.journal import read
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
@@ -49,7 +50,9 @@ class Job:
     rows: Rows
     folder: RunFolder
     overwrite: bool
-    resume: Resume | None = None
+    resume: Resume | None
+    seen: tuple[object, ...]
+    """What the folder held when all this was decided."""
 
 
 def prepare(
@@ -77,7 +80,7 @@ def prepare(
         replaces = overwrite or (resume is None and _ended_early(run, folder))
         if resume is None:
             folder.check_free(replaces)
-        jobs.append(Job(run, rows, folder, replaces, resume))
+        jobs.append(Job(run, rows, folder, replaces, resume, _contents(folder)))
     return jobs
 
 
@@ -86,12 +89,19 @@ def _resume(recipe: Recipe, folder: RunFolder, allowed: Collection[str]) -> Resu
     if folder.finished or not folder.recipe.exists():
         return None
     resume = find(CheckpointStore(folder.checkpoints), folder.recipe, recipe, allowed)
+    if resume is not None:
+        read(folder.ledger)  # so that one that is damaged is told before anything is started
     if resume is not None and resume.cut.version >= recipe.steps:
         raise ValueError(
             f"steps: {recipe.steps}, but the run in {folder.path} has taken {resume.cut.version}; raise steps, or "
             "begin anew with --overwrite"
         )
     return resume
+
+
+def _contents(folder: RunFolder) -> tuple[object, ...]:
+    """What decides whether a run begins, begins anew or goes on."""
+    return folder.finished, folder.recipe.exists(), *CheckpointStore(folder.checkpoints).versions()
 
 
 def _ended_early(recipe: Recipe, folder: RunFolder) -> bool:
@@ -110,6 +120,10 @@ def execute(jobs: list[Job], address: str | None, console: Console) -> None:
 
 def _run(job: Job, console: Console) -> None:
     with job.folder.held():
+        if _contents(job.folder) != job.seen:
+            raise RunError(
+                f"run_dir: another process has trained in {job.folder.path} meanwhile; give the command again"
+            )
         pools = reserve(plan(used_pools(job.recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
         try:
             _begin(job, console)
@@ -130,7 +144,7 @@ def _begin(job: Job, console: Console) -> None:
         notes = [f"going on from step {resume.cut.version} of {recipe.steps}", *resume.notes]
         console.print(*notes, sep="\n", highlight=False, soft_wrap=True)
         return
-    if folder.recipe.exists() and not folder.finished and not folder.checkpoints.exists():
+    if job.seen == (False, True):
         console.print("an earlier run ended here before its first checkpoint: it begins anew", highlight=False)
     folder.create(recipe, job.overwrite)
     if isinstance(recipe.model, TinyModel):

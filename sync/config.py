@@ -8,7 +8,7 @@ CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class SyncConfig(BaseModel):
-    """One broadcast group from policy rank 0 to every rollout worker."""
+    """How a weight version gets from policy rank 0 to every rollout worker."""
 
     model_config = CLOSED
 

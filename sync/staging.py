@@ -117,8 +117,10 @@ class Staging:
     def close(self) -> None:
         """Leave the group; what is being received fails promptly."""
         self._group.abort()
-        for thread in (self._wire, self._digester, self._followed):
+        for thread in (self._wire, self._digester):
             thread.shutdown(wait=False, cancel_futures=True)
+        # The follower's last tensors must not come after the next version's first.
+        self._followed.shutdown(wait=True, cancel_futures=True)
         self._group.close()
 
     def _receive(self) -> list[Future[str]]:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray.exceptions import RayError
+
 from actors.checkpoint.cut import Cut, Progress
 from actors.checkpoint.groups import SavedGroup
 from actors.checkpoint.store import CheckpointStore
@@ -33,6 +35,8 @@ class Checkpointer:
     ledger: Ledger
     progress: Callable[[], Progress]
     say: Callable[[str], None]
+    cut_version: int | None = None
+    """Of the last cut; that from which the run goes on."""
     stall_s: float = 0.0
     """Training has stood still for cuts so long, in all."""
     _writing: asyncio.Task[None] | None = None
@@ -43,14 +47,16 @@ class Checkpointer:
             await self.cut(version)
 
     async def last(self, version: int) -> None:
-        """The run stops here: a cut, on the disk when this returns."""
-        await self.cut(version)
-        await self.finish()
+        """The run stops here: a cut, on the disk when this returns; RunError when it could not be written."""
+        if version != self.cut_version:
+            await self.cut(version)
+        await self._written()
 
     async def cut(self, version: int) -> None:
         """Take one; the one before must have been written."""
         started = time.monotonic()
         await self.finish()
+        self.cut_version = version
         # Of one moment: nothing is awaited between these.
         state, ready = self.pacer.state()
         cut = Cut(version, self.ledger.num_lines, state, self.progress())
@@ -61,12 +67,20 @@ class Checkpointer:
 
     async def finish(self) -> None:
         """What is being written is on the disk when this returns, or it was told why not."""
+        try:
+            await self._written()
+        except RunError as error:
+            self.say(f"warning: {error}; the run goes on without it")
+
+    async def _written(self) -> None:
         writing, self._writing = self._writing, None
-        if writing is not None:
-            try:
-                await within(self.timeout_s, writing, "writing a checkpoint")
-            except (OSError, RunError) as error:
-                self.say(f"warning: a checkpoint could not be written, the run goes on without it: {error}")
+        if writing is None:
+            return
+        try:
+            await within(self.timeout_s, writing, "writing it")
+        except (OSError, RunError, RayError, ValueError, TypeError, OverflowError, NotImplementedError) as error:
+            # Of Ray, the disk, or a column of the data set that is no JSON: none of them is worth the run.
+            raise RunError(f"the checkpoint of version {self.cut_version} could not be written: {error}") from error
 
     async def _write(self, cut: Cut, ready: list[ReadyGroup]) -> None:
         groups = [await _saved(group) for group in ready]

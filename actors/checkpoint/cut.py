@@ -26,7 +26,11 @@ class Progress(msgspec.Struct):
 
 
 class Cut(msgspec.Struct, frozen=True):
-    """A run goes on at weight version `version` as if nothing had come after it."""
+    """A run goes on at weight version `version`.
+
+    Not in it, and begun anew: how often a prompt or a replica has failed, a pipeline depth that was adapted, the audit
+    of what is trained against what is sampled, and torch's random state, which dropout alone would use.
+    """
 
     version: int
     lines: int
@@ -41,6 +45,6 @@ class Cut(msgspec.Struct, frozen=True):
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Self, list[SavedGroup]]:
-        """ValueError when the files are not of this kind."""
+        """msgspec.MsgspecError when the files are not of this kind."""
         cut = msgspec.json.decode((folder / "cut.json").read_bytes(), type=cls)
         return cut, decode((folder / "groups.msgpack").read_bytes())

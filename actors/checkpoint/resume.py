@@ -5,19 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 
 from actors.checkpoint.cut import Cut
 from actors.checkpoint.groups import SavedGroup
 from actors.checkpoint.store import CheckpointStore, DamagedError
+from actors.recipe.file import load_recipe
 from actors.recipe.schema import Recipe
 
 _FREE = (
     "pools", "rollout", "sync", "logging", "checkpoint", "simulation", "run_dir", "policy.zero_stage",
-    "policy.num_threads", "policy.timeout_s", "policy.max_tokens_per_micro_batch", "policy.gradient_checkpointing",
-    "rewards.timeout_s", "generation.timeout_s",
+    "policy.num_threads", "policy.timeout_s", "policy.gradient_checkpointing", "rewards.timeout_s",
+    "generation.timeout_s",
 )  # fmt: skip
 """How and where a run computes may change when it goes on; what it computes may not, but by name."""
+_BOUND = ("rollout.dtype",)
+"""The exception among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ def find(store: CheckpointStore, recipe_file: Path, recipe: Recipe, allowed: Col
         return None
     notes = []
     for key, old, new in changes(recipe_file, recipe):
-        if not any(key == free or key.startswith(free + ".") for free in (*_FREE, *allowed)):
+        free = _is_among(key, _FREE) and key not in _BOUND
+        if not free and not _is_among(key, allowed):
             raise ValueError(
                 f"{recipe_file}: {key} was {old!r} when the run began and is {new!r} now; go on with "
                 f"--allow-change {key}, take the old value, or begin anew with --overwrite"
@@ -51,7 +55,7 @@ def find(store: CheckpointStore, recipe_file: Path, recipe: Recipe, allowed: Col
         try:
             path = store.open(version)
             cut, groups = Cut.read(path)
-        except (DamagedError, ValueError) as error:
+        except (DamagedError, msgspec.MsgspecError) as error:
             notes.append(f"a checkpoint is passed over: {error}")
             continue
         return Resume(path, cut, groups, tuple(notes))
@@ -60,11 +64,16 @@ def find(store: CheckpointStore, recipe_file: Path, recipe: Recipe, allowed: Col
 
 def changes(recipe_file: Path, recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """Keys whose values differ from those of the recipe in a run folder, with the old and the new value."""
-    before = dict(_flat(yaml.safe_load(recipe_file.read_text(encoding="utf-8"))))
+    before = dict(_flat(load_recipe(str(recipe_file)).model_dump(mode="json")))
     now = dict(_flat(recipe.model_dump(mode="json")))
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)
+
+
+def _is_among(key: str, keys: Collection[str]) -> bool:
+    """The key, or one that it is inside of."""
+    return any(key == other or key.startswith(other + ".") for other in keys)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

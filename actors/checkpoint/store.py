@@ -49,7 +49,7 @@ class CheckpointStore:
                 _sync(Path(folder) / name)
             _sync(Path(folder))
         committed = self._folder(version)
-        shutil.rmtree(committed, ignore_errors=True)  # of a run that came this far before, and went back
+        assert not committed.exists(), f"version {version} is cut once; going back discards what came later"
         staged.rename(committed)
         _sync(self.path)
         self._prune()

@@ -24,6 +24,8 @@ from actors.errors import RunError
 from actors.recipe.file import dump_recipe
 from actors.recipe.schema import Recipe
 
+_LOCK = ".lock"
+
 
 class RunFolder:
     """The files of one run."""
@@ -58,7 +60,7 @@ class RunFolder:
 
     def check_free(self, overwrite: bool) -> None:
         """ValueError when the folder holds another run that may not be overwritten, or something else altogether."""
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(entry.name == _LOCK for entry in self.path.iterdir()):
             return
         if not self.recipe.exists():
             raise ValueError(f"run_dir: {self.path} exists and is not a run folder; choose another with run_dir=...")
@@ -72,12 +74,13 @@ class RunFolder:
     def held(self) -> Iterator[None]:
         """No other process trains in the folder meanwhile; RunError when one does already."""
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDONLY)
+        descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # of a file, which NFS locks everywhere
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # is given back when the process ends, however
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # is given back when the process ends, however
+            except BlockingIOError:
+                raise RunError(f"run_dir: another process is training in {self.path}; wait for it, or end it") from None
             yield
-        except BlockingIOError:
-            raise RunError(f"run_dir: another process is training in {self.path}; wait for it, or end it") from None
         finally:
             os.close(descriptor)
 
@@ -85,10 +88,13 @@ class RunFolder:
         """Start a new run here; ValueError as in `check_free`."""
         self.check_free(overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
-        for entry in self.path.iterdir():  # not the folder itself: it is held
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        (self.path / "completions").mkdir(parents=True)
-        dump_recipe(recipe, self.recipe)
+        # In this order: killed anywhere, what is left is a run folder, and none that goes on with the old run.
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self._write_recipe(recipe)
+        for entry in self.path.iterdir():
+            if entry.name not in (_LOCK, self.recipe.name):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        (self.path / "completions").mkdir()
 
     def rewind(self, recipe: Recipe, version: int) -> None:
         """Go on with the run that is here at `version`: metrics of later steps were of weights that are gone."""
@@ -96,7 +102,12 @@ class RunFolder:
         staged = self.path / "metrics.jsonl.staged"
         staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         staged.rename(self.path / "metrics.jsonl")
-        dump_recipe(recipe, self.recipe)
+        self._write_recipe(recipe)
+
+    def _write_recipe(self, recipe: Recipe) -> None:
+        staged = self.path / "recipe.yaml.staged"
+        dump_recipe(recipe, staged)
+        staged.rename(self.recipe)
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; a value that is not finite is left out, because JSON has none."""

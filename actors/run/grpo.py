@@ -69,6 +69,7 @@ async def run_grpo(
                 ledger=ledger,
                 progress=reporter.progress,
                 say=progress.say,
+                cut_version=None if resume is None else first_version,
             )
             attempts = Attempts(
                 limits=_limits(recipe),
@@ -102,7 +103,7 @@ async def run_grpo(
         await workers.policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)
     plot_run(folder.read_metrics(), recipe.staleness.max_staleness, folder.plot)
-    folder.write_summary(reporter.summary())
+    folder.write_summary(reporter.summary() | {"checkpoint_stall_s": checkpointer.stall_s})
 
 
 def _ledger(folder: RunFolder, resume: Resume | None) -> Ledger:

@@ -1,4 +1,4 @@
-"""SIGTERM (preemption, `ray job stop`) and the first Ctrl-C end a run in order; the second Ctrl-C ends it at once."""
+"""SIGTERM and the first Ctrl-C end a run in order; the second Ctrl-C ends it at once."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ def on_signal(stop: Callable[[], Awaitable[None]], say: Callable[[str], None]) -
             signal.signal(number, handler)
 
     def asked(number: signal.Signals) -> None:
-        say(f"{number.name}: the run stops after the step under way, and leaves a checkpoint")
+        say(f"{number.name}: the run stops after the step under way and leaves a checkpoint, unless that was the last")
         restore()
 
         async def run() -> None:

@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from actors.checkpoint.store import CheckpointStore
 from actors.journal import fates, read
 from tests.deploy.test_faults import RECIPE, REWARD, wait_for_steps
 
@@ -22,6 +25,18 @@ def train(folder: Path, *overrides: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     return os.environ | {"HF_HUB_OFFLINE": "1"}
+
+
+def wait_until(condition: Callable[[], bool], process: psutil.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline, "the run did not come that far"
+        assert process.poll() is None, "the run has ended"
+        time.sleep(0.2)
+
+
+def journal_says(run: Path, event: str) -> bool:
+    return f'"event": "{event}"' in (run / "ledger.jsonl").read_text()
 
 
 @pytest.mark.cluster
@@ -44,7 +59,8 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
     _, alive = psutil.wait_procs(others, timeout=40)
     ours = [process for process in alive if "Agent" not in process.name()]  # Ray's agents take their time
     assert not ours, "nothing of ours outlives the driver"
-    assert (run / "checkpoints" / "version-00000003" / "COMPLETE.json").exists()
+    first = CheckpointStore(run / "checkpoints").versions()[-1]
+    assert first % 3 == 0
 
     refused = subprocess.run(
         [*train(tmp_path), "algorithm.beta=0.1"], env=environment(), capture_output=True, text=True, timeout=120
@@ -55,11 +71,12 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
     stopped = psutil.Popen(
         train(tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    wait_for_steps(run, 7, stopped)
+    wait_until(lambda: journal_says(run, "resumed"), stopped)
+    wait_for_steps(run, first + 2, stopped)
     stopped.send_signal(signal.SIGTERM)
     said, _ = stopped.communicate(timeout=120)
     assert stopped.returncode == 75, said
-    assert f"going on from step 3 of {NUM_STEPS}" in said
+    assert f"going on from step {first} of {NUM_STEPS}" in said
     assert f"of {NUM_STEPS} steps; the same command goes on" in said
 
     again = subprocess.run(train(tmp_path), env=environment(), capture_output=True, text=True, timeout=300)

@@ -57,6 +57,18 @@ def carry(wires: dict[str, Transport], name: str, seed: int, root: int) -> bool:
     return exact
 
 
+def carry_large(wires: dict[str, Transport], name: str, root: int) -> bool:
+    """Payloads of several slices, one after the other, and not all of whole ones; whether they are the root's."""
+    wire, exact = wires[name], True
+    for num_bytes in (LARGE + 3, 4 * 2**20 + 1, 4 * 2**20, LARGE):
+        expected = torch.randint(0, 256, (num_bytes,), generator=torch.Generator().manual_seed(num_bytes)).byte()
+        tensor = expected.clone() if wire.rank == root else torch.zeros_like(expected)
+        tensor = tensor.to(wire.device)
+        wire.broadcast(tensor, root)
+        exact = exact and torch.equal(tensor.cpu(), expected)
+    return exact
+
+
 def go_on(wires: dict[str, Transport], name: str) -> str:
     """Broadcast large tensors until it fails; returns the reason and raises when later operations do not fail too."""
     tensor = torch.zeros(LARGE, dtype=torch.uint8, device=wires[name].device)
@@ -198,6 +210,37 @@ def test_one_process_is_in_several_groups(kind: Case, members: list[Member]) -> 
     assert all_do(members, leave, "a") == [None] * 3
     assert all_do(members, carry, "c", 3, root_of(kind, 2)) == [True] * 3
     assert len(held_open) == 3
+
+
+@KINDS
+@pytest.mark.parametrize("size", [2, 3])
+def test_large_payloads_arrive_bit_exact(kind: Case, size: int, members: list[Member]) -> None:
+    """Between two members gloo's go in slices."""
+    _rendezvous = form(kind, members[:size])
+    for root in (0, root_of(kind, 1)):
+        assert all_do(members[:size], carry_large, "wire", root) == [True] * size
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_who_is_left_of_two_is_released(blow: signal.Signals, victim: int, members: list[Member]) -> None:
+    """In the middle of a payload that goes in slices; and the process can form a group with another."""
+    timeout_s = 2.0
+    _rendezvous = form("gloo", members[:2], timeout_s=timeout_s)
+    for member in members[:2]:
+        member.start(go_on, "wire")
+    time.sleep(0.3)
+    pid, survivor = members[victim].process.pid, members[1 - victim]
+    assert pid is not None
+    os.kill(pid, blow)
+    struck = time.monotonic()
+    reason = survivor.answer(timeout_s + 5.0)[0]
+    assert time.monotonic() - struck < timeout_s + 1.0
+    assert reason == ("peer gone" if blow == signal.SIGKILL else "deadline passed")
+    assert all_do([survivor], leave, "wire") == [None]
+    _second = form("gloo", [survivor, members[2]])
+    assert all_do([survivor, members[2]], carry_large, "wire", 0) == [True, True]
 
 
 @pytest.mark.cluster

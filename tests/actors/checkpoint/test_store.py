@@ -41,6 +41,7 @@ def test_any_damage_is_found(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     generator = random.Random(0)
     for round_ in range(60):
+        store.discard_after(0)
         folder = make(store, 7)
         victim = folder / generator.choice(["weights", "inner/facts.json", "COMPLETE.json"])
         data = victim.read_bytes()

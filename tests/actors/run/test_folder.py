@@ -1,10 +1,13 @@
 """A run folder is never shared by two runs, and what was written can be read back."""
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from actors.errors import RunError
 from actors.recipe.file import load_recipe
 from actors.run.folder import RunFolder
 from actors.run.plot import plot_loss, plot_run
@@ -30,6 +33,43 @@ def test_another_run_is_not_written_over(tmp_path: Path) -> None:
         folder.create(RECIPE, overwrite=False)
     folder.create(RECIPE, overwrite=True)
     assert not folder.finished
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.held():
+        folder.create(RECIPE, overwrite=False)
+        with pytest.raises(RunError, match="another process is training"), folder.held():
+            pass
+        folder.create(RECIPE, overwrite=True)
+        with pytest.raises(RunError, match="another process is training"), folder.held():
+            pass
+    with folder.held():
+        pass  # given back
+
+
+def test_what_is_left_of_an_overwriting_that_was_killed_is_not_the_old_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before any of the deletions and the writing of the recipe: a run folder, without the old checkpoints."""
+    for num_deleted in range(4):
+        folder = RunFolder(tmp_path / str(num_deleted))
+        folder.create(RECIPE, overwrite=False)
+        folder.write_summary({})
+        (folder.checkpoints / "version-00000003").mkdir(parents=True)
+        left = iter(range(num_deleted))
+
+        def dying(path: Path, *, real: Callable[[Path], None] = Path.unlink, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            real(path)
+
+        monkeypatch.setattr(Path, "unlink", dying)
+        with contextlib.suppress(KeyboardInterrupt):
+            folder.create(RECIPE, overwrite=True)
+        monkeypatch.undo()
+        assert not folder.checkpoints.exists()
+        folder.create(RECIPE, overwrite=True)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""From which cut a run goes on, and what of its recipe may have changed."""
+
+from pathlib import Path
+
+import pytest
+
+from actors.checkpoint.cut import Cut, Progress
+from actors.checkpoint.resume import find
+from actors.checkpoint.store import CheckpointStore
+from actors.recipe.file import dump_recipe, load_recipe
+from algorithms.slots import PacerState
+
+DEMO = "recipes/demo.yaml"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[CheckpointStore, Path]:
+    """Cuts of versions 10 and 20, and the recipe that made them."""
+    store = CheckpointStore(tmp_path / "checkpoints")
+    for version in (10, 20):
+        Cut(version, 5, PacerState(version, 100, 40, (), ()), Progress()).write(store.stage(version), [])
+        store.commit(version)
+    dump_recipe(load_recipe(DEMO), tmp_path / "recipe.yaml")
+    return store, tmp_path / "recipe.yaml"
+
+
+def test_the_newest_is_taken(run: tuple[CheckpointStore, Path]) -> None:
+    found = find(*run, load_recipe(DEMO), ())
+    assert found is not None
+    assert (found.cut.version, found.groups, found.notes) == (20, [], ())
+
+
+def test_a_damaged_one_is_passed_over_and_told(run: tuple[CheckpointStore, Path]) -> None:
+    store, recipe = run
+    (store.path / "version-00000020" / "cut.json").write_text("{}")
+    found = find(store, recipe, load_recipe(DEMO), ())
+    assert found is not None
+    assert found.cut.version == 10
+    assert "passed over" in found.notes[0]
+    (store.path / "version-00000010" / "groups.msgpack").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint is whole.*--overwrite"):
+        find(store, recipe, load_recipe(DEMO), ())
+
+
+def test_how_it_computes_may_change(run: tuple[CheckpointStore, Path]) -> None:
+    changed = load_recipe(DEMO, ["pools.rollout.num_workers=2", "policy.zero_stage=3", "sync.timeout_s=7"])
+    found = find(*run, changed, ())
+    assert found is not None
+    assert len(found.notes) == 3
+
+
+@pytest.mark.parametrize("override", ["algorithm.beta=0.1", "seed=5", "rollout.dtype=bfloat16", "groups_per_batch=8"])
+def test_what_it_computes_may_not_but_by_name(run: tuple[CheckpointStore, Path], override: str) -> None:
+    key, changed = override.split("=")[0], load_recipe(DEMO, [override])
+    with pytest.raises(ValueError, match=f"{key} was .* when the run began.*--allow-change {key}"):
+        find(*run, changed, ())
+    found = find(*run, changed, [key])
+    assert found is not None
+    assert key in found.notes[0]
+
+
+def test_a_run_without_a_cut_has_none(tmp_path: Path) -> None:
+    assert find(CheckpointStore(tmp_path), tmp_path / "recipe.yaml", load_recipe(DEMO), ()) is None
