@@ -17,6 +17,7 @@ from actors.recipe.schema import LoraConfig
 from algorithms.types import Prompt, Rollout, ScoredGroup, Update
 from tests.actors.test_policy import batch, settings_of, train, train_plainly, with_policy
 from tests.actors.test_publication import AGREEMENT, PROBE, Bench, one_step
+from tests.prove import ONLY_PROVE
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 NUM_BYTES = 2 * LORA.r * (4 * (64 + 64) + 3 * (64 + 256)) * 4
@@ -28,8 +29,10 @@ NUM_SOME_BYTES = 2 * SOME.r * ((64 + 64) + (256 + 64)) * 4
 @pytest.mark.cluster
 @pytest.mark.parametrize(
     ("name", "zero_stage", "lora", "num_bytes", "sync"),
-    [("tied", 1, LORA, NUM_BYTES, {"staging": "none"}), ("untied", 3, SOME, NUM_SOME_BYTES, {"delta": True})],
-    ids=["not-staged", "delta"],
+    [
+        pytest.param("tied", 1, LORA, NUM_BYTES, {"staging": "none"}, marks=ONLY_PROVE, id="not-staged"),
+        pytest.param("untied", 3, SOME, NUM_SOME_BYTES, {"delta": True}, id="delta"),
+    ],
 )
 def test_adapters_travel_and_the_replica_computes_what_the_policy_computes(
     local_ray: None,
@@ -149,7 +152,9 @@ def test_the_step_is_plain_adamw_on_the_adapters(expected, tiny_models: dict[str
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("num_ranks", "zero_stage", "checkpointing"), [(2, 0, False), (2, 3, True)])
+@pytest.mark.parametrize(
+    ("num_ranks", "zero_stage", "checkpointing"), [pytest.param(2, 0, False, marks=ONLY_PROVE), (2, 3, True)]
+)
 def test_ranks_stages_and_checkpoints_do_not_matter(
     expected, tiny_models: dict[str, Path], tmp_path: Path, num_ranks: int, zero_stage: int, checkpointing: bool
 ) -> None:
@@ -163,6 +168,7 @@ def test_ranks_stages_and_checkpoints_do_not_matter(
         assert torch.allclose(weights[name], tensor, atol=5e-6), name
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
 def test_bfloat16_takes_the_same_step_to_its_precision(expected, tiny_models: dict[str, Path], tmp_path: Path) -> None:
     weights, updates = train(tiny_models["untied"], tmp_path, 2, 2, 20, dtype="bfloat16", lora=LORA)

@@ -20,6 +20,7 @@ from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, ScoredGroup, VersionSpan
 from sync.config import SyncConfig
 from tests.actors.fleets import fleet_of
+from tests.prove import ONLY_PROVE
 
 AGREEMENT = 1e-3  # nats, float32 on both sides
 PROBE = [40, 41, 42, 43, 44, 90, 91, 92, 93, 94, 120, 121, 122, 123]
@@ -161,7 +162,7 @@ def test_the_replica_computes_what_the_policy_computes(
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("update", ["keep", "recompute", "finish"])
+@pytest.mark.parametrize("update", ["keep", pytest.param("recompute", marks=ONLY_PROVE), "finish"])
 def test_tokens_carry_the_version_that_sampled_them(local_ray: None, tiny_models: dict[str, Path], update: str) -> None:
     """A version is swapped in while groups are sampled: they go on (or finish first); every token knows its weights."""
     bench = Bench(tiny_models["untied"], tiny_models["other"], 1, update)

@@ -1,7 +1,6 @@
 """Whatever happens to a replica in a publication, the others get the version whole, and it comes back with it."""
 
 import asyncio
-import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from actors.publisher import Publisher
 from actors.router import Router
 from sync.config import SyncConfig
 from tests.actors.light import BUCKET_MB, SHAPES, Fault, LightPolicy, LightReplica
+from tests.prove import PROVING
 
 TIMEOUT_S = 4.0
 SLACK_S = 15.0  # a machine under load
@@ -80,7 +80,7 @@ FAULTS = [
     Fault("flip", LAST // 2),
     Fault("spoil", "swap"),
 ]
-if os.environ.get("PACELINE_PROVE"):
+if PROVING:
     FAULTS += [Fault("kill", at) for at in ("announce", 1, LAST, "verify")]
     FAULTS += [Fault("stop", at) for at in (0, LAST, "swap")]
 

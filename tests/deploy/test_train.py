@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.prove import ONLY_PROVE
+
 SFT = """
 kind: sft
 name: first
@@ -190,7 +192,7 @@ def digits(completions, **kwargs):
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("when_stale", ["mask", "requeue"])
+@pytest.mark.parametrize("when_stale", [pytest.param("mask", marks=ONLY_PROVE), "requeue"])
 def test_long_tails_are_masked_or_requeued_and_the_bound_holds(when_stale: str, tmp_path: Path) -> None:
     """Lengths from 1 to 200 tokens: some groups outlive the bound, and the step does not wait for them."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
