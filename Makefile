@@ -38,7 +38,7 @@ demo: $(VENV)/.cpu ## train a tiny model on this CPU: supervised warm-up, then a
 	$(PY) -m deploy train recipes/demo_sft.yaml --overwrite
 	$(PY) -m deploy train recipes/demo.yaml --overwrite
 
-check: $(VENV)/.dev ## ruff, types, architecture and the pure tests, side by side (under 90 s)
+check: $(VENV)/.dev ## ruff, types, architecture and the pure tests, side by side (about 2 minutes)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target static pure
 
 static: $(VENV)/.dev ## ruff, types, architecture
@@ -53,8 +53,10 @@ pure: $(VENV)/.dev ## the tests that start no Ray, vLLM or DeepSpeed
 test: $(VENV)/.dev ## every test that needs no GPU, with real Ray, vLLM and DeepSpeed (under 20 minutes)
 	$(PY) -m pytest -m "not gpu" --durations=10
 
-prove: $(VENV)/.dev ## a million steps of random schedules against the pacer, and a fault at every point of a publication
-	PACELINE_PROVE=1 $(PY) -m pytest -s tests/algorithms/test_schedules.py tests/actors/test_publisher.py
+prove: $(VENV)/.dev ## a million steps of random schedules against the pacer, a fault at every point of a publication, more
+	PACELINE_PROVE=1 $(PY) -m pytest -s tests/algorithms/test_schedules.py \
+	  tests/actors/test_publisher.py tests/actors/test_engine_faults.py tests/actors/test_publication.py \
+	  tests/actors/test_policy.py tests/actors/test_lora.py tests/deploy/test_train.py
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
