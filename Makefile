@@ -50,7 +50,7 @@ static: $(VENV)/.dev ## ruff, types, architecture
 pure: $(VENV)/.dev ## the tests that start no Ray, vLLM or DeepSpeed
 	$(PY) -m pytest -m "not cluster and not gpu"
 
-test: $(VENV)/.dev ## every test that needs no GPU, with real Ray, vLLM and DeepSpeed (under 20 minutes)
+test: $(VENV)/.dev ## every test that needs no GPU, with real Ray, vLLM and DeepSpeed (about 25 minutes)
 	$(PY) -m pytest -m "not gpu" --durations=10
 
 prove: $(VENV)/.dev ## a million steps of random schedules against the pacer, a fault at every point of a publication, more

@@ -35,6 +35,13 @@ def wait_until(condition: Callable[[], bool], process: psutil.Popen) -> None:
         time.sleep(0.2)
 
 
+def is_agent(process: psutil.Process) -> bool:
+    try:
+        return "Agent" in process.name()
+    except psutil.NoSuchProcess:
+        return False
+
+
 def journal_says(run: Path, event: str) -> bool:
     return f'"event": "{event}"' in (run / "ledger.jsonl").read_text()
 
@@ -50,7 +57,7 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
     try:
         wait_for_steps(run, 5, process)
         # Ray's agents take their time to end.
-        others = [child for child in process.children(recursive=True) if "Agent" not in child.name()]
+        others = [child for child in process.children(recursive=True) if not is_agent(child)]
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=30)
     finally:

@@ -344,10 +344,12 @@ def test_rebuilds_after_failures_leak_nothing(kind: Case, members: list[Member])
 
     rebuild()
     before = settled()
-    for _ in range(20 if kind == "relay" else 50):
+    num_rebuilds = 20 if kind == "relay" else 50
+    for _ in range(num_rebuilds):
         rebuild()
     after = settled()
-    assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
+    # This process has run other tests, whose remains come and go; a leak would be one for each rebuild.
+    assert all(now - then < num_rebuilds / 10 for now, then in zip(after, before, strict=True)), (before, after)
 
 
 def test_tickets_and_errors_travel() -> None:
