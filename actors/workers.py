@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,16 @@ class ModelSource:
 
 
 @dataclass(frozen=True, slots=True)
+class Roles:
+    """The class behind each role, before Ray makes actors of it; tests put others in their place."""
+
+    policy: Any = field(default_factory=policy_actor)
+    rollout: Any = RolloutActor
+    reward: Any = RewardActor
+    reference: Any = ReferenceActor
+
+
+@dataclass(frozen=True, slots=True)
 class Workers:
     """The actors of a GRPO run, by pool."""
 
@@ -52,7 +62,7 @@ async def policy_group(
     """All policy ranks, with the model loaded."""
     spawned: list[ActorHandle] = []
     try:
-        group = _policy_group(recipe, model, pools, run_dir, spawned)
+        group = _policy_group(recipe, model, pools, run_dir, spawned, policy_actor())
         await group.start(_START_TIMEOUT_S)
         yield group
     finally:
@@ -67,12 +77,13 @@ async def grpo_workers(
     run_dir: Path,
     router: Router,
     say: Callable[[str], None],
+    roles: Roles,
 ) -> AsyncIterator[Workers]:
     """All workers of the run, started side by side; the first that fails stops the start of the others."""
     spawned: list[ActorHandle] = []
     workers: Workers | None = None
     try:
-        workers = _spawn_all(recipe, model, pools, run_dir, router, say, spawned)
+        workers = _spawn_all(recipe, model, pools, run_dir, router, say, roles, spawned)
         async with asyncio.TaskGroup() as starts:
             starts.create_task(workers.policy.start(_START_TIMEOUT_S))
             starts.create_task(workers.fleet.start())
@@ -103,16 +114,17 @@ def _spawn_all(
     run_dir: Path,
     router: Router,
     say: Callable[[str], None],
+    roles: Roles,
     spawned: list[ActorHandle],
 ) -> Workers:
     functions, timeout_s = recipe.rewards.functions, recipe.rewards.timeout_s
-    rewards = _spawn(ray.remote(RewardActor), "reward", recipe, pools, spawned, lambda _: (functions, timeout_s))
+    rewards = _spawn(ray.remote(roles.reward), "reward", recipe, pools, spawned, lambda _: (functions, timeout_s))
     references: tuple[ActorHandle, ...] = ()
     if recipe.algorithm.beta > 0:
         frozen = _reference_settings(recipe, model)
-        references = _spawn(ray.remote(ReferenceActor), "reference", recipe, pools, spawned, lambda _: (frozen,))
+        references = _spawn(ray.remote(roles.reference), "reference", recipe, pools, spawned, lambda _: (frozen,))
     settings, scorers = _rollout_settings(recipe, model), (list(rewards), list(references))
-    actor: Any = ray.remote(RolloutActor)
+    actor: Any = ray.remote(roles.rollout)
 
     def spawn(number: int, bundle: int) -> ActorHandle:
         handle: ActorHandle = actor.options(**pools.options("rollout", bundle)).remote(number, settings, *scorers)
@@ -126,7 +138,8 @@ def _spawn_all(
         max_rebuilds=recipe.rollout.max_rebuilds,
         say=say,
     )
-    return Workers(_policy_group(recipe, model, pools, run_dir, spawned), references, rewards, fleet)
+    policy = _policy_group(recipe, model, pools, run_dir, spawned, roles.policy)
+    return Workers(policy, references, rewards, fleet)
 
 
 def _spawn(
@@ -145,7 +158,7 @@ def _spawn(
 
 
 def _policy_group(
-    recipe: Recipe, model: ModelSource, pools: ReservedPools, run_dir: Path, spawned: list[ActorHandle]
+    recipe: Recipe, model: ModelSource, pools: ReservedPools, run_dir: Path, spawned: list[ActorHandle], actor: Any
 ) -> PolicyGroup:
     settings = PolicySettings(
         model_path=model.path,
@@ -160,7 +173,7 @@ def _policy_group(
         objective=_objective(recipe),
         run_dir=str(run_dir),
     )
-    ranks = _spawn(policy_actor(), "policy", recipe, pools, spawned, lambda rank: (rank, settings))
+    ranks = _spawn(actor, "policy", recipe, pools, spawned, lambda rank: (rank, settings))
     return PolicyGroup(ranks, settings.objective.max_completion_length, recipe.policy.timeout_s)
 
 

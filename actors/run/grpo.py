@@ -22,7 +22,7 @@ from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.signals import on_signal
 from actors.run.tracker import Tracker
-from actors.workers import ModelSource, Workers, grpo_workers, score_timeout_s
+from actors.workers import ModelSource, Roles, Workers, grpo_workers, score_timeout_s
 from algorithms.depth import DepthController
 from algorithms.pacing import Pacer
 from algorithms.slots import Slot
@@ -38,12 +38,13 @@ async def run_grpo(
     folder: RunFolder,
     progress: RunProgress,
     resume: Resume | None = None,
+    roles: Roles | None = None,
 ) -> None:
     """Train, from the beginning or from a cut; raises what stopped the run, after the workers are gone."""
     progress.say("starting the policy, the rollout replicas and the reward workers")
     config = recipe.model_dump(mode="json")
     router = _router(recipe)
-    async with grpo_workers(recipe, model, pools, folder.path, router, progress.say) as workers:
+    async with grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles()) as workers:
         publisher = _publisher(recipe, workers)
         pacer = _pacer(recipe)
         async_pacer = AsyncPacer(pacer, stall_timeout_s=2 * _group_timeout_s(recipe))
