@@ -94,6 +94,9 @@ class PolicyActor:
         self._sender: Sender | None = None
         self._wire: Transport | None = None
         self._snapshot: PolicyState | None = None
+        self._spare: PolicyState | None = None
+        """The last snapshot that was written: the next one takes its memory."""
+        self._base: str | None = None
 
     def address(self) -> tuple[str, int]:
         """This process's address and a free port on it, for the ranks' rendezvous."""
@@ -122,7 +125,7 @@ class PolicyActor:
 
         from actors.model.forward import PACKED_ATTENTION
         from actors.model.load import load_causal_lm
-        from actors.model.lora import adapt, trained_parameters
+        from actors.model.lora import adapt, base_digest, trained_parameters
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
         # killed meanwhile leaves behind: every later start would wait for it without end.
@@ -140,6 +143,7 @@ class PolicyActor:
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
+            self._base = base_digest(model)
             adapt(model, settings.policy.lora)
             if settings.policy.gradient_checkpointing:
                 model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient may give none
@@ -275,18 +279,30 @@ class PolicyActor:
 
     def snapshot(self) -> None:
         """Copy all that the next step depends on to the host of rank 0; every rank is called."""
-        self._snapshot = collect(self.engine, self._parameters, self.version, keep=self.rank == 0)
+        spare, self._spare = self._spare, None  # there is none while one is being written
+        keep = self.rank == 0
+        self._snapshot = collect(self.engine, self._parameters, self.version, keep, self._base, spare)
 
     def write_snapshot(self, folder: Path) -> None:
-        """Rank 0 writes the snapshot, while training goes on."""
+        """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is."""
+        from actors.model.files import MODEL, describe
+        from actors.model.lora import describe_adapter
+
         assert self._snapshot is not None, "snapshot comes first, and rank 0 keeps it"
         snapshot, self._snapshot = self._snapshot, None
         snapshot.write(folder)
+        (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
+        self._spare = snapshot
 
     def restore(self, folder: Path) -> None:
         """Go on from what `write_snapshot` has left; every rank is called."""
         try:
             state = PolicyState.read(folder)
+            if state.base is not None and self._base is not None and state.base != self._base:
+                raise ValueError(
+                    f"the adapter was trained on other weights than those of {self.settings.model_path}; go on with "
+                    "the model that the run began with, or begin anew with --overwrite"
+                )
             restore(self.engine, self._parameters, state)
         except ValueError as error:
             raise RunError(f"{folder}: {error}") from error

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.attempts import Attempts, Limits
 from actors.checkpoint.checkpointer import Checkpointer
+from actors.checkpoint.moment import GrpoMoment
 from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
@@ -61,17 +62,6 @@ async def run_grpo(
             reporter = Reporter(recipe, folder, progress, tracker, async_pacer, publisher, ledger)
             if resume is not None:
                 reporter.resume(resume.cut.progress)
-            checkpointer = Checkpointer(
-                store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep),
-                every=recipe.checkpoint.every,
-                timeout_s=recipe.checkpoint.timeout_s,
-                pacer=async_pacer,
-                policy=workers.policy,
-                ledger=ledger,
-                progress=reporter.progress,
-                say=progress.say,
-                cut_version=None if resume is None else first_version,
-            )
             attempts = Attempts(
                 limits=_limits(recipe),
                 dynamic_sampling=recipe.algorithm.dynamic_sampling,
@@ -80,6 +70,20 @@ async def run_grpo(
                 router=router,
                 fleet=workers.fleet,
                 ledger=ledger,
+            )
+            moment = GrpoMoment(async_pacer, ledger, attempts, _depth(recipe, pacer), reporter.progress)
+            if resume is not None:
+                await moment.restore(resume.cut)
+            checkpointer = Checkpointer(
+                store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
+                config=recipe.checkpoint,
+                num_steps=recipe.steps,
+                policy=workers.policy,
+                tokenizer=tokenizer,
+                moment=moment.take,
+                metrics=lambda: reporter.metrics,
+                say=progress.say,
+                cut_version=None if resume is None else first_version,
             )
             controller = Controller(
                 num_steps=recipe.steps,
@@ -92,7 +96,7 @@ async def run_grpo(
                 policy=workers.policy,
                 publisher=publisher,
                 ledger=ledger,
-                depth=_depth(recipe, pacer),
+                depth=moment.depth,
                 report=reporter.report,
                 settled=checkpointer.after,
                 stopped=checkpointer.last,

@@ -33,7 +33,7 @@ def test_what_was_staged_and_never_committed_is_not_there(tmp_path: Path) -> Non
     (store.stage(2) / "weights").write_bytes(b"half")
     assert store.versions() == [1]
     make(store, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["version-00000001", "version-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_id", "version-00000001", "version-00000003"]
 
 
 def test_any_damage_is_found(tmp_path: Path) -> None:
