@@ -44,6 +44,15 @@ class Failures(msgspec.Struct, frozen=True):
     filtered_in_a_row: int = 0
 
 
+class Measured(msgspec.Struct, frozen=True):
+    """What the run has measured of itself; in a file of its own: it is long, and JSON has no infinity."""
+
+    audit: AuditState | None = None
+    """Of what is trained against what is sampled."""
+    depth: DepthState | None = None
+    """When the recipe adapts the pipeline depth."""
+
+
 class Cut(msgspec.Struct, frozen=True):
     """A run goes on at weight version `version`. Of a supervised run nothing is in flight, and there is no journal.
 
@@ -57,18 +66,15 @@ class Cut(msgspec.Struct, frozen=True):
     pacer: PacerState
     progress: Progress
     failures: Failures = Failures()
-    depth: DepthState | None = None
-    """When the recipe adapts the pipeline depth."""
-    audit: AuditState | None = None
-    """Of what is trained against what is sampled; in a file of its own."""
+    measured: Measured = Measured()
     score: Score | None = None
     """When the recipe wants the best checkpoint kept."""
     format: int = FORMAT
 
     def write(self, folder: Path, groups: list[SavedGroup]) -> None:
         """Beside the policy's files; `groups` are those that are ready to be trained."""
-        (folder / "cut.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(self, audit=None)))
-        (folder / "audit.msgpack").write_bytes(msgspec.msgpack.encode(self.audit))
+        (folder / "cut.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(self, measured=Measured())))
+        (folder / "measured.msgpack").write_bytes(msgspec.msgpack.encode(self.measured))
         (folder / "groups.msgpack").write_bytes(encode(groups))
 
     @classmethod
@@ -82,11 +88,8 @@ class Cut(msgspec.Struct, frozen=True):
                 "--overwrite"
             )
         cut: Self = _read(folder / "cut.json", lambda data: msgspec.json.decode(data, type=cls))
-        audit = _read(
-            folder / "audit.msgpack",
-            lambda data: msgspec.msgpack.decode(data, type=AuditState | None),
-        )
-        return msgspec.structs.replace(cut, audit=audit), _read(folder / "groups.msgpack", decode)
+        measured = _read(folder / "measured.msgpack", lambda data: msgspec.msgpack.decode(data, type=Measured))
+        return msgspec.structs.replace(cut, measured=measured), _read(folder / "groups.msgpack", decode)
 
 
 class _Format(msgspec.Struct):

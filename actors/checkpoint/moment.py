@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from actors.attempts import Attempts
-from actors.checkpoint.cut import Cut, Progress
+from actors.checkpoint.cut import Cut, Measured, Progress
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from algorithms.depth import DepthController
@@ -29,8 +29,7 @@ class GrpoMoment:
             state,
             self.progress(),
             failures=self.attempts.state(),
-            depth=None if self.depth is None else self.depth.state(),
-            audit=self.ledger.audit.state(),
+            measured=Measured(self.ledger.audit.state(), None if self.depth is None else self.depth.state()),
         )
         self.ledger.flush()
         return cut, ready
@@ -38,8 +37,8 @@ class GrpoMoment:
     async def restore(self, cut: Cut) -> None:
         """Go on as the run did when the cut was taken."""
         self.attempts.restore(cut.failures)
-        if cut.audit is not None:
-            self.ledger.audit.restore(cut.audit)
-        if self.depth is not None and cut.depth is not None:
-            self.depth.restore(cut.depth)
+        if cut.measured.audit is not None:
+            self.ledger.audit.restore(cut.measured.audit)
+        if self.depth is not None and cut.measured.depth is not None:
+            self.depth.restore(cut.measured.depth)
             await self.pacer.set_depth(self.depth.depth)
