@@ -171,11 +171,14 @@ def _describe(path: Path) -> _File:
 
 
 def _remove(path: Path) -> None:
-    """Of a link the link alone."""
+    """Whole or not at all: when the process is killed meanwhile, what is left is no checkpoint and is cleared later."""
     if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path)
+        path.unlink(missing_ok=True)  # of a link the link alone
+        return
+    doomed = path.with_name(f".staged-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _sync(path: Path) -> None:

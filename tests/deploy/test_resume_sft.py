@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.checkpoint.store import CheckpointStore
 from tests.deploy.test_faults import wait_for_steps
 from tests.deploy.test_resume import environment, train
+from tests.prove import ONLY_PROVE
 
 NUM_STEPS, EVERY = 240, 20
 RECIPE = """
@@ -25,10 +26,13 @@ run_dir: {folder}/run
 model: {{kind: tiny, hidden_size: 64, num_layers: 2, num_heads: 1, tie_word_embeddings: true}}
 dataset: {{path: "reasoning_gym:spell_backward", size: 100, task: {{min_word_len: 3, max_word_len: 4}}}}
 optimizer: {{learning_rate: 1.0e-3, lr_scheduler_type: cosine, warmup_steps: 10}}
-policy: {{lora: {{r: 4, lora_alpha: 8, lora_dropout: 0.1}}, num_threads: 1}}
+policy: {policy}
 checkpoint: {{every: {every}, best: {{metric: loss, mode: min}}}}
 pools: {{policy: {{cpus_per_worker: 0.5}}}}
 """
+
+ADAPTERS = "{lora: {r: 4, lora_alpha: 8, lora_dropout: 0.1}, num_threads: 1}"
+"""With dropout, so that torch's random state matters."""
 
 
 def begin(folder: Path) -> psutil.Popen:
@@ -45,12 +49,16 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.cluster
-def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    """With dropout, so that torch's random state matters, and a learning rate that depends on the step."""
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(ADAPTERS, id="adapters"), pytest.param("{num_threads: 1}", marks=ONLY_PROVE, id="whole model")],
+)
+def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path, policy: str) -> None:
+    """With a learning rate that depends on the step."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-        (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=NUM_STEPS, every=EVERY))
+        (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=NUM_STEPS, every=EVERY, policy=policy))
     train_whole(whole)
     run = broken / "run"
 
@@ -73,7 +81,7 @@ def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path) -> Non
     assert first < at == len(lines(run)) < NUM_STEPS
 
     train_whole(broken)
-    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+    for name in ("model.safetensors", *(["adapter/adapter_model.safetensors"] if policy == ADAPTERS else [])):
         assert (run / "model" / name).read_bytes() == (whole / "run" / "model" / name).read_bytes(), name
     for mine, other in zip(lines(run), lines(whole / "run"), strict=True):
         for metric in ("step", "loss", "grad_norm", "learning_rate", "num_tokens"):

@@ -70,3 +70,23 @@ def test_links_are_refused(tmp_path: Path) -> None:
     (folder / "weights").symlink_to(secret)
     with pytest.raises(DamagedError, match="no links"):
         store.open(1)
+
+
+def test_one_that_is_being_removed_is_gone_or_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is killed after it has removed one file of it."""
+    store = CheckpointStore(tmp_path, keep=1)
+    make(store, 1)
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "weights").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("actors.checkpoint.store.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(store, 2)
+    assert store.versions() == [2]
+    store.open(2)
+    make(store, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_id", "version-00000003"]
