@@ -57,10 +57,16 @@ class Watch:
 
 
 def best_of(scores: Mapping[int, Score | None], config: BestConfig) -> int | None:
-    """The version with the best value of the metric, the newest of equal ones; None when none has a value."""
+    """The version with the best value of the metric, the newest of equal ones; None when none has a value.
+
+    A mean over less than half as many steps as another's, such as that of a run that was stopped right after a cut, may
+    be the best by chance, and is not.
+    """
+    found = {version: score for version, score in scores.items() if score is not None and score.metric == config.metric}
+    enough = max((score.num_steps for score in found.values()), default=0) / 2
     sign = 1.0 if config.mode == "max" else -1.0
-    found = [(sign * s.value, version) for version, s in scores.items() if s is not None and s.metric == config.metric]
-    return max(found)[1] if found else None
+    values = [(sign * score.value, version) for version, score in found.items() if score.num_steps >= enough]
+    return max(values)[1] if values else None
 
 
 class _Scored(msgspec.Struct):
