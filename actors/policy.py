@@ -123,6 +123,7 @@ class PolicyActor:
         import deepspeed
         from transformers import get_scheduler, set_seed
 
+        from actors.model.files import make_savable
         from actors.model.forward import PACKED_ATTENTION
         from actors.model.load import load_causal_lm
         from actors.model.lora import adapt, base_digest, trained_parameters
@@ -140,6 +141,7 @@ class PolicyActor:
             dtype=settings.policy.dtype,
             attn_implementation=PACKED_ATTENTION,
         )
+        make_savable(model)
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:

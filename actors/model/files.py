@@ -24,4 +24,14 @@ def describe(model: Any, folder: Path) -> None:
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+        model.generation_config.to_json_file(folder / "generation_config.json")  # as it is, valid or not
+
+
+def make_savable(model: Any) -> None:
+    """Transformers loads models whose generation config it refuses to save: settings of sampling, and no sampling."""
+    if not model.can_generate():
+        return
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True  # as the policy is sampled from
