@@ -37,11 +37,12 @@ class Scorers:
                 watch.cancel()
 
     async def _watch(self, name: str) -> None:
-        worker, process = self.workers[name], None
+        worker = self.workers[name]
+        process: int | None = None
         while True:
             await asyncio.sleep(self.liveness.every_s)
             try:
-                answered = await within(self.liveness.timeout_s, worker.ping.remote(), f"a sign of life of {name}")
+                answered = await within(self.liveness.timeout_s, _ping(worker), f"a sign of life of {name}")
             except ActorUnavailableError:
                 continue  # Ray is starting it again
             except DeadlineError as error:
@@ -57,3 +58,9 @@ class Scorers:
                 self.num_restarted += 1
                 self.say(f"warning: {name} had died and was started again")
             process = answered
+
+
+async def _ping(worker: ActorHandle) -> int:
+    """The number of the process that answers."""
+    process: int = await worker.ping.remote()
+    return process

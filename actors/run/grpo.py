@@ -91,16 +91,16 @@ class Lives:
         self.num_lost += 1
         allowed = self.run.recipe.policy.max_restarts
         if self.num_lost > allowed:
-            raise RunError(
-                f"the policy was lost {self.num_lost} times, and policy.max_restarts allows {allowed}: {error}"
-            )
+            raise RunError(f"{error}; the policy was lost {self.num_lost} times, policy.max_restarts allows {allowed}")
         recipe, folder, store = self.run.recipe, self.run.folder, CheckpointStore(self.run.folder.checkpoints)
         try:
             resume = await asyncio.to_thread(find, store, folder.recipe, recipe, ())
         except ValueError as damaged:
             raise RunError(f"{error}, and there is nothing to go on from: {damaged}") from error
         version = 0 if resume is None else resume.cut.version
-        self.run.progress.say(f"warning: {error}; the policy is built again and goes on from step {version}")
+        notes = () if resume is None else resume.notes
+        for note in (f"warning: {error}; the policy is built again and goes on from step {version}", *notes):
+            self.run.progress.say(note)
         folder.rewind(recipe, version)
         store.discard_after(version)
         async with asyncio.TaskGroup() as tasks:

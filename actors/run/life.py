@@ -61,15 +61,18 @@ class Life:
 
     async def live(self) -> None:
         """Train to the last step; PolicyLostError when the policy is lost on the way."""
+        liveness = self.run.recipe.liveness
         with self.ledger:
             try:
                 await self.publisher.connect()
                 async with asyncio.TaskGroup() as tasks:
-                    watch = tasks.create_task(self.policy.watch(self.run.recipe.liveness), name="watch the policy")
+                    watch = tasks.create_task(self.policy.watch(liveness), name="watch the policy")
                     await self.controller.run()
                     watch.cancel()
-            finally:
-                await self.checkpointer.finish()
+            except BaseException:
+                await self.checkpointer.finish(liveness.timeout_s)  # the policy that writes may be what has failed
+                raise
+            await self.checkpointer.finish()
 
     def summary(self) -> dict[str, Any]:
         """The figures of the whole run."""
