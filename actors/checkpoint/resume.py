@@ -14,7 +14,7 @@ from actors.recipe.file import load_recipe
 from actors.recipe.schema import Recipe
 
 _FREE = (
-    "pools", "rollout", "sync", "logging", "checkpoint", "simulation", "run_dir", "policy.zero_stage",
+    "pools", "rollout", "sync", "logging", "checkpoint", "stall", "simulation", "run_dir", "policy.zero_stage",
     "policy.num_threads", "policy.timeout_s", "policy.gradient_checkpointing", "rewards.timeout_s",
     "generation.timeout_s",
 )  # fmt: skip

@@ -203,6 +203,18 @@ class LoggingConfig(BaseModel):
     """Also log to this Weights & Biases project; the key comes from the environment (WANDB_API_KEY, WANDB_MODE)."""
 
 
+class StallConfig(BaseModel):
+    """What to do when no group finishes while the policy waits."""
+
+    model_config = CLOSED
+
+    timeout_s: float | None = Field(None, gt=0.0)
+    """For so long; null takes twice the longest that a group may take by its own deadlines."""
+    then: Literal["exit", "retry"] = "exit"
+    """`exit` leaves a checkpoint and ends the run with a sentence that names the suspect; `retry` goes on if that is a
+    rollout replica, which is replaced (`rollout.max_rebuilds` counts it), and does as `exit` if not."""
+
+
 class _Recipe(BaseModel):
     model_config = CLOSED
 
@@ -249,6 +261,7 @@ class GrpoRecipe(_Recipe):
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    stall: StallConfig = StallConfig()
     simulation: SimulationConfig = SimulationConfig()
     """How long things take, for `python -m deploy simulate`; training ignores it."""
 

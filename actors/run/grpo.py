@@ -22,6 +22,7 @@ from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.signals import on_signal
 from actors.run.tracker import Tracker
+from actors.run.watchdog import Watchdog
 from actors.workers import ModelSource, Roles, Workers, grpo_workers, score_timeout_s
 from algorithms.depth import DepthController
 from algorithms.pacing import Pacer
@@ -47,7 +48,8 @@ async def run_grpo(
     async with grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles()) as workers:
         publisher = _publisher(recipe, workers)
         pacer = _pacer(recipe)
-        async_pacer = AsyncPacer(pacer, stall_timeout_s=2 * _group_timeout_s(recipe))
+        async_pacer = AsyncPacer(pacer, stall_timeout_s=recipe.stall.timeout_s or 2 * _group_timeout_s(recipe))
+        watchdog = _watchdog(recipe, workers, router, async_pacer, publisher, folder, progress)
         first_version = 0
         if resume is not None:
             first_version = resume.cut.version
@@ -98,8 +100,10 @@ async def run_grpo(
                 stopped=checkpointer.last,
                 first_version=first_version,
             )
+            watchdog.leave = checkpointer.last
             with on_signal(async_pacer.stop, progress.say):
-                await controller.run()
+                async with watchdog.watching():
+                    await controller.run()
             await checkpointer.finish()
         await workers.policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)
@@ -163,6 +167,31 @@ def _publisher(recipe: GrpoRecipe, workers: Workers) -> Publisher:
         member_timeout_s=recipe.rollout.start_timeout_s,
         drain_timeout_s=0.0 if recipe.staleness.in_flight_updates else recipe.generation.timeout_s,
     )
+
+
+def _watchdog(
+    recipe: GrpoRecipe,
+    workers: Workers,
+    router: Router,
+    pacer: AsyncPacer,
+    publisher: Publisher,
+    folder: RunFolder,
+    progress: RunProgress,
+) -> Watchdog:
+    watchdog = Watchdog(
+        policies=workers.policy.ranks,
+        references=workers.references,
+        rewards=workers.rewards,
+        fleet=workers.fleet,
+        router=router,
+        pacer=pacer,
+        publisher=publisher,
+        path=folder.stall,
+        then=recipe.stall.then,
+        say=progress.say,
+    )
+    pacer.on_stall = watchdog.idle
+    return watchdog
 
 
 def _limits(recipe: GrpoRecipe) -> Limits:

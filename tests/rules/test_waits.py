@@ -24,6 +24,8 @@ ALLOWED = {
     "actors/fleet.py: Fleet._supervise: await self._to_rebuild.get()": IDLE,
     "actors/pacer.py: AsyncPacer._change: self._changed": TAKEN,
     "actors/pacer.py: AsyncPacer._wait: self._changed": TAKEN,
+    "actors/pacer.py: AsyncPacer._stalled: await self.on_stall(reason)": "Watchdog.idle: deadlines inside",
+    "actors/run/watchdog.py: Watchdog._checkpoint: *": "Checkpointer.last: deadlines inside",
     "actors/policy.py: PolicyActor._whole: whole": "a gather of ZeRO-3: the controller's deadline of the call",
     "actors/deadline.py: aside: await asyncio.wrap_future(answer)": "made for `within`, and lint asks callers for it",
     "actors/publisher.py: Publisher._admit: self.exclusive": "held over a step and a publication: deadlines inside",
