@@ -61,6 +61,8 @@ class Worker:
     processes: tuple[Process, ...] = ()
     note: str = ""
     """What could not be found out, and why."""
+    account: str = ""
+    """Its stacks as it told them itself, when it answered: less than py-spy sees, and nothing of its children."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,4 +155,6 @@ def report(reason: str, workers: Sequence[Worker], pending: Sequence[Pending], f
         lines += [f"   {worker.note}"] * bool(worker.note)
         for process in worker.processes:
             lines += [f"-- pid {process.pid}, state {process.state or 'unknown'}: {process.command}", process.stack]
+        if worker.account and not any(process.stack.startswith("Python") for process in worker.processes[:1]):
+            lines += ["-- its own account:", worker.account]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,10 @@ are on their way and since when, and what the schedule and the publication wait 
 
 import asyncio
 import contextlib
+import sys
+import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,13 +129,15 @@ async def _seen(members: list[_Member]) -> list[Worker]:
     workers = []
     for member, known, answer in zip(members, rays, answers, strict=True):
         if known is None:
-            workers.append(Worker(member.role, member.number, "", True, answer, (), "Ray did not say where it is"))
+            note = "Ray did not say where it is"
+            workers.append(Worker(member.role, member.number, "", True, answer is not None, (), note, answer or ""))
             continue
         look = looks.get(known["Address"]["NodeID"], {})
         processes = () if isinstance(look, str) else look.get(known["Pid"], ())
         note = look if isinstance(look, str) else ""
         node, alive = known["Address"]["IPAddress"], known["State"] != "DEAD"
-        workers.append(Worker(member.role, member.number, node, alive, answer, processes, note))
+        told = answer is not None, processes, note, answer or ""
+        workers.append(Worker(member.role, member.number, node, alive, *told))
     return workers
 
 
@@ -149,13 +154,13 @@ async def _known_to_ray(members: list[_Member]) -> list[dict[str, Any] | None]:
         return [None] * len(members)
 
 
-async def _answers(member: _Member) -> bool:
-    """Whether the actor runs a call that does nothing."""
+async def _answers(member: _Member) -> str | None:
+    """What the actor does by its own account; None when it does not answer."""
     try:
-        await within(_ASK_TIMEOUT_S, member.handle.__ray_call__.remote(_nothing), "an answer")
+        account: str = await within(_ASK_TIMEOUT_S, member.handle.__ray_call__.remote(_account), "an answer")
     except (RunError, RayError):
-        return False
-    return True
+        return None
+    return account
 
 
 async def _look_at(node: str, pids: list[int]) -> dict[int, Any] | str:
@@ -173,5 +178,8 @@ async def _look_at(node: str, pids: list[int]) -> dict[int, Any] | str:
     return seen
 
 
-def _nothing(_: object) -> None:
-    """It answers."""
+def _account(_: object) -> str:
+    """The Python stacks of this process, for where py-spy may not look (containers without SYS_PTRACE)."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    stacks = [(names.get(ident, "?"), traceback.format_stack(frame)) for ident, frame in sys._current_frames().items()]
+    return "\n".join(f"Thread {name}\n{''.join(stack)}" for name, stack in stacks).rstrip()

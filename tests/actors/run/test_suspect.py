@@ -139,3 +139,10 @@ def test_the_report_holds_all_that_was_seen() -> None:
         "busy (/p/y.py:1)",
     ):
         assert part in text
+
+
+def test_where_py_spy_may_not_look_the_workers_own_account_is_told() -> None:
+    own = Process(1, "ray::RewardActor", "S", "no stack: py-spy: Permission denied")
+    told = Worker(REWARD, 0, "10.0.0.3", alive=True, answers=True, processes=(own,), account="Thread MainThread")
+    text = report("no group finished", [told], [], {})
+    assert "no stack: py-spy: Permission denied\n-- its own account:\nThread MainThread" in text
