@@ -196,4 +196,4 @@ async def test_a_policy_that_is_late_is_named(local_ray: None, tmp_path: Path) -
     finally:
         run.close()
     assert str(caught.value).startswith("the policy step at version 5 took longer than 3 s: policy rank 0 (pid ")
-    assert f"does not answer: it is in step, {__file__}:" in str(caught.value)
+    assert f"does not answer: it is in PolicyStandIn.step, {__file__}:" in str(caught.value)
