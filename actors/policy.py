@@ -101,6 +101,9 @@ class PolicyActor:
         self._snapshot: PolicyState | None = None
         self._meeting: TCPStore | None = None
 
+    def ping(self) -> None:
+        """The process answers; asked beside its work, under CONTROL."""
+
     def address(self) -> tuple[str, int]:
         """This process's address and the port at which it serves the ranks' rendezvous, there and nowhere else."""
         self._meeting = open_store(node_ip(), _MEET_TIMEOUT.total_seconds())

@@ -53,7 +53,7 @@ class Router:
         return dict(self._sent)
 
     def join(self, replica: int, handle: ray.actor.ActorHandle) -> None:
-        """Groups may go to this replica from now on; its number is never used again."""
+        """Groups may go to this replica from now on."""
         self._replicas[replica] = handle
         self._routes.join(replica)
         self._freed.set()

@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.deadline import DeadlineError, aside, within
-from actors.errors import RunError, first_cause, last_line
+from actors.errors import PolicyLostError, RunError, first_cause, last_line
 from actors.fleet import Fleet
 from actors.pacer import AsyncPacer
 from actors.publisher import Publisher
@@ -29,7 +29,7 @@ from actors.router import Router
 from actors.run.stacks import processes_of
 from actors.run.suspect import POLICY, REFERENCE, REPLICA, REWARD, Pending, Worker, report, sentence, suspect
 
-_ASK_TIMEOUT_S = 5.0
+_ASK_TIMEOUT_S = 3.0
 _LOOK_TIMEOUT_S = 20.0
 _TASK_TIMEOUT_S = 60.0
 """For a node to start a process that looks around there, and for that to look."""
@@ -81,13 +81,15 @@ class Watchdog:
         """A deadline of the policy or of a publication that passes inside is told with its suspect."""
         try:
             yield
-        except (DeadlineError, BaseExceptionGroup) as error:
+        except (DeadlineError, PolicyLostError, BaseExceptionGroup) as error:
             cause = first_cause(error)
-            if not isinstance(cause, DeadlineError):
+            lost = isinstance(cause, PolicyLostError)  # the run goes on with another policy
+            if not isinstance(cause.__cause__ if lost else cause, DeadlineError):
                 raise
             reason = str(cause)
             workers, pending = await self._look(reason)
-            raise StallError(f"{sentence(workers, pending, reason)}; see {self.path}") from error
+            told = f"{sentence(workers, pending, reason)}; see {self.path}"
+            raise (PolicyLostError if lost else StallError)(told) from error
 
     async def _checkpoint(self) -> str:
         version = self.publisher.committed

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import ray
 
-from actors.deadline import within
+from actors.deadline import DeadlineError, within
+from actors.errors import PolicyLostError
 from actors.fleet import Fleet, State
 from actors.pacer import AsyncPacer
 from actors.policy import node_ip
@@ -185,14 +186,23 @@ async def test_a_replica_that_is_the_suspect_is_fenced_and_the_run_waits_on(loca
     assert run.left == []
 
 
-async def test_a_policy_that_is_late_is_named(local_ray: None, tmp_path: Path) -> None:
+async def step(policy: Any, goes_on: bool) -> None:
+    try:
+        await within(3.0, policy.step.remote(), "the policy step at version 5")
+    except DeadlineError as error:
+        raise (PolicyLostError(str(error)) if goes_on else error) from error
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+async def test_a_policy_that_is_late_is_named(goes_on: bool, local_ray: None, tmp_path: Path) -> None:
+    """Whether its deadline ends the run, or the run goes on with another policy."""
     policy: Any = ray.remote(PolicyStandIn).options(num_cpus=0.1).remote()
     run = Run(tmp_path, policies=(policy,))
     await run.fleet.start()
     try:
-        with pytest.raises(StallError) as caught:
+        with pytest.raises(PolicyLostError if goes_on else StallError) as caught:
             async with run.watchdog.watching(), asyncio.TaskGroup() as tasks:
-                tasks.create_task(within(3.0, policy.step.remote(), "the policy step at version 5"))
+                tasks.create_task(step(policy, goes_on))
     finally:
         run.close()
     assert str(caught.value).startswith("the policy step at version 5 took longer than 3 s: policy rank 0 (pid ")
