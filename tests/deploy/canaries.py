@@ -1,10 +1,14 @@
-"""Secrets that are planted in a run's environment must not be found in anything that it leaves, nor in any argument."""
+"""Secrets that are planted in a run's environment must not be found in anything that it leaves, nor in any argument.
+
+The processes of the run are looked at while it runs, their listening sockets as well.
+"""
 
 import contextlib
 import os
 import secrets
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -33,29 +37,41 @@ def found_in_files(canaries: dict[str, str], *folders: Path) -> list[str]:
     return found
 
 
-@contextlib.contextmanager
-def watched(canaries: dict[str, str]) -> Iterator[list[str]]:
-    """While the context is open, whose arguments hold a canary; all processes that this one has started are looked at.
+@dataclass(slots=True)
+class Watched:
+    """What was seen of all processes that this one has started."""
 
-    The first entry says how many processes were seen.
-    """
-    found: list[str] = [""]
-    seen: set[int] = set()
+    processes: set[int] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
+    """`name: process` for each canary in an argument."""
+    listening: set[tuple[str, str]] = field(default_factory=set)
+    """Process and address of each socket that other machines reach."""
+
+    def look(self, process: psutil.Process, canaries: dict[str, str]) -> None:
+        name, words = process.name(), "\0".join(process.cmdline())
+        self.processes.add(process.pid)
+        self.told |= {f"{canary}: {name}" for canary, value in canaries.items() if value in words}
+        for socket in process.net_connections("inet"):
+            if socket.status == psutil.CONN_LISTEN and not socket.laddr.ip.startswith(("127.", "::1", "::ffff:127.")):
+                self.listening.add((name, socket.laddr.ip))
+
+
+@contextlib.contextmanager
+def watched(canaries: dict[str, str]) -> Iterator[Watched]:
+    """All processes that this one starts are looked at, again and again, while the context is open."""
+    seen = Watched()
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.2):
+        while not done.wait(0.3):
             for process in psutil.Process(os.getpid()).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    words = "\0".join(process.cmdline())
-                    seen.add(process.pid)
-                    found.extend(f"{name}: {process.name()}" for name, value in canaries.items() if value in words)
+                    seen.look(process, canaries)
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield found
+        yield seen
     finally:
         done.set()
         thread.join()
-        found[0] = str(len(seen))
