@@ -226,8 +226,8 @@ class StallConfig(BaseModel):
     timeout_s: float | None = Field(None, gt=0.0)
     """For so long; null takes twice the longest that a group may take by its own deadlines."""
     then: Literal["exit", "retry"] = "exit"
-    """`exit` leaves a checkpoint and ends the run with a sentence that names the suspect; `retry` goes on if that is a
-    rollout replica, which is replaced (`rollout.max_rebuilds` counts it), and does as `exit` if not."""
+    """`exit` leaves a checkpoint and ends the run with a sentence that names the suspect; `retry` replaces the suspect,
+    as often as `rollout.max_rebuilds` and `liveness.max_restarts` allow, and goes on (unless it is the policy)."""
 
 
 class _Recipe(BaseModel):

@@ -65,13 +65,13 @@ class Watchdog:
     """Takes a last checkpoint at a version."""
 
     async def idle(self, reason: str) -> RunError | None:
-        """No group finishes while the policy waits: what ends the run, or None when the suspect was fenced."""
+        """No group finishes while the policy waits: what ends the run, or None when the suspect is replaced."""
         workers, pending = await self._look(reason)
         what = sentence(workers, pending, reason)
         found = suspect(workers, pending)
-        if self.then == "retry" and found is not None and found[0].role == REPLICA:
-            self.say(f"warning: {what}; see {self.path}")
-            self.fleet.fence(found[0].number, f"the run stalled: it {found[1]}")
+        if self.then == "retry" and found is not None and found[0].role != POLICY:
+            self.say(f"warning: {what}; it is replaced, see {self.path}")
+            self._replace(*found)
             return None
         left = "" if found is not None and found[0].role == POLICY else await self._checkpoint()
         return StallError(f"{what}; {left}see {self.path}")
@@ -90,6 +90,14 @@ class Watchdog:
             workers, pending = await self._look(reason)
             told = f"{sentence(workers, pending, reason)}; see {self.path}"
             raise (PolicyLostError if lost else StallError)(told) from error
+
+    def _replace(self, worker: Worker, why: str) -> None:
+        """Another takes its place: the fleet counts replicas, and Ray the restarts of scorers, up to their limits."""
+        if worker.role == REPLICA:
+            self.fleet.fence(worker.number, f"the run stalled: it {why}")
+        else:
+            handles = self.references if worker.role == REFERENCE else self.rewards
+            ray.kill(handles[worker.number], no_restart=False)
 
     async def _checkpoint(self) -> str:
         version = self.publisher.committed

@@ -65,7 +65,7 @@ class Run:
     def __init__(self, folder: Path, then: Any = "exit", policies: tuple[Any, ...] = ()) -> None:
         (folder / "reward.py").write_text(REWARD)
         functions = (RewardConfig(function=f"{folder}/reward.py:slow"),)
-        self.reward: Any = ray.remote(RewardActor).options(num_cpus=0.1).remote(functions, 200.0)
+        self.reward: Any = ray.remote(RewardActor).options(num_cpus=0.1, max_restarts=1).remote(functions, 200.0)
         self.replica: Any = ray.remote(ReplicaStandIn).options(num_cpus=0.1).remote(self.reward)
         self.policies = policies
         self.fleet: Fleet = fleet_of([self.replica])
@@ -155,7 +155,7 @@ async def test_an_actor_that_is_stopped_is_named(who: str, local_ray: None, tmp_
 async def test_an_actor_that_is_dead_is_named(local_ray: None, tmp_path: Path) -> None:
     run = Run(tmp_path)
     await run.begin()
-    os.kill(await asyncio.to_thread(pid_of, run.reward), signal.SIGKILL)
+    ray.kill(run.reward)
     try:
         told = await run.end()
     finally:
@@ -172,9 +172,7 @@ async def test_a_replica_that_is_the_suspect_is_fenced_and_the_run_waits_on(loca
     waiting = asyncio.create_task(run.pacer.take())
     try:
         async with asyncio.timeout(60.0):
-            while not any(  # noqa: ASYNC110  the watchdog tells nobody else
-                "is fenced" in line or "see" in line for line in run.said
-            ):
+            while not run.said:  # noqa: ASYNC110  the watchdog tells nobody else
                 await asyncio.sleep(0.1)
         assert not waiting.done(), "it waits for the groups of the next attempts"
     finally:
@@ -184,6 +182,24 @@ async def test_a_replica_that_is_the_suspect_is_fenced_and_the_run_waits_on(loca
     assert run.fleet._replicas[0].state is State.FENCED
     assert f"rollout replica 0 (pid {pid}" in run.said[0]
     assert run.left == []
+
+
+async def test_a_reward_worker_that_is_the_suspect_is_started_again(local_ray: None, tmp_path: Path) -> None:
+    run = Run(tmp_path, then="retry")
+    await run.begin()
+    before = await asyncio.to_thread(pid_of, run.reward)
+    waiting = asyncio.create_task(run.pacer.take())
+    try:
+        async with asyncio.timeout(60.0):
+            while not run.said:  # noqa: ASYNC110  the watchdog tells nobody else
+                await asyncio.sleep(0.1)
+        await asyncio.sleep(2.0)
+        assert not waiting.done()
+        assert await asyncio.to_thread(pid_of, run.reward) != before
+    finally:
+        waiting.cancel()
+        run.close()
+    assert f"reward worker 0 (pid {before}" in run.said[0]
 
 
 async def step(policy: Any, goes_on: bool) -> None:
