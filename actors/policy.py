@@ -7,14 +7,15 @@ into micro-batches (`loss_type: bnpo` alone depends on the split, by definition)
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from actors.errors import RunError
 from actors.policy_state import PolicyState, collect, restore
@@ -24,6 +25,7 @@ from algorithms.losses import Normalizer, grpo_loss, sft_loss
 from algorithms.packed import PackedRow, pack_row
 from algorithms.stats import LossStats, merge
 from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup
+from sync.gloo import open_store, reach_store
 from sync.layout import parameters_of, plan_layout
 from sync.member import Membership
 from sync.sender import Sender, Sent
@@ -31,6 +33,9 @@ from sync.transport import Kind, Ticket, Transport, open_wire
 
 CONTROL, IO = "control", "io"
 """Concurrency groups, one call each, that are answered while a rank trains or sends."""
+
+_MEET_TIMEOUT = timedelta(minutes=30)
+"""For the ranks to meet, and for each of their collective operations; the controller's deadlines are shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +99,15 @@ class PolicyActor:
         self._sender: Sender | None = None
         self._wire: Transport | None = None
         self._snapshot: PolicyState | None = None
+        self._meeting: TCPStore | None = None
 
     def ping(self) -> None:
         """The process answers; asked beside its work, under CONTROL."""
 
     def address(self) -> tuple[str, int]:
-        """This process's address and a free port on it, for the ranks' rendezvous."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return node_ip(), probe.getsockname()[1]
+        """This process's address and the port at which it serves the ranks' rendezvous, there and nowhere else."""
+        self._meeting = open_store(node_ip(), _MEET_TIMEOUT.total_seconds())
+        return node_ip(), self._meeting.port
 
     def start(self, host: str, port: int) -> None:
         """Load the model and join the other ranks at `host:port`."""
@@ -132,7 +137,12 @@ class PolicyActor:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.set_num_threads(settings.policy.num_threads or max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         set_seed(settings.seed)
-        deepspeed.init_distributed("nccl" if settings.use_gpu else "gloo", verbose=False)
+        self._meeting = self._meeting or reach_store(host, port, self.rank, _MEET_TIMEOUT.total_seconds())
+        backend = "nccl" if settings.use_gpu else "gloo"
+        torch.distributed.init_process_group(
+            backend, timeout=_MEET_TIMEOUT, store=self._meeting, rank=self.rank, world_size=settings.num_ranks
+        )
+        deepspeed.init_distributed(backend, verbose=False)  # takes the group that is there
         model = load_causal_lm(
             settings.model_path,
             settings.revision,

@@ -373,7 +373,7 @@ class RolloutActor:
         )
         request: Any = {"prompt_token_ids": token_ids, "cache_salt": f"check-{time.time_ns()}"}
         outputs = self.engine.generate(request, sampling, f"check-{time.time_ns()}", lora_request=self._adapter)
-        output = await self._final(outputs)
+        output = await within(self.settings.generation.timeout_s, self._final(outputs), "scoring tokens")
         scores = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
         return [entry[token].logprob for token, entry in scores]
 

@@ -1,13 +1,11 @@
 """`python -m deploy train`: what can be known to be wrong with a recipe is found before anything is started."""
 
 import asyncio
-import contextlib
-import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 from rich.console import Console
@@ -35,6 +33,8 @@ from actors.run.progress import RunProgress
 from actors.run.sft import run_sft
 from actors.run.tracker import check_tracker
 from actors.settings import ModelSource
+from deploy.session import ray_session
+from deploy.trust import trusted_code
 from placement.cluster import from_ray, this_machine
 from placement.groups import ReservedPools, reserve
 from placement.plan import plan
@@ -113,7 +113,10 @@ def _ended_early(recipe: Recipe, folder: RunFolder) -> bool:
 def execute(jobs: list[Job], address: str | None, console: Console) -> None:
     """Run the jobs one after another on one Ray; raises what stopped a run."""
     disable_progress_bar()  # a line for each file of a model would hide ours
-    with ray_session(address):
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    for warning in trusted_code(job.recipe for job in jobs):
+        say(warning)
+    with ray_session(address, say):
         for job in jobs:
             _run(job, console)
 
@@ -246,22 +249,3 @@ def _stream(
             examples = ExampleStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, recipe.max_length)
             examples.preflight()
             return examples
-
-
-@contextlib.contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
-    """Join the cluster at `address`, else start a local Ray; a Ray started here ends here."""
-    here = str(Path.cwd())
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        # Replicas and reward workers start processes of their own, which must find these packages too.
-        runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}}
-        ray.init("local", include_dashboard=False, runtime_env=runtime_env, **quiet)
-    elif "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        ray.init(address, **quiet)  # a submitted job has brought its working directory already
-    else:
-        ray.init(address, runtime_env={"working_dir": here}, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()

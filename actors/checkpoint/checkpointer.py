@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from actors.checkpoint.cut import Cut, Progress
 from actors.checkpoint.groups import SavedGroup
 from actors.checkpoint.store import CheckpointStore
-from actors.deadline import within
+from actors.deadline import aside, within
 from actors.errors import RunError
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
@@ -84,9 +84,9 @@ class Checkpointer:
 
     async def _write(self, cut: Cut, ready: list[ReadyGroup]) -> None:
         groups = [await _saved(group) for group in ready]
-        folder = await asyncio.to_thread(self._stage, cut, groups)
+        folder = await within(self.timeout_s, aside(self._stage, cut, groups), "staging a checkpoint")
         await self.policy.write_snapshot(folder, self.timeout_s)
-        await asyncio.to_thread(self.store.commit, cut.version)
+        await within(self.timeout_s, aside(self.store.commit, cut.version), "committing a checkpoint")
 
     def _stage(self, cut: Cut, groups: list[SavedGroup]) -> Path:
         folder = self.store.stage(cut.version)

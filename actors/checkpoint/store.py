@@ -65,6 +65,8 @@ class CheckpointStore:
     def open(self, version: int) -> Path:
         """The folder of a checkpoint, every file as it was written; DamagedError names the first that is not."""
         folder = self._folder(version)
+        if folder.is_symlink():
+            raise DamagedError(f"{folder}: a checkpoint is no link")
         try:
             listing = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
             files: dict[str, dict[str, object]] = dict(listing["files"])
@@ -92,12 +94,14 @@ class CheckpointStore:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Relative names of all files; links are not followed, and none is written."""
+    """Relative names of all files, none outside the folder; links are not followed, and none is written."""
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise DamagedError(f"{path}: a checkpoint holds no links")
         if path.is_file():
             yield path.relative_to(folder).as_posix()
+        elif not path.is_dir():  # a pipe, say, would keep its reader waiting
+            raise DamagedError(f"{path}: a checkpoint holds files and folders, nothing else")
 
 
 def _describe(path: Path) -> dict[str, object]:

@@ -218,6 +218,18 @@ class LoggingConfig(BaseModel):
     """Also log to this Weights & Biases project; the key comes from the environment (WANDB_API_KEY, WANDB_MODE)."""
 
 
+class StallConfig(BaseModel):
+    """What to do when no group finishes while the policy waits."""
+
+    model_config = CLOSED
+
+    timeout_s: float | None = Field(None, gt=0.0)
+    """For so long; null takes twice the longest that a group may take by its own deadlines."""
+    then: Literal["exit", "retry"] = "exit"
+    """`exit` leaves a checkpoint and ends the run with a sentence that names the suspect; `retry` replaces the suspect,
+    as often as `rollout.max_rebuilds` and `liveness.max_restarts` allow, and goes on (unless it is the policy)."""
+
+
 class _Recipe(BaseModel):
     model_config = CLOSED
 
@@ -265,6 +277,7 @@ class GrpoRecipe(_Recipe):
     sync: SyncConfig = SyncConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     liveness: LivenessConfig = LivenessConfig()
+    stall: StallConfig = StallConfig()
     simulation: SimulationConfig = SimulationConfig()
     """How long things take, for `python -m deploy simulate`; training ignores it."""
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.checkpoint.resume import Resume, find
 from actors.checkpoint.store import CheckpointStore
 from actors.data.prompts import PromptStream
+from actors.deadline import aside, within
 from actors.errors import PolicyLostError, RunError, first_cause
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe
@@ -94,7 +95,8 @@ class Lives:
             raise RunError(f"{error}; the policy was lost {self.num_lost} times, policy.max_restarts allows {allowed}")
         recipe, folder, store = self.run.recipe, self.run.folder, CheckpointStore(self.run.folder.checkpoints)
         try:
-            resume = await asyncio.to_thread(find, store, folder.recipe, recipe, ())
+            finding = aside(find, store, folder.recipe, recipe, ())
+            resume = await within(recipe.checkpoint.timeout_s, finding, "reading the newest checkpoint")
         except ValueError as damaged:
             raise RunError(f"{error}, and there is nothing to go on from: {damaged}") from error
         version = 0 if resume is None else resume.cut.version

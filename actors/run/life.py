@@ -26,6 +26,7 @@ from actors.run.folder import RunFolder
 from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.tracker import Tracker
+from actors.run.watchdog import Watchdog
 from actors.settings import group_timeout_s
 from actors.workers import Workers
 from algorithms.depth import DepthController
@@ -58,6 +59,7 @@ class Life:
     reporter: Reporter
     checkpointer: Checkpointer
     controller: Controller
+    watchdog: Watchdog
 
     async def live(self) -> None:
         """Train to the last step; PolicyLostError when the policy is lost on the way."""
@@ -65,7 +67,7 @@ class Life:
         with self.ledger:
             try:
                 await self.publisher.connect()
-                async with asyncio.TaskGroup() as tasks:
+                async with self.watchdog.watching(), asyncio.TaskGroup() as tasks:
                     watch = tasks.create_task(self.policy.watch(liveness), name="watch the policy")
                     await self.controller.run()
                     watch.cancel()
@@ -88,7 +90,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
     """A life from the cut on, or from the first step; `policy` has just been started."""
     recipe, folder = run.recipe, run.folder
     pacer = _pacer(recipe)
-    waiting = AsyncPacer(pacer, stall_timeout_s=2 * group_timeout_s(recipe))
+    waiting = AsyncPacer(pacer, stall_timeout_s=recipe.stall.timeout_s or 2 * group_timeout_s(recipe))
     version = 0
     if resume is not None:
         version = resume.cut.version
@@ -134,7 +136,21 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
         stopped=checkpointer.last,
         first_version=version,
     )
-    return Life(run, policy, publisher, waiting, ledger, reporter, checkpointer, controller)
+    watchdog = Watchdog(
+        policies=policy.ranks,
+        references=run.workers.references,
+        rewards=run.workers.rewards,
+        fleet=run.workers.fleet,
+        router=run.router,
+        pacer=waiting,
+        publisher=publisher,
+        path=folder.stall,
+        then=recipe.stall.then,
+        say=run.progress.say,
+        leave=checkpointer.last,
+    )
+    waiting.on_stall = watchdog.idle
+    return Life(run, policy, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
 
 
 def _ledger(folder: RunFolder, resume: Resume | None) -> Ledger:
