@@ -9,6 +9,9 @@ from typing import Any
 Event = Mapping[str, Any]
 """One line of the journal: `event`, `ordinal`, `t` (seconds since the run began), and what actors/ledger.py says."""
 
+NON_FINITE = "non_finite"
+"""The cause for which groups are left out when the loss or the gradient of their step was not finite."""
+
 
 @dataclass(slots=True)
 class Waste:
@@ -37,6 +40,8 @@ class Fates:
     """By cause."""
     by_step: Counter[int] = field(default_factory=Counter)
     """How many groups each step has trained."""
+    skipped: set[int] = field(default_factory=set)
+    """Steps that have trained nothing, because loss or gradient were not finite; their groups are left out."""
     num_redispatched: int = 0
     num_resumed: int = 0
     num_late: int = 0
@@ -67,6 +72,8 @@ class Fates:
                 self.left_out[ordinal] = "quarantined"
             case "filtered":
                 self.left_out[ordinal] = event["cause"]
+                if "step" in event:
+                    self.skipped.add(event["step"])
                 if tokens:
                     self._wasted(event["cause"], tokens, seconds)
             case "trained":
@@ -95,8 +102,11 @@ class Fates:
         # A run that goes on may have been given another size of its steps.
         if self.num_cuts == 0 and len(sizes := sorted(set(self.by_step.values()))) > 1:
             yield f"steps have trained {', '.join(map(str, sizes))} groups; each must train equally many"
-        if missing := sorted(set(range(len(self.by_step))) - set(self.by_step)):
-            yield f"step {missing[0]} has trained nothing"
+        steps = {*self.by_step, *self.skipped}
+        if missing := sorted(set(range(len(steps))) - steps):
+            yield f"step {missing[0]} has trained nothing, and was not skipped"
+        for step in sorted(self.skipped & set(self.by_step)):
+            yield f"step {step} was skipped, and has trained groups"
 
     def _wasted(self, cause: str, tokens: int, seconds: float) -> None:
         self.waste.setdefault(cause, Waste()).add(tokens, seconds)

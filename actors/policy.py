@@ -6,6 +6,7 @@ into micro-batches (`loss_type: bnpo` alone depends on the split, by definition)
 """
 
 import contextlib
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +83,8 @@ class RankUpdate:
     learning_rate: float
     stats: dict[str, Any]
     """LossStats as a plain dict."""
+    skipped: bool = False
+    """Loss or gradient were not finite: the weights and AdamW's state are as they were; the same on every rank."""
 
 
 class PolicyActor:
@@ -160,7 +163,10 @@ class PolicyActor:
         self._parameters: dict[str, Any] = trained_parameters(self.engine.module)
 
     def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
-        """Train on this rank's share of one batch; the version grows by one."""
+        """Train on this rank's share of one batch; the version grows by one, and so does the schedule's.
+
+        A loss that is not finite on any rank, or a gradient that is not, reaches neither the weights nor AdamW's state.
+        """
         losses, stats = [], []
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batch.micro_batches) - 1)
@@ -170,9 +176,13 @@ class PolicyActor:
             losses.append(loss.item())
             stats.append(micro_stats)
         learning_rate = self.engine.get_lr()[0]
-        grad_norm = self._step_optimizer()
+        if self._is_true_anywhere(not all(map(math.isfinite, losses))):
+            self._spoil_gradient()
+        grad_norm, stepped = self._step_optimizer()
+        if not stepped:
+            self.engine.lr_scheduler.step()  # a completed batch has its place in the schedule
         self.version += 1
-        return RankUpdate(self.version, sum(losses), grad_norm, learning_rate, merge(stats).to_dict())
+        return RankUpdate(self.version, sum(losses), grad_norm, learning_rate, merge(stats).to_dict(), not stepped)
 
     def _row(self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group], oldest_version: int) -> PackedRow:
         samples = micro_batch.samples
@@ -200,18 +210,39 @@ class PolicyActor:
             fresh_N=row.fresh_N,
         )
 
-    def _step_optimizer(self) -> float:
-        """Returns the global gradient norm before clipping."""
+    def _step_optimizer(self) -> tuple[float, bool]:
+        """The global gradient norm before clipping, and whether it was finite and the optimizer stepped.
+
+        The gradient is reduced over the ranks before its norm is taken, so that all ranks decide alike.
+        """
         max_norm = self.settings.optimizer.max_grad_norm
         if self.settings.policy.zero_stage == 0 and self.settings.policy.dtype == "float32":
-            # Without ZeRO and mixed precision DeepSpeed clips, but keeps the norm to itself.
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+            # Without ZeRO and mixed precision DeepSpeed clips, but keeps the norm to itself and looks at nothing.
+            grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads).item()
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return norm, False
             self.engine.step()
-            return norm.item()
+            return norm, True
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         assert norm is not None, f"DeepSpeed reports no gradient norm (clipping at {max_norm})"
-        return float(norm)
+        return float(norm), self.engine.was_step_applied()
+
+    def _is_true_anywhere(self, fact: bool) -> bool:
+        """Whether it is on any rank; every rank is called."""
+        flag = torch.tensor(float(fact), device=self.engine.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _spoil_gradient(self) -> None:
+        """Make the gradient not finite, so that the one check of it, DeepSpeed's, holds for the loss too."""
+        from deepspeed.utils import safe_set_full_grad
+
+        for parameter in self._parameters.values():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            safe_set_full_grad(parameter, torch.full(shape, math.nan, device=self.engine.device))
 
     # Weights -----------------------------------------------------------------------------------------------------
 

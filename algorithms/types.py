@@ -219,4 +219,7 @@ class Update:
     step: int
     version: int
     metrics: Mapping[str, float]
-    """Under TRL's metric names: `loss`, `grad_norm`, `learning_rate`, `entropy`, `kl`, `clip_ratio/*`, `sampling/*`."""
+    """Under TRL's metric names: `loss`, `grad_norm`, `learning_rate`, `entropy`, `kl`, `clip_ratio/*`, `sampling/*`.
+    Every value is finite; one that is not is left out."""
+    skipped: bool = False
+    """Loss or gradient were not finite: the batch is completed, and the weights are those of the version before."""

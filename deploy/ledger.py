@@ -47,8 +47,9 @@ def _waste(found: Fates) -> Table:
 
 
 def _verdict(found: Fates) -> str:
-    steps = len(found.by_step)
+    steps = len(found.by_step) + len(found.skipped)
+    skipped = f" ({len(found.skipped)} skipped)" if found.skipped else ""
     return (
-        f"{len(found.dispatched)} ordinals, {steps} step{'s' * (steps != 1)}, {found.num_cuts} resumed: each ordinal "
-        "was trained once, or left out for one cause, or is open"
+        f"{len(found.dispatched)} ordinals, {steps} step{'s' * (steps != 1)}{skipped}, {found.num_cuts} resumed: each "
+        "ordinal was trained once, or left out for one cause, or is open"
     )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from actors.checkpoint.config import CheckpointConfig
 from algorithms.config import GrpoConfig, OptimizerConfig, StalenessConfig
+from algorithms.health.config import HealthConfig
 from algorithms.pacing import default_depth
 from algorithms.simulation.config import SimulationConfig
 from placement.config import PoolsConfig
@@ -249,6 +250,7 @@ class GrpoRecipe(_Recipe):
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     simulation: SimulationConfig = SimulationConfig()
     """How long things take, for `python -m deploy simulate`; training ignores it."""
 

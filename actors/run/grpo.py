@@ -11,6 +11,7 @@ from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
 from actors.data.prompts import PromptStream
+from actors.health import Health
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.publisher import Publisher
@@ -94,6 +95,7 @@ async def run_grpo(
                 ledger=ledger,
                 depth=_depth(recipe, pacer),
                 report=reporter.report,
+                health=Health(recipe.health).after,
                 settled=checkpointer.after,
                 stopped=checkpointer.last,
                 first_version=first_version,

@@ -41,8 +41,8 @@ class Reporter:
         self._warned = False
         self._started = self._last = time.monotonic()
 
-    async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> None:
-        """One step is done."""
+    async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> dict[str, float]:
+        """One step is done; its metrics."""
         now = time.monotonic()
         step_s, self._last = now - self._last, now
         metrics = self._count(groups, batch, update) | self._speed(groups, step_s)
@@ -53,6 +53,7 @@ class Reporter:
         if update.step % logging.completions_every == 0 and logging.num_completions:
             self._folder.write_completions(update.step, await self._sample(groups, batch))
         self._progress.step(update.version, _figures(metrics))
+        return metrics
 
     def _count(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> dict[str, float]:
         summaries = [group.summary for group in groups]
@@ -61,8 +62,10 @@ class Reporter:
                 self._progress.say(f"warning: {note}")
             self._totals.num_tokens += sum(summary.num_tokens_G)
             self._totals.unscorable += sum(reward is None for reward in summary.rewards_G)
-            self._count_tokens(summary, batch)
-        self._totals.tokens_trained += num_trained_tokens(batch, summaries)
+            if not update.skipped:
+                self._count_tokens(summary, batch)
+        if not update.skipped:
+            self._totals.tokens_trained += num_trained_tokens(batch, summaries)
         rewards = reward_metrics(
             summaries,
             version=batch.version,
@@ -159,6 +162,7 @@ class Reporter:
         wasted = sum(waste.tokens for cause, waste in self._ledger.waste.items() if cause != "masked")
         return {
             "steps": self._recipe.steps,
+            "steps_skipped": self._ledger.num_skipped,
             "seed": self._recipe.seed,
             "reward_first": _mean(first) if first else None,
             "reward_last": _mean(last) if last else None,

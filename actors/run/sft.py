@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from actors.data.examples import ExampleStream
+from actors.errors import RunError
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import SftRecipe
 from actors.run.folder import RunFolder
@@ -67,6 +68,11 @@ async def _learn(
         rollouts = [examples.example(first + index) for index in range(recipe.batch_size)]
         batch = _batch(rollouts, step, len(policy.ranks), recipe.policy.max_tokens_per_micro_batch)
         update = await policy.step(batch, [_group(first + index, r) for index, r in enumerate(rollouts)])
+        if update.skipped:
+            raise RunError(
+                f"the loss or the gradient of step {step} is not finite, and the weights were left as they were; lower "
+                "optimizer.learning_rate, or look for an example that is out of the ordinary"
+            )
         losses.append(update.metrics["loss"])
         num_trained += batch.num_loss_tokens
         metrics = {**update.metrics, "num_tokens": float(num_trained)}

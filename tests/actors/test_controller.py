@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +15,15 @@ from actors.attempts import Attempts, Limits
 from actors.controller import Controller
 from actors.errors import ReplicaDeadError, RunError, StoppedError, first_cause
 from actors.fleet import Fleet
+from actors.health import Health
+from actors.journal import fates, read
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.rollout import Interrupted
 from actors.router import Router
 from algorithms.config import AdaptDepthConfig, FilterConfig, GrpoConfig, StalenessConfig, ZeroStdFilter
 from algorithms.depth import DepthController
+from algorithms.health.config import HealthConfig
 from algorithms.pacing import Pacer
 from algorithms.slots import Slot
 from algorithms.types import Batch, Prompt, Update
@@ -85,11 +88,14 @@ class Bench:
         staleness: StalenessConfig = StalenessConfig(),  # noqa: B008
         dynamic_sampling: FilterConfig | None = None,
         depth: DepthController | None = None,
+        health: HealthConfig = HealthConfig(),  # noqa: B008
     ) -> None:
         self.events: list[str] = []
         self.committed = 0
         self.ranks = (None,)
         self.step_error: Exception | None = None
+        self.skipped: set[int] = set()
+        self.metrics: Callable[[int], dict[str, float]] = lambda version: {}
         self.pauses: dict[tuple[int, int], float] = {}
         self.rewards: Callable[[Slot], tuple[float, float]] = lambda slot: (0.0, 1.0)
         self.path = folder / "ledger.jsonl"
@@ -110,6 +116,7 @@ class Bench:
         self.said: list[str] = []
         self.fleet = Fleet(self.spawn, 2, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append)
         self.exclusive = asyncio.Lock()
+        self.health = Health(health)
         limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1)
         self.controller = Controller(
             num_steps=num_steps,
@@ -124,6 +131,7 @@ class Bench:
             ledger=self.ledger,
             depth=depth,
             report=self.report,
+            health=self.health.after,
             settled=self.settled,
             stopped=self.stopped,
         )
@@ -149,15 +157,18 @@ class Bench:
         self.events.append(f"step {batch.version}")
         if self.step_error is not None:
             raise self.step_error
-        return Update(batch.version, batch.version + 1, {"sampling/ess": 0.1})
+        skipped = batch.version in self.skipped
+        metrics = {"sampling/ess": 0.1, "policy/skipped": float(skipped)} | self.metrics(batch.version)
+        return Update(batch.version, batch.version + 1, metrics, skipped)
 
     async def publish(self, version: int) -> None:
         self.events.append(f"publish {version}")
         self.committed = version
         self.fleet.serve(self.fleet.members)
 
-    async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> None:
+    async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> Mapping[str, float]:
         self.events.append(f"report {update.version}")
+        return update.metrics
 
     async def settled(self, version: int) -> None:
         self.events.append(f"settled {version}")
@@ -342,3 +353,22 @@ async def test_a_run_that_is_asked_to_stop_ends_between_two_steps(tmp_path: Path
     with pytest.raises(StoppedError, match="stopped after 2 of 50 steps"):
         await bench.run()
     assert bench.events[-2:] == ["settled 2", "stopped 2"]
+
+
+async def test_a_skipped_step_is_published_and_its_groups_are_not_trained(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=4)
+    bench.skipped = {1, 2}
+    await bench.run()
+    assert bench.committed == 4
+    assert bench.ledger.num_trained == 4
+    assert bench.ledger.num_left_out("non_finite") == 4
+    assert bench.ledger.num_skipped == 2
+    assert bench.ledger.waste["non_finite"].tokens == 16
+    assert list(fates(read(bench.path)).problems()) == []
+
+
+async def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=9)
+    bench.skipped = {1, 2, 4, 5, 6, 7}
+    with pytest.raises(RunError, match=r"last 4 steps, up to version 8, were not finite.*max_skipped_in_a_row"):
+        await bench.run()
