@@ -27,6 +27,16 @@ class Waste:
         self.seconds += seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """Why an ordinal was set aside, and which row of the data set it is of."""
+
+    row: int
+    cause: str
+    dispatched: bool
+    """Its group has failed too often; otherwise the row could not even be a prompt."""
+
+
 @dataclass(slots=True)
 class Fates:
     """Every ordinal that was dispatched is trained once, or left out for one cause, or has no fate yet."""
@@ -36,6 +46,7 @@ class Fates:
     trained: Counter[int] = field(default_factory=Counter)
     left_out: dict[int, str] = field(default_factory=dict)
     """Cause by ordinal."""
+    quarantined: dict[int, Quarantined] = field(default_factory=dict)
     waste: dict[str, Waste] = field(default_factory=dict)
     """By cause."""
     by_step: Counter[int] = field(default_factory=Counter)
@@ -70,6 +81,8 @@ class Fates:
                 self._wasted("requeued", sum(event["lengths"]), seconds)
             case "quarantined":
                 self.left_out[ordinal] = "quarantined"
+                found = Quarantined(event.get("row", -1), event["cause"], ordinal in self.dispatched)
+                self.quarantined[ordinal] = found
             case "filtered":
                 self.left_out[ordinal] = event["cause"]
                 if "step" in event:
@@ -97,7 +110,7 @@ class Fates:
                 yield f"ordinal {ordinal} was trained {count} times"
             if ordinal in self.left_out:
                 yield f"ordinal {ordinal} was trained and left out ({self.left_out[ordinal]})"
-        for ordinal in sorted({*self.trained, *self.left_out} - set(self.dispatched)):
+        for ordinal in sorted({*self.trained, *self.left_out} - {*self.dispatched, *self.quarantined}):
             yield f"ordinal {ordinal} has a fate and was never dispatched"
         # A run that goes on may have been given another size of its steps.
         if self.num_cuts == 0 and len(sizes := sorted(set(self.by_step.values()))) > 1:

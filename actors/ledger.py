@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from actors import journal
-from actors.fates import NON_FINITE, Fates, Waste
+from actors.fates import NON_FINITE, Fates, Quarantined, Waste
 from actors.pacer import ReadyGroup
 from algorithms.bias import SelectionAudit
 from algorithms.slots import Slot
@@ -87,6 +87,21 @@ class Ledger:
     def num_quarantined(self) -> int:
         return self.num_left_out("quarantined")
 
+    @property
+    def quarantined_groups(self) -> list[Quarantined]:
+        """What was set aside, in the order in which it was."""
+        return list(self._fates.quarantined.values())
+
+    @property
+    def num_bad_rows(self) -> int:
+        """Rows of the data set that could not be prompts; one that comes again in another epoch is counted once."""
+        return len({found.row for found in self._fates.quarantined.values() if not found.dispatched})
+
+    @property
+    def num_given_up(self) -> int:
+        """Groups that have failed too often."""
+        return sum(found.dispatched for found in self._fates.quarantined.values())
+
     def lost(self) -> set[int]:
         """Ordinals without a fate; empty when the run is over."""
         return self._fates.lost()
@@ -136,8 +151,9 @@ class Ledger:
 
     # Fates -------------------------------------------------------------------------------------------------------
 
-    def quarantined(self, slot: Slot, cause: str) -> None:
-        self._write("quarantined", slot.ordinal, attempt=slot.attempt, cause=cause)
+    def quarantined(self, slot: Slot, cause: str, row: int) -> None:
+        """The row of the data set cannot be a prompt, or its group has failed too often."""
+        self._write("quarantined", slot.ordinal, attempt=slot.attempt, cause=cause, row=row)
 
     def filtered(self, group: GroupSummary, cause: str, **step: int) -> None:
         """The group was sampled and scored, and is not trained: no signal, stale, surplus, or of a skipped step."""

@@ -22,6 +22,8 @@ def show(run_dir: Path) -> bool:
         problems += [f"ordinal {ordinal} has no fate, and the run is finished" for ordinal in sorted(found.lost())]
     console = Console()
     console.print(_fates(found), _waste(found))
+    if found.quarantined:
+        console.print(_quarantined(found))
     for problem in problems[:20]:
         console.print(f"wrong: {problem}", highlight=False, soft_wrap=True)
     if len(problems) > 20:
@@ -43,6 +45,13 @@ def _waste(found: Fates) -> Table:
     table = Table("cause", "attempts", "tokens", "seconds", title="What was sampled in vain")
     for cause, waste in sorted(found.waste.items()):
         table.add_row(cause, str(waste.attempts), str(waste.tokens), f"{waste.seconds:.1f}")
+    return table
+
+
+def _quarantined(found: Fates) -> Table:
+    table = Table("row", "group", "cause", title="What was set aside")
+    for ordinal, quarantined in sorted(found.quarantined.items(), key=lambda item: (item[1].row, item[0])):
+        table.add_row(str(quarantined.row), str(ordinal), quarantined.cause)
     return table
 
 

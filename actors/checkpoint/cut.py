@@ -22,6 +22,8 @@ class Progress(msgspec.Struct):
     tokens_trained: int = 0
     num_tokens: int = 0
     unscorable: int = 0
+    reward_failures: dict[str, int] = {}
+    """Failed reward calls by cause."""
     wall_s: float = 0.0
 
 

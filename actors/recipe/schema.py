@@ -78,6 +78,8 @@ class DatasetConfig(BaseModel):
     prompt_suffix: str = ""
     """Appended to every standard (string) prompt, such as `\\nAnswer: `."""
     shuffle: bool = True
+    max_bad_rows: int = Field(0, ge=0)
+    """Rows that cannot be prompts are set aside and told; more of them than this stop the run."""
 
 
 class RewardConfig(BaseModel):
@@ -98,6 +100,8 @@ class RewardsConfig(BaseModel):
     functions: tuple[RewardConfig, ...] = Field(min_length=1)
     timeout_s: float = Field(30.0, gt=0.0)
     """A call that takes longer is killed; its completions are unscorable, never 0."""
+    max_failed_share: float = Field(0.1, ge=0.0, le=1.0)
+    """A run stops when calls failed in more than this share of its last 100 groups; 1.0 tolerates every failure."""
 
 
 class GenerationConfig(BaseModel):

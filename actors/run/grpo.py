@@ -24,6 +24,7 @@ from actors.run.reporter import Reporter
 from actors.run.signals import on_signal
 from actors.run.tracker import Tracker
 from actors.workers import ModelSource, Roles, Workers, grpo_workers, score_timeout_s
+from algorithms.budgets import RewardBudget
 from algorithms.depth import DepthController
 from algorithms.pacing import Pacer
 from algorithms.slots import Slot
@@ -76,6 +77,7 @@ async def run_grpo(
             attempts = Attempts(
                 limits=_limits(recipe),
                 dynamic_sampling=recipe.algorithm.dynamic_sampling,
+                rewards=RewardBudget(recipe.rewards.max_failed_share),
                 prompts=prompts,
                 pacer=async_pacer,
                 router=router,
@@ -172,6 +174,7 @@ def _limits(recipe: GrpoRecipe) -> Limits:
         group_timeout_s=_group_timeout_s(recipe),
         max_attempts=recipe.rollout.max_attempts,
         max_quarantined=recipe.rollout.max_quarantined,
+        max_bad_rows=recipe.dataset.max_bad_rows,
     )
 
 

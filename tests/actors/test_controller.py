@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.rollout import Interrupted
 from actors.router import Router
+from algorithms.budgets import RewardBudget
 from algorithms.config import AdaptDepthConfig, FilterConfig, GrpoConfig, StalenessConfig, ZeroStdFilter
 from algorithms.depth import DepthController
 from algorithms.health.config import HealthConfig
@@ -34,9 +36,17 @@ Answer = Callable[[Slot], int | float]
 
 
 class Prompts:
+    """A data set of 1000 rows, of which some are bad."""
+
+    def __init__(self) -> None:
+        self.bad: set[int] = set()
+
+    def row(self, ordinal: int) -> int:
+        return ordinal % 1000
+
     def prompt(self, ordinal: int) -> Prompt:
-        if ordinal == 1000:
-            raise ValueError("rows.jsonl: row 7: the prompt is empty")
+        if self.row(ordinal) in self.bad:
+            raise ValueError(f"rows.jsonl: row {self.row(ordinal)}: the prompt is empty")
         return Prompt(ordinal, 0, (1, 2), "", {})
 
 
@@ -66,7 +76,9 @@ class Replica:
         try:
             await asyncio.wait_for(stop.wait(), pause_s)
         except TimeoutError:
-            return ready(slot, int(self.answer(slot)), self.bench.rewards(slot)).summary
+            summary = ready(slot, int(self.answer(slot)), self.bench.rewards(slot)).summary
+            details = tuple(f"reward function f: {cause}: no" for cause in self.bench.failures)
+            return replace(summary, failures=self.bench.failures, details=details)
         return Interrupted(
             ordinal=slot.ordinal, attempt=slot.attempt, replica=0, num_loss_tokens_G=(5, 6),
             oldest_version=slot.version, newest_version=slot.version, generate_s=0.5,
@@ -89,6 +101,7 @@ class Bench:
         dynamic_sampling: FilterConfig | None = None,
         depth: DepthController | None = None,
         health: HealthConfig = HealthConfig(),  # noqa: B008
+        max_bad_rows: int = 0,
     ) -> None:
         self.events: list[str] = []
         self.committed = 0
@@ -97,7 +110,9 @@ class Bench:
         self.skipped: set[int] = set()
         self.metrics: Callable[[int], dict[str, float]] = lambda version: {}
         self.pauses: dict[tuple[int, int], float] = {}
-        self.rewards: Callable[[Slot], tuple[float, float]] = lambda slot: (0.0, 1.0)
+        self.failures: dict[str, int] = {}
+        self.batches: list[Batch] = []
+        self.rewards: Callable[[Slot], tuple[float | None, float | None]] = lambda slot: (0.0, 1.0)
         self.path = folder / "ledger.jsonl"
         self.ledger = Ledger(self.path)
         self.replicas: list[Replica] = []
@@ -112,19 +127,22 @@ class Bench:
         self.pacer = AsyncPacer(pacer, stall_timeout_s=10.0)
         stand_in: Any = self
         prompts: Any = Prompts()
+        self.prompts: Prompts = prompts
         self.router = Router(max_groups_per_replica=8, num_generations=2, max_completion_length=8)
         self.said: list[str] = []
         self.fleet = Fleet(self.spawn, 2, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append)
         self.exclusive = asyncio.Lock()
         self.health = Health(health)
-        limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1)
+        limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1, max_bad_rows=max_bad_rows)
+        budget = RewardBudget(max_failed_share=0.1)
+        attempts = Attempts(limits, dynamic_sampling, budget, prompts, self.pacer, self.router, self.fleet, self.ledger)
         self.controller = Controller(
             num_steps=num_steps,
             staleness=staleness,
             algorithm=GrpoConfig(),
             max_tokens_per_micro_batch=64,
             pacer=self.pacer,
-            attempts=Attempts(limits, dynamic_sampling, prompts, self.pacer, self.router, self.fleet, self.ledger),
+            attempts=attempts,
             fleet=self.fleet,
             policy=stand_in,
             publisher=stand_in,
@@ -155,6 +173,7 @@ class Bench:
 
     async def step(self, batch: Batch, groups: list[Any]) -> Update:
         self.events.append(f"step {batch.version}")
+        self.batches.append(batch)
         if self.step_error is not None:
             raise self.step_error
         skipped = batch.version in self.skipped
@@ -278,9 +297,54 @@ async def test_an_error_in_the_step_stops_everything(tmp_path: Path) -> None:
 
 async def test_a_row_that_cannot_be_a_prompt_stops_the_run_and_is_named(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    bench.pacer._pacer._next_ordinal = 1000
-    with pytest.raises(RunError, match="row 7"):
+    bench.prompts.bad = {7}
+    with pytest.raises(RunError, match=r"rows.jsonl: row 7: the prompt is empty; dataset.max_bad_rows allows 0"):
         await bench.run()
+
+
+async def test_bad_rows_are_set_aside_within_their_budget(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_bad_rows=2)
+    bench.prompts.bad = {1, 4}
+    await bench.run()
+    assert bench.ledger.num_trained == 8
+    assert [(line["ordinal"], line["row"], line["cause"]) for line in bench.lines("quarantined")] == [
+        (1, 1, "rows.jsonl: row 1: the prompt is empty"), (4, 4, "rows.jsonl: row 4: the prompt is empty"),
+    ]  # fmt: skip
+    assert list(fates(read(bench.path)).problems()) == []
+
+
+async def test_a_bad_row_counts_once_however_often_it_comes(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_bad_rows=1)
+    bench.pacer._pacer._next_ordinal = 997
+    bench.prompts.bad = {998}
+    bench.prompts.row = lambda ordinal: 998 if ordinal in (998, 1001) else ordinal  # type: ignore[method-assign]
+    await bench.run()
+    assert bench.ledger.num_quarantined == 2
+    assert bench.ledger.num_bad_rows == 1
+
+
+async def test_one_bad_row_too_many_stops_the_run(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_bad_rows=1)
+    bench.prompts.bad = {1, 4}
+    with pytest.raises(RunError, match=r"row [14]: the prompt is empty; dataset.max_bad_rows allows 1 such rows"):
+        await bench.run()
+
+
+async def test_a_reward_that_always_fails_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=30)
+    bench.failures = {"exception": 1}
+    with pytest.raises(RunError, match=r"rewards failed in 11 of the last 11 groups \(exception 11\).*function f: "):
+        await bench.run()
+
+
+async def test_a_group_without_any_reward_is_trained_without_advantage(tmp_path: Path) -> None:
+    """As in TRL: it takes its place in the batch, moves no baseline, and is counted as unscorable."""
+    bench = Bench(tmp_path)
+    bench.rewards = lambda slot: (None, None) if slot.ordinal == 2 else (0.0, 1.0)
+    await bench.run()
+    assert bench.ledger.num_trained == 8
+    samples = [sample for batch in bench.batches for rank in batch.ranks for micro in rank for sample in micro.samples]
+    assert sum(sample.advantage == 0.0 for sample in samples) == 2
 
 
 async def test_a_straggler_is_requeued_and_counted_as_waste(tmp_path: Path) -> None:

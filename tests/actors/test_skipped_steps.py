@@ -31,15 +31,6 @@ def with_bad_advantage(num_ranks: int, version: int, value: float) -> tuple[Batc
     return replace(whole, ranks=(*others, (spoiled, *last[1:]))), groups
 
 
-def with_bad_logprob(num_ranks: int, version: int) -> tuple[Batch, list[Group]]:
-    """One token says that it was sampled with a log-probability that is no number."""
-    whole, groups = batch(num_ranks, 20, version, 0)
-    rollout = groups[0].rollouts[0]
-    logprobs_T = np.where(np.arange(rollout.num_tokens) == rollout.num_tokens - 1, np.nan, rollout.logprobs_T)
-    spoiled = replace(rollout, logprobs_T=logprobs_T.astype(np.float32))
-    return whole, [replace(groups[0], rollouts=(spoiled,)), *groups[1:]]
-
-
 async def state(group: PolicyGroup, folder: Path) -> dict[str, torch.Tensor]:
     """All that the next step depends on but the schedule."""
     await asyncio.to_thread(folder.mkdir)
@@ -71,7 +62,7 @@ def test_what_is_not_finite_leaves_weights_and_moments_alone(
         await group.step(*batch(num_ranks, 20, 1, 0))
         before = await state(group, tmp_path / "before")
         skips.append(await group.step(*with_bad_advantage(num_ranks, 2, math.inf)))
-        skips.append(await group.step(*with_bad_logprob(num_ranks, 3)))
+        skips.append(await group.step(*with_bad_advantage(num_ranks, 3, math.nan)))
         after = await state(group, tmp_path / "after")
         assert_equal(before, after)
         assert before["steps"] == 1
