@@ -56,6 +56,8 @@ class PromptStream:
         where = f"{self.rows.source}: row {index}"
         row = self.rows.row(index)
         text = prompt_of(row, "prompt", where)
+        if not any(said.strip() for said in ([text] if isinstance(text, str) else [m["content"] for m in text])):
+            raise ValueError(f"{where}: the prompt is empty, there is nothing to answer; correct the row or remove it")
         token_ids = prompt_ids(self.tokenizer, text, where)
         if len(token_ids) > self.max_prompt_length:
             raise ValueError(

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -90,12 +89,15 @@ def test_what_is_not_finite_leaves_weights_and_moments_alone(
     assert_equal(*(load_file(tmp_path / name / "model.safetensors") for name in ("with", "without")))
 
 
-def with_impossible_reference(num_ranks: int, version: int) -> tuple[Batch, list[Group]]:
-    """The reference holds one token for impossible: its divergence is infinite, and the gradient of that is not."""
+def with_reference(num_ranks: int, version: int, last: float) -> tuple[Batch, list[Group]]:
+    """The reference gives the first rollout's last token this log-probability.
+
+    Where it is -inf the divergence is infinite, and the gradient of that is not.
+    """
     whole, groups = batch(num_ranks, 20, version, 0)
     rollouts = [group.rollouts[0] for group in groups]
     references = [rollout.logprobs_T.copy() for rollout in rollouts]
-    references[0][-1] = -np.inf
+    references[0][-1] = last
     known = [replace(r, reference_logprobs_T=reference) for r, reference in zip(rollouts, references, strict=True)]
     return whole, [replace(group, rollouts=(rollout,)) for group, rollout in zip(groups, known, strict=True)]
 
@@ -114,9 +116,10 @@ def test_a_loss_that_is_not_finite_counts_even_when_its_gradient_is(
     settings = replace(settings, objective=replace(settings.objective, grpo=grpo))
 
     async def run(group: PolicyGroup) -> Update:
-        await group.step(*batch(num_ranks, 20, 0, 0))
+        first = await group.step(*with_reference(num_ranks, 0, -5.0))
+        assert not first.skipped
         before = await state(group, tmp_path / "before")
-        update = await group.step(*with_impossible_reference(num_ranks, 1))
+        update = await group.step(*with_reference(num_ranks, 1, -math.inf))
         assert_equal(await state(group, tmp_path / "after"), before)
         return update
 
