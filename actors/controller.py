@@ -73,7 +73,8 @@ class Controller:
             taken = await self.pacer.take()
             if taken is None:
                 await self.stopped(version)
-                raise StoppedError(f"stopped after {version} of {self.num_steps} steps; the same command goes on")
+                why = f": {self.pacer.why_stopped}" if self.pacer.why_stopped else ""
+                raise StoppedError(f"stopped after {version} of {self.num_steps} steps{why}; the same command goes on")
             self.attempts.discard(taken)
             batch = self.batch(taken.batch)
             async with self.publisher.exclusive:  # nobody is admitted between a step and its publication

@@ -10,7 +10,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ class RankUpdate:
     learning_rate: float
     stats: dict[str, Any]
     """LossStats as a plain dict."""
+    learning_rate_factor: float = 1.0
+    """What the schedule's learning rate was multiplied by."""
     skipped: bool = False
     """Loss or gradient were not finite: the weights and AdamW's state are as they were; the same on every rank."""
 
@@ -94,6 +96,7 @@ class PolicyActor:
         self.rank = rank
         self.settings = settings
         self.version = 0
+        self._learning_rate_factor = 1.0
         self._sender: Sender | None = None
         self._wire: Transport | None = None
         self._snapshot: PolicyState | None = None
@@ -175,14 +178,33 @@ class PolicyActor:
             self.engine.backward(loss * self.settings.num_ranks)
             losses.append(loss.item())
             stats.append(micro_stats)
-        learning_rate = self.engine.get_lr()[0]
+        learning_rate = self._set_learning_rate()
         if self._is_true_anywhere(not all(map(math.isfinite, losses))):
             self._spoil_gradient()
         grad_norm, stepped = self._step_optimizer()
         if not stepped:
             self.engine.lr_scheduler.step()  # a completed batch has its place in the schedule
         self.version += 1
-        return RankUpdate(self.version, sum(losses), grad_norm, learning_rate, merge(stats).to_dict(), not stepped)
+        return RankUpdate(
+            version=self.version,
+            loss=sum(losses),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            stats=merge(stats).to_dict(),
+            learning_rate_factor=self._learning_rate_factor,
+            skipped=not stepped,
+        )
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """From the next step on, beside the schedule; every rank is called."""
+        self._learning_rate_factor *= factor
+
+    def _set_learning_rate(self) -> float:
+        """The schedule's times the factor; returns it for the first group of parameters."""
+        schedule = self.engine.lr_scheduler.get_last_lr()
+        for group, learning_rate in zip(self.engine.optimizer.param_groups, schedule, strict=True):
+            group["lr"] = learning_rate * self._learning_rate_factor
+        return float(self.engine.get_lr()[0])
 
     def _row(self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group], oldest_version: int) -> PackedRow:
         samples = micro_batch.samples
@@ -306,7 +328,8 @@ class PolicyActor:
 
     def snapshot(self) -> None:
         """Copy all that the next step depends on to the host of rank 0; every rank is called."""
-        self._snapshot = collect(self.engine, self._parameters, self.version, keep=self.rank == 0)
+        state = collect(self.engine, self._parameters, self.version, keep=self.rank == 0)
+        self._snapshot = state and replace(state, learning_rate_factor=self._learning_rate_factor)
 
     def write_snapshot(self, folder: Path) -> None:
         """Rank 0 writes the snapshot, while training goes on."""
@@ -322,6 +345,7 @@ class PolicyActor:
         except ValueError as error:
             raise RunError(f"{folder}: {error}") from error
         self.version = state.version
+        self._learning_rate_factor = state.learning_rate_factor
 
     def save(self, folder: Path) -> None:
         """Leave the weights in Hugging Face layout (safetensors) in `folder`; every rank is called, rank 0 writes.

@@ -54,6 +54,10 @@ class PolicyGroup:
         assert len({update.skipped for update in updates}) == 1, "all ranks step, or none does"
         return _merge(batch, updates, time.perf_counter() - started)
 
+    async def scale_learning_rate(self, factor: float) -> None:
+        """From the next step on, on every rank, whatever the schedule; kept in checkpoints."""
+        await self._all("scale_learning_rate", factor, timeout_s=self.timeout_s)
+
     async def plan_weights(self, dtype: str, bucket_mb: float) -> str:
         layouts: list[str] = await self._all("plan_weights", dtype, bucket_mb, timeout_s=self.timeout_s)
         return layouts[0]
@@ -125,6 +129,7 @@ def _merge(batch: Batch, updates: Sequence[RankUpdate], seconds: float) -> Updat
         "loss": sum(update.loss for update in updates),
         "grad_norm": updates[0].grad_norm,
         "learning_rate": updates[0].learning_rate,
+        "policy/learning_rate_factor": updates[0].learning_rate_factor,
         "policy/skipped": float(updates[0].skipped),
         **stats.finish(),
         "time/policy_step_s": seconds,

@@ -273,6 +273,11 @@ class GrpoRecipe(_Recipe):
                 "staleness.adapt_depth.kl_max: the KL divergence from the reference is measured only when "
                 "algorithm.beta is above 0; set algorithm.beta, or leave kl_max out"
             )
+        if algorithm.beta == 0 and any(rule.kind == "kl" for rule in self.health.rules):
+            raise ValueError(
+                "health.rules: the rule 'kl' looks at the KL divergence from the reference, which is measured only "
+                "when algorithm.beta is above 0; set algorithm.beta, or leave the rule out"
+            )
         lora = self.policy.lora
         if lora is not None and lora.lora_dropout > 0:
             raise ValueError(

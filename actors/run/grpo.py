@@ -63,6 +63,7 @@ async def run_grpo(
             reporter = Reporter(recipe, folder, progress, tracker, async_pacer, publisher, ledger)
             if resume is not None:
                 reporter.resume(resume.cut.progress)
+            health = Health(recipe.health, async_pacer, workers.policy, progress.say)
             checkpointer = Checkpointer(
                 store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep),
                 every=recipe.checkpoint.every,
@@ -72,6 +73,7 @@ async def run_grpo(
                 ledger=ledger,
                 progress=reporter.progress,
                 say=progress.say,
+                healthy=health.healthy,
                 cut_version=None if resume is None else first_version,
             )
             attempts = Attempts(
@@ -97,7 +99,7 @@ async def run_grpo(
                 ledger=ledger,
                 depth=_depth(recipe, pacer),
                 report=reporter.report,
-                health=Health(recipe.health).after,
+                health=health.after,
                 settled=checkpointer.after,
                 stopped=checkpointer.last,
                 first_version=first_version,

@@ -14,7 +14,7 @@ import pytest
 
 from actors.attempts import Attempts, Limits
 from actors.controller import Controller
-from actors.errors import ReplicaDeadError, RunError, StoppedError, first_cause
+from actors.errors import ReplicaDeadError, RollBackError, RunError, StoppedError, first_cause
 from actors.fleet import Fleet
 from actors.health import Health
 from actors.journal import fates, read
@@ -101,6 +101,7 @@ class Bench:
         dynamic_sampling: FilterConfig | None = None,
         depth: DepthController | None = None,
         health: HealthConfig = HealthConfig(),  # noqa: B008
+        num_roll_backs: int = 0,
         max_bad_rows: int = 0,
     ) -> None:
         self.events: list[str] = []
@@ -108,11 +109,13 @@ class Bench:
         self.ranks = (None,)
         self.step_error: Exception | None = None
         self.skipped: set[int] = set()
+        self.learning_rate_factor = 1.0
         self.metrics: Callable[[int], dict[str, float]] = lambda version: {}
         self.pauses: dict[tuple[int, int], float] = {}
         self.failures: dict[str, int] = {}
         self.batches: list[Batch] = []
         self.rewards: Callable[[Slot], tuple[float | None, float | None]] = lambda slot: (0.0, 1.0)
+        folder.mkdir(exist_ok=True)
         self.path = folder / "ledger.jsonl"
         self.ledger = Ledger(self.path)
         self.replicas: list[Replica] = []
@@ -132,7 +135,7 @@ class Bench:
         self.said: list[str] = []
         self.fleet = Fleet(self.spawn, 2, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append)
         self.exclusive = asyncio.Lock()
-        self.health = Health(health)
+        self.health = Health(health, self.pacer, stand_in, self.said.append, num_roll_backs)
         limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1, max_bad_rows=max_bad_rows)
         budget = RewardBudget(max_failed_share=0.1)
         attempts = Attempts(limits, dynamic_sampling, budget, prompts, self.pacer, self.router, self.fleet, self.ledger)
@@ -177,8 +180,12 @@ class Bench:
         if self.step_error is not None:
             raise self.step_error
         skipped = batch.version in self.skipped
-        metrics = {"sampling/ess": 0.1, "policy/skipped": float(skipped)} | self.metrics(batch.version)
+        metrics = {"sampling/ess": 0.1, "policy/skipped": float(skipped), "step_time": 1.0}
+        metrics |= {"policy/learning_rate_factor": self.learning_rate_factor} | self.metrics(batch.version)
         return Update(batch.version, batch.version + 1, metrics, skipped)
+
+    async def scale_learning_rate(self, factor: float) -> None:
+        self.learning_rate_factor *= factor
 
     async def publish(self, version: int) -> None:
         self.events.append(f"publish {version}")
@@ -436,3 +443,80 @@ async def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> N
     bench.skipped = {1, 2, 4, 5, 6, 7}
     with pytest.raises(RunError, match=r"last 4 steps, up to version 8, were not finite.*max_skipped_in_a_row"):
         await bench.run()
+
+
+def health(action: str, **settings: Any) -> HealthConfig:
+    """One rule, which finds an entropy of 0 in the last two steps."""
+    return HealthConfig.model_validate({"rules": [{"kind": "entropy", "window": 2, "action": action}], **settings})
+
+
+def collapsed(since: int) -> Callable[[int], dict[str, float]]:
+    return lambda version: {"entropy": 0.001 if version >= since else 1.0}
+
+
+async def test_a_warning_is_said_once(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=8, health=health("warn"))
+    bench.metrics = collapsed(2)
+    await bench.run()
+    assert len(bench.said) == 1
+    assert bench.said[0].startswith("warning: entropy was 0.001 nats a token over the last 2 steps, under 0.02")
+
+
+async def test_a_pause_stops_in_order_and_says_why(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=8, health=health("pause"))
+    bench.metrics = collapsed(2)
+    with pytest.raises(StoppedError, match=r"stopped after 4 of 8 steps: entropy was .*; the same command goes on"):
+        await bench.run()
+    assert bench.events[-2:] == ["settled 4", "stopped 4"]
+
+
+async def test_the_learning_rate_is_lowered_as_often_as_allowed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=12, health=health("lower_learning_rate", max_lowerings=2))
+    bench.metrics = collapsed(0)
+    await bench.run()
+    assert bench.learning_rate_factor == 0.25
+    assert "entropy lowers the learning rate to 0.5 of its schedule" in bench.said[0]
+    assert "entropy lowers the learning rate to 0.25 of its schedule" in bench.said[1]
+    assert "as often as health.max_lowerings allows (2)" in bench.said[2]
+
+
+async def test_lowerings_before_a_resumption_count(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=4, health=health("lower_learning_rate", max_lowerings=2))
+    bench.metrics = collapsed(0)
+    bench.learning_rate_factor = 0.25
+    await bench.run()
+    assert bench.learning_rate_factor == 0.25
+
+
+async def test_a_roll_back_is_asked_for_within_its_budget(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=8, health=health("roll_back"))
+    bench.metrics = collapsed(2)
+    with pytest.raises(RollBackError, match=r"entropy was .*goes back to the last good checkpoint, 1 of 1 times"):
+        await bench.run()
+    assert bench.events[-1] == "report 4", "nothing is cut of the step that went wrong"
+    again = Bench(tmp_path / "again", num_steps=8, health=health("roll_back"), num_roll_backs=1)
+    again.metrics = collapsed(2)
+    with pytest.raises(RunError, match=r"gone back 1 times already, and health.max_roll_backs allows 1") as caught:
+        await again.run()
+    assert not isinstance(caught.value, RollBackError)
+
+
+async def test_no_cut_is_good_from_the_first_step_that_looks_wrong_to_a_rule_that_goes_back(tmp_path: Path) -> None:
+    for action, expected in (("roll_back", [True, True, False]), ("warn", [True, True, True])):
+        bench = Bench(tmp_path / action, num_steps=3, health=health(action))
+        bench.metrics = collapsed(2)
+        seen: list[bool] = []
+
+        async def settled(version: int, bench: Bench = bench, seen: list[bool] = seen) -> None:
+            seen.append(bench.health.healthy())
+
+        bench.controller.settled = settled
+        await bench.run()
+        assert seen == expected
+
+
+async def test_skipped_steps_tell_the_rules_nothing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=3, health=health("pause"))
+    bench.metrics = collapsed(0)
+    bench.skipped = {1, 2}
+    await bench.run()
