@@ -1,5 +1,6 @@
 """The learning rate can be lowered beside its schedule, on all ranks, and a checkpoint knows it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,16 @@ from tests.actors.test_policy import batch, settings_of, with_policy
 from tests.prove import ONLY_PROVE
 
 
+def halve_the_schedule(path: Path) -> None:
+    """What a policy would have written whose recipe says half the learning rate."""
+    facts = json.loads(path.read_text())
+    assert facts["learning_rate_factor"] == 0.5
+    facts["learning_rate_factor"] = 1.0
+    for name in ("base_lrs", "_last_lr"):
+        facts["schedule"][name] = [rate / 2 for rate in facts["schedule"][name]]
+    path.write_text(json.dumps(facts))
+
+
 @pytest.mark.cluster
 @pytest.mark.parametrize(
     ("before", "after"),
@@ -20,7 +31,7 @@ from tests.prove import ONLY_PROVE
 def test_a_lowered_learning_rate_is_the_schedules_times_the_factor_from_the_next_step_on(
     local_ray: None, tiny_models: dict[str, Path], tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
-    """Against a policy whose recipe says half from the beginning: the same steps where the factor is half."""
+    """And the step is the one that a policy would make whose schedule is half of it."""
     path = tiny_models["untied"]
 
     def linear(num_ranks: int, zero_stage: int, learning_rate: float = 1e-3):
@@ -53,10 +64,7 @@ def test_a_lowered_learning_rate_is_the_schedules_times_the_factor_from_the_next
 
     rates = with_policy(linear(*before), first) + with_policy(linear(*after), second)
     assert rates == pytest.approx([1e-3, 0.5 * 0.75e-3, 0.5 * 0.5e-3])
-    facts = tmp_path / "policy.json"
-    facts.write_text(facts.read_text().replace('"learning_rate_factor": 0.5', '"learning_rate_factor": 1.0'))
-    facts.write_text(facts.read_text().replace('"base_lrs": [0.001, 0.001]', '"base_lrs": [0.0005, 0.0005]'))
-    facts.write_text(facts.read_text().replace('"_last_lr": [0.0005, 0.0005]', '"_last_lr": [0.00025, 0.00025]'))
+    halve_the_schedule(tmp_path / "policy.json")
     with_policy(linear(*after), half)
     lowered, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("lowered", "half"))
     for name, tensor in expected.items():
