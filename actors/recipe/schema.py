@@ -364,6 +364,11 @@ class SftRecipe(_Recipe):
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
+        if self.dataset.max_bad_rows > 0:
+            raise ValueError(
+                f"dataset.max_bad_rows: {self.dataset.max_bad_rows}, but supervised runs set no row aside; remove it, "
+                "and the bad rows"
+            )
         if self.batch_size < self.pools.policy.num_workers:
             raise ValueError(
                 f"batch_size: {self.batch_size} sequences cannot feed {self.pools.policy.num_workers} policy ranks; "
