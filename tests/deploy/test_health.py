@@ -1,6 +1,7 @@
 """Whole runs that go wrong: bad rows, a run that pauses itself and goes on, a reward that always fails."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,32 @@ def test_a_reward_that_always_fails_ends_the_run_and_is_named(tmp_path: Path) ->
     assert "reward function digits: exception: KeyError" in said
     assert "rewards.max_failed_share" in said
     assert "Traceback" not in failed.stdout + failed.stderr
+
+
+SPOILED = """
+from pathlib import Path
+
+def digits(completions, **kwargs):
+    calls = Path(__file__).with_name("calls")
+    with calls.open("a") as file:
+        file.write("x")
+    return [0.5, 0.5] if 10 < calls.stat().st_size <= 20 else [0.0, 1.0]
+"""
+
+
+@pytest.mark.cluster
+def test_a_run_goes_back_to_a_cut_that_was_taken_when_all_was_well(tmp_path: Path) -> None:
+    """The rewards of some ten groups are spoiled: the rule takes three to find it, and no cut is taken meanwhile."""
+    recipe = write(tmp_path, SPOILED)
+    rule = "health.rules=[{kind: zero_std, window: 3, action: roll_back}]"
+    result = deploy("train", recipe, "steps=12", "dataset.max_bad_rows=1", "checkpoint.every=1", rule)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = " ".join(result.stdout.split())
+    assert "frac_reward_zero_std was 1.00 over the last 3 steps" in said
+    assert re.search(r"goes on from step [45]", said)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["roll_backs"] == 1
+    assert summary["policy_restarts"] == 0
+    assert summary["groups_trained"] == 24
+    assert summary["groups_lost"] == summary["groups_duplicated"] == 0
+    assert summary["waste"]["rolled back"]["attempts"] >= 6
