@@ -99,7 +99,13 @@ class TaskRows:
 
     def row(self, index: int) -> dict[str, Any]:
         assert 0 <= index < self.size, f"{self.source}: row {index} of {self.size}"
-        entry = self.items[index]
+        try:
+            entry = self.items[index]
+        except TASK_ERRORS as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(
+                f"{self.source}: row {index} cannot be generated ({reason}); change dataset.task or dataset.seed"
+            ) from error
         return {
             "prompt": entry["question"] + self.prompt_suffix,
             "completion": entry["answer"],

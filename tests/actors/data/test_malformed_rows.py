@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.data.dataset import load_rows
+from actors.data.dataset import TaskRows, load_rows
 from actors.data.prompts import PromptStream
 from actors.model.tiny import byte_tokenizer
 from actors.recipe.schema import DatasetConfig
@@ -159,6 +159,19 @@ def test_a_number_that_is_none_reaches_the_reward_as_it_is(tmp_path: Path) -> No
     path = parquet(prompt=["good"], score=[math.nan])(tmp_path)
     score = stream(path).prompt(0).columns["score"]
     assert score is None or math.isnan(score)
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError(), IndexError("no word"), ZeroDivisionError("by 0"), RuntimeError("no")]
+)
+def test_a_generator_that_fails_on_a_row_names_it(error: Exception) -> None:
+    class Items:
+        def __getitem__(self, index: int) -> Any:
+            raise error
+
+    rows = TaskRows("reasoning_gym:words", "words", {}, Items(), 9, "")
+    with pytest.raises(ValueError, match=r"reasoning_gym:words: row 3 cannot be generated .*; change dataset.task"):
+        rows.row(3)
 
 
 def test_strings_and_conversations_may_be_mixed(tmp_path: Path) -> None:
