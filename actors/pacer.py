@@ -56,6 +56,8 @@ class AsyncPacer:
         self._ready: dict[int, ReadyGroup] = {}
         self._version: int | None = None
         self._stopped = False
+        self.why_stopped = ""
+        """What whoever has stopped the run says of it."""
         self._progress = time.monotonic()
         self.waits: dict[str, float] = defaultdict(float)
         """Seconds waited so far: `policy/<why>` (for a batch), `dispatch/<why>` (for a slot), and `rollout/idle`, when
@@ -117,10 +119,11 @@ class AsyncPacer:
                 return
             yield slot
 
-    async def stop(self) -> None:
-        """No slot is given out and no batch any more; what is in flight goes on."""
+    async def stop(self, why: str = "") -> None:
+        """No slot is given out and no batch any more; what is in flight goes on. `why` is what the user reads."""
         async with self._change():
             self._stopped = True
+            self.why_stopped = self.why_stopped or why
 
     async def take(self) -> TakenGroups | None:
         """The next batch, oldest first; None after `stop`. Raises DeadlineError when no group finishes any more."""

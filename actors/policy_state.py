@@ -2,7 +2,7 @@
 
     weights.safetensors     every parameter in training, as the optimizer keeps it (float32, if it keeps such masters)
     optimizer.safetensors   AdamW's two moments of each, `<name>.exp_avg` and `<name>.exp_avg_sq`
-    policy.json             version, steps of the optimizer, the learning-rate schedule
+    policy.json             version, steps of the optimizer, the learning-rate schedule and its factor
 
 DeepSpeed's own checkpoints are bound to the ranks and the stage that wrote them.
 """
@@ -30,18 +30,26 @@ class PolicyState:
     moments: Mapping[str, Tensor]
     num_optimizer_steps: int
     schedule: dict[str, Any]
+    learning_rate_factor: float = 1.0
+    """What the schedule's learning rates are multiplied by."""
 
     def write(self, folder: Path) -> None:
         save_file(dict(self.weights), folder / "weights.safetensors")
         save_file(dict(self.moments), folder / "optimizer.safetensors")
-        facts = {"version": self.version, "optimizer_steps": self.num_optimizer_steps, "schedule": self.schedule}
+        facts = {
+            "version": self.version,
+            "optimizer_steps": self.num_optimizer_steps,
+            "schedule": self.schedule,
+            "learning_rate_factor": self.learning_rate_factor,
+        }
         (folder / "policy.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "PolicyState":
         facts = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
         weights, moments = (load_file(folder / f"{name}.safetensors") for name in ("weights", "optimizer"))
-        return cls(facts["version"], weights, moments, facts["optimizer_steps"], facts["schedule"])
+        factor = facts.get("learning_rate_factor", 1.0)  # checkpoints of before it could be lowered have none
+        return cls(facts["version"], weights, moments, facts["optimizer_steps"], facts["schedule"], factor)
 
 
 def collect(engine: Any, parameters: Mapping[str, Tensor], version: int, keep: bool) -> PolicyState | None:

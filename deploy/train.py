@@ -238,7 +238,7 @@ def _stream(
                     "positions; lower one of them"
                 )
             prompts = PromptStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, generation.max_prompt_length)
-            prompts.preflight()
+            prompts.preflight(max_bad_rows=recipe.dataset.max_bad_rows)
             return prompts
         case SftRecipe():
             if recipe.max_length > num_positions:

@@ -35,15 +35,20 @@ class Checkpointer:
     ledger: Ledger
     progress: Callable[[], Progress]
     say: Callable[[str], None]
+    healthy: Callable[[], bool]
+    """Whether a cut of this moment is one to go back to; one that is not must not take the place of one that is."""
     cut_version: int | None = None
     """Of the last cut; that from which the run goes on."""
     stall_s: float = 0.0
     """Training has stood still for cuts so long, in all."""
+    _overdue: bool = False
     _writing: asyncio.Task[None] | None = None
 
     async def after(self, version: int) -> None:
-        """A cut, if one is due and the run goes on."""
-        if self.every and version % self.every == 0 and not self.pacer.exhausted:
+        """A cut, if one is due, the run goes on and all is well; one that is due waits until all is well."""
+        due = self._overdue or (self.every > 0 and version % self.every == 0)
+        self._overdue = due and not self.healthy()
+        if due and not self._overdue and not self.pacer.exhausted:
             await self.cut(version)
 
     async def last(self, version: int) -> None:

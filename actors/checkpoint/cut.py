@@ -22,14 +22,17 @@ class Progress(msgspec.Struct):
     tokens_trained: int = 0
     num_tokens: int = 0
     unscorable: int = 0
+    reward_failures: dict[str, int] = {}
+    """Failed reward calls by cause."""
     wall_s: float = 0.0
 
 
 class Cut(msgspec.Struct, frozen=True):
     """A run goes on at weight version `version`.
 
-    Not in it, and begun anew: how often a prompt or a replica has failed, a pipeline depth that was adapted, the audit
-    of what is trained against what is sampled, and torch's random state, which dropout alone would use.
+    Not in it, and begun anew: how often a prompt, a reward or a replica has failed, what the rules of health have seen,
+    a pipeline depth that was adapted, the audit of what is trained against what is sampled, and torch's random state,
+    which dropout alone would use.
     """
 
     version: int

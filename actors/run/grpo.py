@@ -9,7 +9,7 @@ from actors.checkpoint.resume import Resume, find
 from actors.checkpoint.store import CheckpointStore
 from actors.data.prompts import PromptStream
 from actors.deadline import aside, within
-from actors.errors import PolicyLostError, RunError, first_cause
+from actors.errors import PolicyLostError, RollBackError, RunError, first_cause
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
@@ -58,11 +58,12 @@ async def run_grpo(
 
 @dataclass(slots=True)
 class Lives:
-    """A policy that is lost costs the steps since the last cut; the engines, and the run, go on."""
+    """A policy that is lost, or rolled back, costs the steps since the last cut; the engines, and the run, go on."""
 
     run: Run
     policy: PolicyGroup
     num_lost: int = 0
+    num_roll_backs: int = 0
     _life: Life | None = None
     _stopped: bool = False
 
@@ -70,15 +71,16 @@ class Lives:
         """To the last step; the summary. Raises what stopped the run."""
         while True:
             try:
-                self._life = await begin(self.run, self.policy, resume)
+                self._life = await begin(self.run, self.policy, resume, self.num_roll_backs)
                 if self._stopped:
                     await self._life.pacer.stop()
                 await self._life.live()
-                return self._life.summary() | {"policy_restarts": self.num_lost}
+                return self._life.summary() | {"policy_restarts": self.num_lost, "roll_backs": self.num_roll_backs}
             except (BaseExceptionGroup, PolicyLostError) as errors:
                 error = first_cause(errors)
-                if not isinstance(error, PolicyLostError):
+                if not isinstance(error, PolicyLostError | RollBackError):
                     raise
+            self._count(error)
             resume = await self._recovered(error)
 
     async def stop(self) -> None:
@@ -87,12 +89,18 @@ class Lives:
         if self._life is not None:
             await self._life.pacer.stop()
 
-    async def _recovered(self, error: PolicyLostError) -> Resume | None:
-        """Where the run goes on from, with a new policy and replicas that hold no version."""
+    def _count(self, error: PolicyLostError | RollBackError) -> None:
+        """RunError when a policy was lost too often; of rolling back the rule's own budget was asked (health.py)."""
+        if isinstance(error, RollBackError):
+            self.num_roll_backs += 1
+            return
         self.num_lost += 1
         allowed = self.run.recipe.policy.max_restarts
         if self.num_lost > allowed:
             raise RunError(f"{error}; the policy was lost {self.num_lost} times, policy.max_restarts allows {allowed}")
+
+    async def _recovered(self, error: PolicyLostError | RollBackError) -> Resume | None:
+        """Where the run goes on from, with a new policy and replicas that hold no version."""
         recipe, folder, store = self.run.recipe, self.run.folder, CheckpointStore(self.run.folder.checkpoints)
         try:
             finding = aside(find, store, folder.recipe, recipe, ())

@@ -16,6 +16,7 @@ from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
 from actors.data.prompts import PromptStream
+from actors.health import Health
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
@@ -29,6 +30,7 @@ from actors.run.tracker import Tracker
 from actors.run.watchdog import Watchdog
 from actors.settings import group_timeout_s
 from actors.workers import Workers
+from algorithms.budgets import RewardBudget
 from algorithms.depth import DepthController
 from algorithms.pacing import Pacer
 from algorithms.slots import Slot
@@ -86,8 +88,11 @@ class Life:
         }
 
 
-async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
-    """A life from the cut on, or from the first step; `policy` has just been started."""
+async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, num_roll_backs: int = 0) -> Life:
+    """A life from the cut on, or from the first step; `policy` has just been started.
+
+    `num_roll_backs`: how often a life of this run has ended with a RollBackError.
+    """
     recipe, folder = run.recipe, run.folder
     pacer = _pacer(recipe)
     waiting = AsyncPacer(pacer, stall_timeout_s=recipe.stall.timeout_s or 2 * group_timeout_s(recipe))
@@ -101,6 +106,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
     reporter = Reporter(recipe, folder, run.progress, run.tracker, waiting, publisher, ledger)
     if resume is not None:
         reporter.resume(resume.cut.progress)
+    health = Health(recipe.health, waiting, policy, run.progress.say, num_roll_backs)
     checkpointer = Checkpointer(
         store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep),
         every=recipe.checkpoint.every,
@@ -110,6 +116,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
         ledger=ledger,
         progress=reporter.progress,
         say=run.progress.say,
+        healthy=health.healthy,
         cut_version=None if resume is None else version,
     )
     controller = Controller(
@@ -121,6 +128,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
         attempts=Attempts(
             limits=_limits(recipe),
             dynamic_sampling=recipe.algorithm.dynamic_sampling,
+            rewards=RewardBudget(recipe.rewards.max_failed_share),
             prompts=run.prompts,
             pacer=waiting,
             router=run.router,
@@ -132,6 +140,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
         ledger=ledger,
         depth=_depth(recipe, pacer),
         report=reporter.report,
+        health=health.after,
         settled=checkpointer.after,
         stopped=checkpointer.last,
         first_version=version,
@@ -211,4 +220,5 @@ def _limits(recipe: GrpoRecipe) -> Limits:
         group_timeout_s=group_timeout_s(recipe),
         max_attempts=recipe.rollout.max_attempts,
         max_quarantined=recipe.rollout.max_quarantined,
+        max_bad_rows=recipe.dataset.max_bad_rows,
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from actors.data.examples import ExampleStream
+from actors.errors import RunError
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import SftRecipe
 from actors.run.folder import RunFolder
@@ -65,9 +66,14 @@ async def _learn(
     num_trained = 0
     for step in range(recipe.steps):
         first = step * recipe.batch_size
-        rollouts = [examples.example(first + index) for index in range(recipe.batch_size)]
+        rollouts = _examples(examples, first, recipe.batch_size)
         batch = _batch(rollouts, step, len(policy.ranks), recipe.policy.max_tokens_per_micro_batch)
         update = await policy.step(batch, [_group(first + index, r) for index, r in enumerate(rollouts)])
+        if update.skipped:
+            raise RunError(
+                f"the loss or the gradient of step {step} is not finite, and the weights were left as they were; lower "
+                "optimizer.learning_rate, or look for an example that is out of the ordinary"
+            )
         losses.append(update.metrics["loss"])
         num_trained += batch.num_loss_tokens
         metrics = {**update.metrics, "num_tokens": float(num_trained)}
@@ -76,6 +82,13 @@ async def _learn(
         speed = f"{metrics['policy_tok_per_s']:.0f} tok/s"
         progress.step(step + 1, {"loss": f"{metrics['loss']:.4f}", "policy": speed})
     return losses, num_trained
+
+
+def _examples(examples: ExampleStream, first: int, count: int) -> list[Rollout]:
+    try:
+        return [examples.example(first + index) for index in range(count)]
+    except ValueError as error:  # a row behind those that were looked at before the run
+        raise RunError(str(error)) from error
 
 
 def _batch(rollouts: Sequence[Rollout], version: int, num_ranks: int, max_tokens: int) -> Batch:
