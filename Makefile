@@ -56,8 +56,8 @@ test: $(VENV)/.dev ## every test that needs no GPU, with real Ray, vLLM and Deep
 prove: $(VENV)/.dev ## a million steps of random schedules against the pacer, a fault at every point of a publication, more
 	PACELINE_PROVE=1 $(PY) -m pytest -s tests/algorithms/test_schedules.py \
 	  tests/actors/test_publisher.py tests/actors/test_engine_faults.py tests/actors/test_publication.py \
-	  tests/actors/test_policy.py tests/actors/test_skipped_steps.py tests/actors/test_learning_rate.py tests/actors/test_lora.py \
-	  tests/deploy/test_train.py
+	  tests/actors/test_policy.py tests/actors/test_skipped_steps.py tests/actors/test_learning_rate.py \
+	  tests/actors/test_lora.py tests/deploy/test_train.py tests/deploy/test_resume_sft.py
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

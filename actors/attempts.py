@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from actors.checkpoint.cut import Failures
 from actors.data.prompts import PromptStream, over_budget
 from actors.deadline import within
 from actors.errors import ReplicaDeadError, RunError, last_line
@@ -51,6 +52,15 @@ class Attempts:
     _partial: dict[int, ray.ObjectRef] = field(default_factory=dict)  # ordinal -> what an interrupted attempt has left
     _num_failures: Counter[int] = field(default_factory=Counter)  # by ordinal; interruptions do not count
     _num_filtered_in_a_row: int = 0
+
+    def state(self) -> Failures:
+        """For a checkpoint."""
+        return Failures(dict(self._num_failures), self._num_filtered_in_a_row)
+
+    def restore(self, failures: Failures) -> None:
+        """Go on counting from a checkpoint."""
+        self._num_failures = Counter(failures.by_ordinal)
+        self._num_filtered_in_a_row = failures.filtered_in_a_row
 
     async def make(self, slot: Slot) -> None:
         """Sample and score one group."""

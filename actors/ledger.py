@@ -30,7 +30,7 @@ class Ledger:
         self._started = time.monotonic()
         self._file = path.open("a", encoding="utf-8")
         self.audit = SelectionAudit()
-        """Whether what is trained differs from what is sampled, since the process began."""
+        """Whether what is trained differs from what is sampled."""
 
     @classmethod
     def resume(cls, path: Path, lines: int, version: int) -> Self:

@@ -109,6 +109,9 @@ class PolicyActor:
 
     def ping(self) -> None:
         """The process answers; asked beside its work, under CONTROL."""
+        self._spare: PolicyState | None = None
+        """The last snapshot that was written: the next one takes its memory."""
+        self._base: str | None = None
 
     def address(self) -> tuple[str, int]:
         """This process's address and the port at which it serves the ranks' rendezvous, there and nowhere else."""
@@ -134,9 +137,10 @@ class PolicyActor:
         import deepspeed
         from transformers import get_scheduler, set_seed
 
+        from actors.model.files import make_savable
         from actors.model.forward import PACKED_ATTENTION
         from actors.model.load import load_causal_lm
-        from actors.model.lora import adapt, trained_parameters
+        from actors.model.lora import adapt, base_digest, trained_parameters
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
         # killed meanwhile leaves behind: every later start would wait for it without end.
@@ -156,9 +160,11 @@ class PolicyActor:
             dtype=settings.policy.dtype,
             attn_implementation=PACKED_ATTENTION,
         )
+        make_savable(model)
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
+            self._base = base_digest(model)
             adapt(model, settings.policy.lora)
             if settings.policy.gradient_checkpointing:
                 model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient may give none
@@ -341,19 +347,31 @@ class PolicyActor:
 
     def snapshot(self) -> None:
         """Copy all that the next step depends on to the host of rank 0; every rank is called."""
-        state = collect(self.engine, self._parameters, self.version, keep=self.rank == 0)
+        spare, self._spare = self._spare, None  # there is none while one is being written
+        keep = self.rank == 0
+        state = collect(self.engine, self._parameters, self.version, keep, self._base, spare)
         self._snapshot = state and replace(state, learning_rate_factor=self._learning_rate_factor)
 
     def write_snapshot(self, folder: Path) -> None:
-        """Rank 0 writes the snapshot, while training goes on."""
+        """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is."""
+        from actors.model.files import MODEL, describe
+        from actors.model.lora import describe_adapter
+
         assert self._snapshot is not None, "snapshot comes first, and rank 0 keeps it"
         snapshot, self._snapshot = self._snapshot, None
         snapshot.write(folder)
+        (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
+        self._spare = snapshot
 
     def restore(self, folder: Path) -> None:
         """Go on from what `write_snapshot` has left; every rank is called."""
         try:
             state = PolicyState.read(folder)
+            if state.base is not None and self._base is not None and state.base != self._base:
+                raise ValueError(
+                    f"the adapter was trained on other weights than those of {self.settings.model_path}; go on with "
+                    "the model that the run began with, or begin anew with --overwrite"
+                )
             restore(self.engine, self._parameters, state)
         except ValueError as error:
             raise RunError(f"{folder}: {error}") from error

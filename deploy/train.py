@@ -89,14 +89,24 @@ def _resume(recipe: Recipe, folder: RunFolder, allowed: Collection[str]) -> Resu
     if folder.finished or not folder.recipe.exists():
         return None
     resume = find(CheckpointStore(folder.checkpoints), folder.recipe, recipe, allowed)
-    if resume is not None:
-        read(folder.ledger)  # so that one that is damaged is told before anything is started
+    if resume is not None and isinstance(recipe, GrpoRecipe):
+        _check_journal(folder, resume)
     if resume is not None and resume.cut.version >= recipe.steps:
         raise ValueError(
             f"steps: {recipe.steps}, but the run in {folder.path} has taken {resume.cut.version}; raise steps, or "
             "begin anew with --overwrite"
         )
     return resume
+
+
+def _check_journal(folder: RunFolder, resume: Resume) -> None:
+    """One that is damaged, or of another run, is told before anything is started."""
+    num_lines = len(read(folder.ledger))
+    if num_lines < resume.cut.lines:
+        raise ValueError(
+            f"{folder.ledger}: has {num_lines} lines, and {resume.path} was taken after {resume.cut.lines}; put back "
+            "the journal that belongs to the checkpoint, or begin anew with --overwrite"
+        )
 
 
 def _contents(folder: RunFolder) -> tuple[object, ...]:
@@ -143,7 +153,7 @@ def _begin(job: Job, console: Console) -> None:
     recipe, folder, resume = job.recipe, job.folder, job.resume
     if resume is not None:
         folder.rewind(recipe, resume.cut.version)
-        CheckpointStore(folder.checkpoints).discard_after(resume.cut.version)
+        CheckpointStore(folder.checkpoints, best=recipe.checkpoint.best).discard_after(resume.cut.version)
         notes = [f"going on from step {resume.cut.version} of {recipe.steps}", *resume.notes]
         console.print(*notes, sep="\n", highlight=False, soft_wrap=True)
         return
@@ -164,7 +174,7 @@ def _train(job: Job, pools: ReservedPools, console: Console) -> None:
             case GrpoRecipe(), PromptStream():
                 asyncio.run(run_grpo(recipe, model, stream, tokenizer, pools, folder, progress, job.resume))
             case SftRecipe(), ExampleStream():
-                asyncio.run(run_sft(recipe, model, stream, tokenizer, pools, folder, progress))
+                asyncio.run(run_sft(recipe, model, stream, tokenizer, pools, folder, progress, job.resume))
 
 
 def _conclude(folder: RunFolder, console: Console) -> None:

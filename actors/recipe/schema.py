@@ -250,6 +250,7 @@ class _Recipe(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     policy: PolicyConfig = PolicyConfig()
     pools: PoolsConfig = PoolsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
@@ -280,7 +281,6 @@ class GrpoRecipe(_Recipe):
     generation: GenerationConfig = GenerationConfig()
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
     liveness: LivenessConfig = LivenessConfig()
     stall: StallConfig = StallConfig()

@@ -46,7 +46,7 @@ async def run_grpo(
     async with grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles()) as started:
         workers, policy = started
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
-            lives = Lives(Run(recipe, prompts, folder, progress, tracker, router, workers), policy)
+            lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), policy)
             async with workers.fleet.supervised(recipe.liveness), workers.scorers.watched():
                 with on_signal(lives.stop, progress.say):
                     summary = await lives.live(resume)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from transformers import PreTrainedTokenizerBase
 
 from actors.attempts import Attempts, Limits
 from actors.checkpoint.checkpointer import Checkpointer
+from actors.checkpoint.moment import GrpoMoment
 from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
@@ -42,6 +44,7 @@ class Run:
 
     recipe: GrpoRecipe
     prompts: PromptStream
+    tokenizer: PreTrainedTokenizerBase
     folder: RunFolder
     progress: RunProgress
     tracker: Tracker
@@ -107,14 +110,27 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, num_roll_b
     if resume is not None:
         reporter.resume(resume.cut.progress)
     health = Health(recipe.health, waiting, policy, run.progress.say, num_roll_backs)
-    checkpointer = Checkpointer(
-        store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep),
-        every=recipe.checkpoint.every,
-        timeout_s=recipe.checkpoint.timeout_s,
+    attempts = Attempts(
+        limits=_limits(recipe),
+        dynamic_sampling=recipe.algorithm.dynamic_sampling,
+        rewards=RewardBudget(recipe.rewards.max_failed_share),
+        prompts=run.prompts,
         pacer=waiting,
-        policy=policy,
+        router=run.router,
+        fleet=run.workers.fleet,
         ledger=ledger,
-        progress=reporter.progress,
+    )
+    moment = GrpoMoment(waiting, ledger, attempts, _depth(recipe, pacer), reporter.progress)
+    if resume is not None:
+        await moment.restore(resume.cut)
+    checkpointer = Checkpointer(
+        store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
+        config=recipe.checkpoint,
+        num_steps=recipe.steps,
+        policy=policy,
+        tokenizer=run.tokenizer,
+        moment=moment.take,
+        metrics=lambda: reporter.metrics,
         say=run.progress.say,
         healthy=health.healthy,
         cut_version=None if resume is None else version,
@@ -125,20 +141,11 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, num_roll_b
         algorithm=recipe.algorithm,
         max_tokens_per_micro_batch=recipe.policy.max_tokens_per_micro_batch,
         pacer=waiting,
-        attempts=Attempts(
-            limits=_limits(recipe),
-            dynamic_sampling=recipe.algorithm.dynamic_sampling,
-            rewards=RewardBudget(recipe.rewards.max_failed_share),
-            prompts=run.prompts,
-            pacer=waiting,
-            router=run.router,
-            fleet=run.workers.fleet,
-            ledger=ledger,
-        ),
+        attempts=attempts,
         policy=policy,
         publisher=publisher,
         ledger=ledger,
-        depth=_depth(recipe, pacer),
+        depth=moment.depth,
         report=reporter.report,
         health=health.after,
         settled=checkpointer.after,

@@ -36,6 +36,8 @@ class Reporter:
         self._pacer = pacer
         self._publisher = publisher
         self._ledger = ledger
+        self.metrics: dict[str, float] = {}
+        """Of the last step."""
         self._totals = Progress()
         self._waits: dict[str, float] = {}
         self._warned = False
@@ -46,7 +48,7 @@ class Reporter:
         """One step is done; its metrics."""
         now = time.monotonic()
         step_s, self._last = now - self._last, now
-        metrics = self._count(groups, batch, update) | self._speed(groups, step_s)
+        metrics = self.metrics = self._count(groups, batch, update) | self._speed(groups, step_s)
         self._folder.write_metrics(update.step, metrics)
         self._tracker.log(update.step, metrics)
         self._warn_of_bias()

@@ -35,7 +35,7 @@ def test_what_was_staged_and_never_committed_is_not_there(tmp_path: Path) -> Non
     (store.stage(2) / "weights").write_bytes(b"half")
     assert store.versions() == [1]
     make(store, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["version-00000001", "version-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_id", "version-00000001", "version-00000003"]
 
 
 def test_any_damage_is_found(tmp_path: Path) -> None:
@@ -115,3 +115,23 @@ def test_a_listing_of_another_form_is_refused(files: str, tmp_path: Path) -> Non
     (folder / "COMPLETE.json").write_text(f'{{"version": 1, "files": {files}}}')
     with pytest.raises(DamagedError, match="version-00000001"):
         store.open(1)
+
+
+def test_one_that_is_being_removed_is_gone_or_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is killed after it has removed one file of it."""
+    store = CheckpointStore(tmp_path, keep=1)
+    make(store, 1)
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "weights").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("actors.checkpoint.store.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(store, 2)
+    assert store.versions() == [2]
+    store.open(2)
+    make(store, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_id", "version-00000003"]
