@@ -1,0 +1,32 @@
+"""`python -m deploy train` as it is, but for the classes behind the roles of the run."""
+
+import sys
+from functools import partial
+from typing import Any
+
+import deploy.train
+from actors.rollout import RolloutActor
+from actors.run.grpo import run_grpo
+from actors.workers import Roles
+from deploy.__main__ import app
+from tests.chaos.policy import light_policy
+from tests.chaos.replica import LightRollout, VllmRollout
+from tests.chaos.scorers import ChaosReward, LightReference
+
+
+def roles(engine: str) -> Roles:
+    if engine == "light":
+        return Roles(policy=light_policy(), rollout=LightRollout, reward=ChaosReward, reference=LightReference)
+    real: type[RolloutActor] = VllmRollout
+    return Roles(rollout=real, reward=ChaosReward)
+
+
+def main(engine: str, arguments: list[str]) -> None:
+    """Never returns: exits as the command line does."""
+    here: Any = deploy.train
+    here.run_grpo = partial(run_grpo, roles=roles(engine))
+    app(["train", *arguments])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
