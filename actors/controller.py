@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from actors.attempts import Attempts
 from actors.errors import StoppedError
-from actors.fleet import Fleet
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
@@ -36,7 +35,6 @@ class Controller:
     max_tokens_per_micro_batch: int
     pacer: AsyncPacer
     attempts: Attempts
-    fleet: Fleet
     policy: PolicyGroup
     publisher: Publisher
     ledger: Ledger
@@ -53,7 +51,7 @@ class Controller:
 
     async def run(self) -> None:
         """Train `num_steps` updates; raises what stopped the run."""
-        async with self.fleet.supervised(), self.publisher.admitting():
+        async with self.publisher.admitting():
             async with self.publisher.exclusive:
                 await self._publish(self.first_version)
             async with asyncio.TaskGroup() as tasks:

@@ -95,6 +95,9 @@ class PolicyActor:
         self._wire: Transport | None = None
         self._snapshot: PolicyState | None = None
 
+    def ping(self) -> None:
+        """The process answers; asked beside its work, under CONTROL."""
+
     def address(self) -> tuple[str, int]:
         """This process's address and a free port on it, for the ranks' rendezvous."""
         with socket.socket() as probe:

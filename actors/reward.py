@@ -7,6 +7,7 @@ own score and nothing else. Weighted sum over the functions that gave a number, 
 import asyncio
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,10 @@ class RewardActor:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
         self._closed = False
         self._reported: set[tuple[str, str]] = set()
+
+    async def ping(self) -> int:
+        """The process answers, with its number, whatever its child does."""
+        return os.getpid()
 
     async def check(self) -> None:
         """Returns when all functions are loaded; ValueError says which one cannot be, and why."""

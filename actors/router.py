@@ -46,7 +46,7 @@ class Router:
         self._freed = asyncio.Event()
 
     def join(self, replica: int, handle: ray.actor.ActorHandle) -> None:
-        """Groups may go to this replica from now on; its number is never used again."""
+        """Groups may go to this replica from now on."""
         self._replicas[replica] = handle
         self._routes.join(replica)
         self._freed.set()

@@ -34,7 +34,7 @@ from actors.run.lineage import trained_before
 from actors.run.progress import RunProgress
 from actors.run.sft import run_sft
 from actors.run.tracker import check_tracker
-from actors.workers import ModelSource
+from actors.settings import ModelSource
 from placement.cluster import from_ray, this_machine
 from placement.groups import ReservedPools, reserve
 from placement.plan import plan

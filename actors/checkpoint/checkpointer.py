@@ -65,19 +65,19 @@ class Checkpointer:
         self._writing = asyncio.create_task(self._write(cut, ready), name="checkpoint")
         self.stall_s += time.monotonic() - started
 
-    async def finish(self) -> None:
+    async def finish(self, timeout_s: float | None = None) -> None:
         """What is being written is on the disk when this returns, or it was told why not."""
         try:
-            await self._written()
+            await self._written(timeout_s)
         except RunError as error:
             self.say(f"warning: {error}; the run goes on without it")
 
-    async def _written(self) -> None:
+    async def _written(self, timeout_s: float | None = None) -> None:
         writing, self._writing = self._writing, None
         if writing is None:
             return
         try:
-            await within(self.timeout_s, writing, "writing it")
+            await within(timeout_s or self.timeout_s, writing, "writing it")
         except (OSError, RunError, RayError, ValueError, TypeError, OverflowError, NotImplementedError) as error:
             # Of Ray, the disk, or a column of the data set that is no JSON: none of them is worth the run.
             raise RunError(f"the checkpoint of version {self.cut_version} could not be written: {error}") from error

@@ -14,9 +14,9 @@ from actors.recipe.file import load_recipe
 from actors.recipe.schema import Recipe
 
 _FREE = (
-    "pools", "rollout", "sync", "logging", "checkpoint", "simulation", "run_dir", "policy.zero_stage",
-    "policy.num_threads", "policy.timeout_s", "policy.gradient_checkpointing", "rewards.timeout_s",
-    "generation.timeout_s",
+    "pools", "rollout", "sync", "logging", "checkpoint", "liveness", "simulation", "run_dir", "policy.zero_stage",
+    "policy.num_threads", "policy.timeout_s", "policy.max_restarts", "policy.gradient_checkpointing",
+    "rewards.timeout_s", "generation.timeout_s",
 )  # fmt: skip
 """How and where a run computes may change when it goes on; what it computes may not, but by name."""
 _BOUND = ("rollout.dtype",)

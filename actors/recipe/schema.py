@@ -160,6 +160,9 @@ class PolicyConfig(BaseModel):
     """CPU threads of each rank; null takes the pool's cpus_per_worker, at least 1."""
     timeout_s: float = Field(1800.0, gt=0.0)
     """Deadline of one step."""
+    max_restarts: int = Field(3, ge=0)
+    """When a rank dies or hangs, all ranks are built again and go on from the last checkpoint, and the replicas keep
+    their engines; one more time than this stops the run. (A supervised run stops at once.)"""
 
 
 class RolloutConfig(BaseModel):
@@ -188,6 +191,18 @@ class RolloutConfig(BaseModel):
     """Replicas that fail are rebuilt while the others go on; more failures than this stop the run."""
     max_quarantined: int = Field(0, ge=0)
     """More quarantined groups than this stop the run."""
+
+
+class LivenessConfig(BaseModel):
+    """Every worker is asked for a sign of life now and then; one that gives none is taken for dead."""
+
+    model_config = CLOSED
+
+    every_s: float = Field(10.0, gt=0.0)
+    timeout_s: float = Field(60.0, gt=0.0)
+    """Longest wait for an answer. An engine answers between two of its steps, so this is longer than any of them."""
+    max_restarts: int = Field(10, ge=0)
+    """How often each reward and each reference worker is started again; one more death stops the run."""
 
 
 class LoggingConfig(BaseModel):
@@ -249,6 +264,7 @@ class GrpoRecipe(_Recipe):
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    liveness: LivenessConfig = LivenessConfig()
     simulation: SimulationConfig = SimulationConfig()
     """How long things take, for `python -m deploy simulate`; training ignores it."""
 

@@ -12,7 +12,8 @@ from actors.run.folder import RunFolder
 from actors.run.plot import plot_loss
 from actors.run.progress import RunProgress
 from actors.run.tracker import Tracker
-from actors.workers import ModelSource, policy_group
+from actors.settings import ModelSource
+from actors.workers import policy_group
 from algorithms.packing import pack
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample
 from placement.groups import ReservedPools

@@ -118,7 +118,6 @@ class Bench:
             max_tokens_per_micro_batch=64,
             pacer=self.pacer,
             attempts=Attempts(limits, dynamic_sampling, prompts, self.pacer, self.router, self.fleet, self.ledger),
-            fleet=self.fleet,
             policy=stand_in,
             publisher=stand_in,
             ledger=self.ledger,
@@ -168,7 +167,8 @@ class Bench:
     async def run(self) -> None:
         await self.fleet.start()
         try:
-            await asyncio.wait_for(self.controller.run(), timeout=20.0)
+            async with self.fleet.supervised():
+                await asyncio.wait_for(self.controller.run(), timeout=20.0)
         except BaseExceptionGroup as errors:
             raise first_cause(errors) from None
         assert self.ledger.lost() == set()

@@ -4,25 +4,26 @@ import sys
 from functools import partial
 from typing import Any
 
+import ray
+
 import deploy.train
-from actors.rollout import RolloutActor
 from actors.run.grpo import run_grpo
 from actors.workers import Roles
 from deploy.__main__ import app
 from tests.chaos.policy import light_policy
 from tests.chaos.replica import LightRollout, VllmRollout
-from tests.chaos.scorers import ChaosReward, LightReference
+from tests.chaos.scorers import ChaosReward, light_reference
 
 
 def roles(engine: str) -> Roles:
-    if engine == "light":
-        return Roles(policy=light_policy(), rollout=LightRollout, reward=ChaosReward, reference=LightReference)
-    real: type[RolloutActor] = VllmRollout
-    return Roles(rollout=real, reward=ChaosReward)
+    reward: Any = ray.remote(ChaosReward)
+    if engine == "vllm":
+        return Roles(rollout=ray.remote(VllmRollout), reward=reward)
+    return Roles(light_policy(), ray.remote(LightRollout), reward, light_reference())
 
 
 def main(engine: str, arguments: list[str]) -> None:
-    """Never returns: exits as the command line does."""
+    """Exits as the command line does."""
     here: Any = deploy.train
     here.run_grpo = partial(run_grpo, roles=roles(engine))
     app(["train", *arguments])

@@ -1,9 +1,13 @@
 """The real reward actor, which can be struck, and a reference without a model."""
 
+import os
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import ray
 
+from actors.policy import CONTROL
 from actors.reference import ReferenceSettings
 from actors.reward import RewardActor
 from algorithms.types import Group, ScoredGroup
@@ -20,6 +24,10 @@ class LightReference:
     def __init__(self, settings: ReferenceSettings) -> None:
         self.settings = settings
 
+    @ray.method(concurrency_group=CONTROL)
+    def ping(self) -> int:
+        return os.getpid()
+
     def start(self) -> None:
         strike("reference", "start")
 
@@ -32,3 +40,8 @@ class LightReference:
                 for rollout in group.rollouts
             ),
         )
+
+
+def light_reference() -> Any:
+    remote: Any = ray.remote
+    return remote(concurrency_groups={CONTROL: 1})(LightReference)
