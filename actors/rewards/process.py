@@ -13,7 +13,7 @@ from typing import Any
 
 from actors.rewards.pipe import receive, send
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _KILL_TIMEOUT_S = 10.0
 _EXIT_GRACE_S = 0.5
 """A child whose pipe has closed is given this long to end by itself, so that its own exit status can be named."""
