@@ -20,7 +20,7 @@ from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.examples import ExampleStream
 from actors.data.prompts import PromptStream
 from actors.errors import RunError, first_cause
-from actors.journal import read
+from actors.journal import check
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
@@ -90,7 +90,7 @@ def _resume(recipe: Recipe, folder: RunFolder, allowed: Collection[str]) -> Resu
         return None
     resume = find(CheckpointStore(folder.checkpoints), folder.recipe, recipe, allowed)
     if resume is not None:
-        read(folder.ledger)  # so that one that is damaged is told before anything is started
+        check(folder.ledger, resume.cut.lines)  # so that one that is damaged is told before anything is started
     if resume is not None and resume.cut.version >= recipe.steps:
         raise ValueError(
             f"steps: {recipe.steps}, but the run in {folder.path} has taken {resume.cut.version}; raise steps, or "
