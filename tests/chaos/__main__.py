@@ -7,13 +7,13 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,6 +29,15 @@ _END_S = 40.0
 _STEPS_PER_FAULT = 3
 _FAULTS_PER_RUN = 60
 _MAX_RUNS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Faults that strike in runs of one kind."""
+
+    engine: str
+    faults: int
+    seed: int
 
 
 @dataclass(slots=True)
@@ -57,6 +66,15 @@ class Result:
         self.recovery_steps_max = max(self.recovery_steps_max, found.recovery_steps_max)
         self.notes += found.notes
 
+    def merge(self, other: Self) -> None:
+        for part in fields(self):
+            mine, theirs = getattr(self, part.name), getattr(other, part.name)
+            setattr(self, part.name, max(mine, theirs) if part.name == "recovery_steps_max" else mine + theirs)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return cls(**values | {"outcomes": [Outcome(**outcome) for outcome in values["outcomes"]]})
+
     def to_json(self) -> dict[str, int]:
         names = (
             "lost", "duplicated", "hangs", "unknown_version_tokens", "silent_zero_rewards", "untyped_exits", "leaked",
@@ -66,8 +84,9 @@ class Result:
         return {"faults": len(self.outcomes), "classes": len(classes)} | {name: getattr(self, name) for name in names}
 
 
-def inject(num_faults: int, seed: int, engine: str, restarts: int, work: Path, console: Console) -> Result:
+def inject(batch: Batch, restarts: int, work: Path, console: Console) -> Result:
     """Runs until all faults have struck; folders of runs in which all was well are removed."""
+    num_faults, seed, engine = batch.faults, batch.seed, batch.engine
     names = plan(num_faults, seed, restarts=restarts, vllm=engine == "vllm")
     result = Result()
     memory = shared_memory()
@@ -124,26 +143,64 @@ def table(outcomes: list[Outcome]) -> Table:
     return made
 
 
+def batches(num_faults: int, num_vllm: int, seed: int) -> list[Batch]:
+    """Equal shares, each with a seed of its own, so that a long campaign can be gone on with."""
+    made = []
+    for engine, total in (("light", num_faults - num_vllm), ("vllm", num_vllm)):
+        while total > 0:
+            share = min(total, _FAULTS_PER_RUN)
+            made.append(Batch(engine, share, seed + 1000 * len(made)))
+            total -= share
+    return made
+
+
+def campaign(todo: list[Batch], restarts: float, work: Path, state: Path | None, console: Console) -> Result:
+    """All batches that the state file does not hold yet, and what those that it holds have come to."""
+    done: dict[str, dict[str, Any]] = {}
+    if state is not None and state.exists():
+        done = {line["batch"]: line["result"] for line in map(json.loads, state.read_text().splitlines())}
+    whole = Result()
+    for index, batch in enumerate(todo):
+        name = f"{batch.engine} {batch.faults} {batch.seed} {restarts:g}"
+        if name in done:
+            whole.merge(Result.from_dict(done[name]))
+            continue
+        console.print(
+            f"batch {index + 1} of {len(todo)}: {batch.faults} faults, {batch.engine} engine", highlight=False
+        )
+        result = inject(batch, round(restarts * batch.faults), work, console)
+        whole.merge(result)
+        if state is not None:
+            state.parent.mkdir(parents=True, exist_ok=True)
+            with state.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"batch": name, "result": asdict(result)}) + "\n")
+    return whole
+
+
 def main(arguments: list[str] | None = None) -> dict[str, int]:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--faults", type=int, default=60)
+    parser.add_argument("--faults", type=int, default=60, help="how many [60]")
+    parser.add_argument("--vllm", type=int, default=0, help="so many of them with real engines and a real policy [0]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engine", choices=("light", "vllm"), default="light")
-    parser.add_argument("--restarts", type=int, help="faults that end the driver [a fifth]")
-    parser.add_argument("--work", type=Path, help="folder for the runs [a temporary one]")
+    parser.add_argument("--restarts", type=float, default=0.22, help="share of faults that end the driver [0.22]")
+    parser.add_argument("--work", type=Path, help="folder for the runs [a temporary one]; those that failed stay there")
+    parser.add_argument("--state", type=Path, help="what is done is noted here, and not done again")
     given = parser.parse_args(arguments)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.pop("RAY_ADDRESS", None)
     preload()
     console = Console()
-    restarts = given.faults // 5 if given.restarts is None else given.restarts
     work = given.work or Path(tempfile.mkdtemp(prefix="chaos-"))
     started = time.monotonic()
-    result = inject(given.faults, given.seed, given.engine, restarts, work, console)
+    todo = batches(given.faults, given.vllm, given.seed)
+    result = campaign(todo, given.restarts, work, given.state, console)
     console.print(table(result.outcomes))
     for note in result.notes[:40]:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
-    console.print(f"{result.groups} groups, {result.lives} lives, {time.monotonic() - started:.0f} s", highlight=False)
+    seconds = time.monotonic() - started
+    console.print(
+        f"{result.groups} groups, {result.lives} lives of the driver, {seconds:.0f} s; runs: {work}",
+        highlight=False,
+        soft_wrap=True,
+    )
     print(json.dumps(result.to_json()), flush=True)
     return result.to_json()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 import re
 import signal
 import time
@@ -15,7 +16,9 @@ _SAMPLE_S = 1.0
 
 
 def preload() -> None:
-    """Processes are forked from one that has loaded everything."""
+    """Processes are forked from one that has loaded everything; it looks at the environment once, now."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.pop("RAY_ADDRESS", None)
     _FORKS.set_forkserver_preload(["tests.chaos.driver"])
 
 
