@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Collection, Iterator
@@ -40,6 +41,7 @@ from placement.groups import ReservedPools, reserve
 from placement.plan import plan
 
 _RESERVE_TIMEOUT_S = 120.0
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +130,19 @@ def _run(job: Job, console: Console) -> None:
         try:
             _begin(job, console)
             _train(job, pools, console)
-        except BaseExceptionGroup as errors:
-            raise first_cause(errors) from None
+        except (BaseExceptionGroup, OSError) as errors:
+            raise _told(first_cause(errors), job.folder) from None
         finally:
             pools.release()
     _conclude(job.folder, console)
+
+
+def _told(error: BaseException, folder: RunFolder) -> BaseException:
+    """What stopped the run; a disk that takes no more is the user's to mend, and no error of ours."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = error.filename or folder.path
+        return RunError(f"run_dir: {where} cannot be written: {error.strerror}; make room, and give the command again")
+    return error
 
 
 def _begin(job: Job, console: Console) -> None:
