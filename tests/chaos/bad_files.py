@@ -18,7 +18,7 @@ from actors.checkpoint.cut import Cut, Progress
 from actors.checkpoint.groups import SavedGroup
 from actors.checkpoint.resume import find
 from actors.checkpoint.store import CheckpointStore
-from actors.data.dataset import load_rows
+from actors.data.dataset import RESERVED, load_rows
 from actors.data.prompts import PromptStream
 from actors.model.tiny import byte_tokenizer
 from actors.recipe.file import dump_recipe, load_recipe
@@ -56,7 +56,7 @@ def bad_rows(rng: random.Random, folder: Path) -> Made:
         "no prompt column": (".jsonl", _lines([{"question": "a"}])),
         "reserved column": (
             ".jsonl",
-            _lines([good[0] | {rng.choice(["prompts", "completions", "completion_ids"]): 1}]),
+            _lines([good[0] | {rng.choice(RESERVED): 1}]),
         ),
         "mixed types": (".jsonl", _lines([*good, {"prompt": {"a": 1}}, *good])),
         "open line": (".jsonl", _lines(good) + b'{"prompt": "a'),
