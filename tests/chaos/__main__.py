@@ -26,7 +26,7 @@ from tests.chaos.run import GROUPS_PER_BATCH, ChaosRun, Outcome, forget, leaked,
 
 _END_S = 40.0
 """Ray's own processes take their time to end after the driver was killed."""
-_STEPS_PER_FAULT = 3
+_STEPS_PER_FAULT = 8
 _FAULTS_PER_RUN = 60
 _MAX_RUNS = 6
 

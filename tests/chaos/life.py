@@ -34,9 +34,10 @@ class Journal:
     def look(self) -> bool:
         """Whether there are new lines."""
         if not self.path.exists():
+            self._offset = 0
             return False
         if self.path.stat().st_size < self._offset:
-            self._offset = 0  # a run that began anew, or a torn line that was cut off
+            self._offset = 0  # of a run that began anew
         with self.path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
