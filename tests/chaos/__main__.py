@@ -84,10 +84,10 @@ class Result:
         return {"faults": len(self.outcomes), "classes": len(classes)} | {name: getattr(self, name) for name in names}
 
 
-def inject(batch: Batch, restarts: int, work: Path, console: Console) -> Result:
+def inject(batch: Batch, restarts: int, only: str, work: Path, console: Console) -> Result:
     """Runs until all faults have struck; folders of runs in which all was well are removed."""
     num_faults, seed, engine = batch.faults, batch.seed, batch.engine
-    names = plan(num_faults, seed, restarts=restarts, vllm=engine == "vllm")
+    names = plan(num_faults, seed, restarts=restarts, vllm=engine == "vllm", only=only)
     result = Result()
     memory = shared_memory()
     bar = Progress(
@@ -154,21 +154,21 @@ def batches(num_faults: int, num_vllm: int, seed: int) -> list[Batch]:
     return made
 
 
-def campaign(todo: list[Batch], restarts: float, work: Path, state: Path | None, console: Console) -> Result:
+def campaign(todo: list[Batch], restarts: float, only: str, work: Path, state: Path | None, console: Console) -> Result:
     """All batches that the state file does not hold yet, and what those that it holds have come to."""
     done: dict[str, dict[str, Any]] = {}
     if state is not None and state.exists():
         done = {line["batch"]: line["result"] for line in map(json.loads, state.read_text().splitlines())}
     whole = Result()
     for index, batch in enumerate(todo):
-        name = f"{batch.engine} {batch.faults} {batch.seed} {restarts:g}"
+        name = f"{batch.engine} {batch.faults} {batch.seed} {restarts:g} {only}"
         if name in done:
             whole.merge(Result.from_dict(done[name]))
             continue
         console.print(
             f"batch {index + 1} of {len(todo)}: {batch.faults} faults, {batch.engine} engine", highlight=False
         )
-        result = inject(batch, round(restarts * batch.faults), work, console)
+        result = inject(batch, round(restarts * batch.faults), only, work, console)
         whole.merge(result)
         if state is not None:
             state.parent.mkdir(parents=True, exist_ok=True)
@@ -183,6 +183,7 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     parser.add_argument("--vllm", type=int, default=0, help="so many of them with real engines and a real policy [0]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--restarts", type=float, default=0.22, help="share of faults that end the driver [0.22]")
+    parser.add_argument("--only", default="", help="classes with this in their name [all]")
     parser.add_argument("--work", type=Path, help="folder for the runs [a temporary one]; those that failed stay there")
     parser.add_argument("--state", type=Path, help="what is done is noted here, and not done again")
     given = parser.parse_args(arguments)
@@ -191,7 +192,7 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     work = given.work or Path(tempfile.mkdtemp(prefix="chaos-"))
     started = time.monotonic()
     todo = batches(given.faults, given.vllm, given.seed)
-    result = campaign(todo, given.restarts, work, given.state, console)
+    result = campaign(todo, given.restarts, given.only, work, given.state, console)
     console.print(table(result.outcomes))
     for note in result.notes[:40]:
         console.print(note, highlight=False, soft_wrap=True, markup=False)

@@ -71,12 +71,18 @@ CLASSES: dict[str, Kind] = {
 }
 
 
-def plan(count: int, seed: int, *, restarts: int, vllm: bool) -> list[str]:
-    """`count` names of classes in random order, each as often as the others, `restarts` of them ending the driver."""
+def plan(count: int, seed: int, *, restarts: int, vllm: bool, only: str = "") -> list[str]:
+    """`count` names of classes in random order, each as often as the others, `restarts` of them ending the driver.
+
+    Classes whose name does not contain `only` are left out.
+    """
     rng = random.Random(seed)
-    allowed = [name for name, kind in CLASSES.items() if kind.vllm or not vllm]
-    restarts = min(restarts, count)
-    chosen = _spread([name for name in allowed if CLASSES[name].restarts], restarts, rng)
+    allowed = [name for name, kind in CLASSES.items() if (kind.vllm or not vllm) and only in name]
+    if not allowed:
+        raise ValueError(f"no class has {only!r} in its name; there are {', '.join(CLASSES)}")
+    ending = [name for name in allowed if CLASSES[name].restarts]
+    restarts = min(restarts, count) if 0 < len(ending) < len(allowed) else count * bool(ending)
+    chosen = _spread(ending, restarts, rng)
     chosen += _spread([name for name in allowed if not CLASSES[name].restarts], count - restarts, rng)
     rng.shuffle(chosen)
     return chosen
