@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import sys
 import tempfile
 import time
@@ -84,7 +85,7 @@ class Result:
         return {"faults": len(self.outcomes), "classes": len(classes)} | {name: getattr(self, name) for name in names}
 
 
-def inject(batch: Batch, restarts: int, only: str, work: Path, console: Console) -> Result:
+def inject(batch: Batch, restarts: int, only: str, deadline: float, work: Path, console: Console) -> Result:
     """Runs until all faults have struck; folders of runs in which all was well are removed."""
     num_faults, seed, engine = batch.faults, batch.seed, batch.engine
     names = plan(num_faults, seed, restarts=restarts, vllm=engine == "vllm", only=only)
@@ -105,7 +106,7 @@ def inject(batch: Batch, restarts: int, only: str, work: Path, console: Console)
         while names and number < _MAX_RUNS + num_faults // 10:
             share = min(len(names), _FAULTS_PER_RUN)
             folder = work / f"run-{seed}-{number}"
-            run = ChaosRun(engine, folder, seed + number, _STEPS_PER_FAULT * share + 6, names[:share], tick)
+            run = ChaosRun(engine, folder, seed + number, _STEPS_PER_FAULT * share + 6, names[:share], tick, deadline)
             run.drive()
             run.finish()
             names = run.names + names[share:]
@@ -168,9 +169,9 @@ def campaign(todo: list[Batch], restarts: float, only: str, work: Path, state: P
         console.print(
             f"batch {index + 1} of {len(todo)}: {batch.faults} faults, {batch.engine} engine", highlight=False
         )
-        result = inject(batch, round(restarts * batch.faults), only, work, console)
+        result = inject(batch, round(restarts * batch.faults), only, deadline, work, console)
         whole.merge(result)
-        if state is not None:
+        if state is not None and time.monotonic() < deadline:
             state.parent.mkdir(parents=True, exist_ok=True)
             with state.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"batch": name, "result": asdict(result)}) + "\n")
@@ -184,6 +185,7 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--restarts", type=float, default=0.22, help="share of faults that end the driver [0.22]")
     parser.add_argument("--only", default="", help="classes with this in their name [all]")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no fault strikes after so long [no limit]")
     parser.add_argument("--work", type=Path, help="folder for the runs [a temporary one]; those that failed stay there")
     parser.add_argument("--state", type=Path, help="what is done is noted here, and not done again")
     given = parser.parse_args(arguments)
@@ -191,8 +193,9 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     console = Console()
     work = given.work or Path(tempfile.mkdtemp(prefix="chaos-"))
     started = time.monotonic()
+    deadline = started + given.seconds
     todo = batches(given.faults, given.vllm, given.seed)
-    result = campaign(todo, given.restarts, given.only, work, given.state, console)
+    result = campaign(todo, given.restarts, given.only, deadline, work, given.state, console)
     console.print(table(result.outcomes))
     for note in result.notes[:40]:
         console.print(note, highlight=False, soft_wrap=True, markup=False)

@@ -1,5 +1,6 @@
 """One chaos run: as many lives of the same command as the faults need, until the last step is taken."""
 
+import math
 import os
 import random
 import resource
@@ -50,7 +51,8 @@ class ChaosRun:
     """Classes of the faults that are to strike, in order."""
     tick: Callable[[str], None]
     """Told of every fault that has struck."""
-    max_lives: int = 1000
+    deadline: float = math.inf
+    """No fault strikes after this time.monotonic() moment."""
     outcomes: list[Outcome] = field(default_factory=list)
     hangs: int = 0
     untyped: list[str] = field(default_factory=list)
@@ -127,6 +129,9 @@ class ChaosRun:
                 self.notes.append(f"{name}: its point was not come to")
             return
         if self._waiting is not None or not self.names or journal.trained < GROUPS_PER_BATCH:
+            return
+        if time.monotonic() > self.deadline:
+            self.names.clear()
             return
         name = self.names.pop(0)
         kind = CLASSES[name]
