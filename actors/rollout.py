@@ -120,6 +120,7 @@ class RolloutActor:
         self._adapter: Any = None  # what a request must bear to be served with it
         self._is_staged = True
         self._stopped: float | None = None  # since when generation is paused
+        self._dead_engine: tuple[type[Exception], ...] = ()  # what an engine raises that is dead
 
     async def start(self) -> str:
         """Start the engine, which serves nothing before its first committed version; the address of its machine."""
@@ -135,10 +136,12 @@ class RolloutActor:
                 os.environ["OMP_NUM_THREADS"] = str(rollout.num_threads)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         from actors.model.load import load_skeleton, load_tokenizer, stop_token_ids
         from actors.model.lora import engine_arguments
 
+        self._dead_engine = (EngineDeadError,)
         self._tokenizer = load_tokenizer(settings.model_path, settings.revision, settings.trust_remote_code)
         self._stop_token_ids = stop_token_ids(settings.model_path, self._tokenizer, settings.revision)
         generation = settings.generation
@@ -217,11 +220,9 @@ class RolloutActor:
         generation = _Generation(f"{prompt.ordinal}.{attempt}.{next(self._num_fills)}")
         self._generations[key] = generation
         self._idle.clear()
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
             return Group(prompt, await self._sample(generation, rollouts), attempt, self.replica)
-        except EngineDeadError as error:
+        except self._dead_engine as error:
             raise ReplicaDeadError(f"the engine of rollout replica {self.replica} died") from error
         finally:
             del self._generations[key]

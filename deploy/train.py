@@ -1,6 +1,7 @@
 """`python -m deploy train`: what can be known to be wrong with a recipe is found before anything is started."""
 
 import asyncio
+import errno
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.examples import ExampleStream
 from actors.data.prompts import PromptStream
 from actors.errors import RunError, first_cause
-from actors.journal import read
+from actors.journal import check
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
@@ -40,6 +41,7 @@ from placement.groups import ReservedPools, reserve
 from placement.plan import plan
 
 _RESERVE_TIMEOUT_S = 120.0
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,23 +92,13 @@ def _resume(recipe: Recipe, folder: RunFolder, allowed: Collection[str]) -> Resu
         return None
     resume = find(CheckpointStore(folder.checkpoints), folder.recipe, recipe, allowed)
     if resume is not None and isinstance(recipe, GrpoRecipe):
-        _check_journal(folder, resume)
+        check(folder.ledger, resume.cut.lines)  # so that one that is damaged is told before anything is started
     if resume is not None and resume.cut.version >= recipe.steps:
         raise ValueError(
             f"steps: {recipe.steps}, but the run in {folder.path} has taken {resume.cut.version}; raise steps, or "
             "begin anew with --overwrite"
         )
     return resume
-
-
-def _check_journal(folder: RunFolder, resume: Resume) -> None:
-    """One that is damaged, or of another run, is told before anything is started."""
-    num_lines = len(read(folder.ledger))
-    if num_lines < resume.cut.lines:
-        raise ValueError(
-            f"{folder.ledger}: has {num_lines} lines, and {resume.path} was taken after {resume.cut.lines}; put back "
-            "the journal that belongs to the checkpoint, or begin anew with --overwrite"
-        )
 
 
 def _contents(folder: RunFolder) -> tuple[object, ...]:
@@ -141,11 +133,19 @@ def _run(job: Job, console: Console) -> None:
         try:
             _begin(job, console)
             _train(job, pools, console)
-        except BaseExceptionGroup as errors:
-            raise first_cause(errors) from None
+        except (BaseExceptionGroup, OSError) as errors:
+            raise _told(first_cause(errors), job.folder) from None
         finally:
             pools.release()
     _conclude(job.folder, console)
+
+
+def _told(error: BaseException, folder: RunFolder) -> BaseException:
+    """What stopped the run; a disk that takes no more is the user's to mend, and no error of ours."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = error.filename or folder.path
+        return RunError(f"run_dir: {where} cannot be written: {error.strerror}; make room, and give the command again")
+    return error
 
 
 def _begin(job: Job, console: Console) -> None:

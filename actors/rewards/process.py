@@ -16,7 +16,7 @@ from actors.rewards.pipe import receive, send
 WITHHELD = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "WANDB_API_KEY")
 """Ours alone. All else in the environment a reward may need: the key of a judge's service, a token of the hub."""
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _KILL_TIMEOUT_S = 10.0
 _EXIT_GRACE_S = 0.5
 """A child whose pipe has closed is given this long to end by itself, so that its own exit status can be named."""
