@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check static pure prove clean
+.PHONY: help install demo test check static pure prove chaos clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,7 +56,12 @@ test: $(VENV)/.dev ## every test that needs no GPU, with real Ray, vLLM and Deep
 prove: $(VENV)/.dev ## a million steps of random schedules against the pacer, a fault at every point of a publication, more
 	PACELINE_PROVE=1 $(PY) -m pytest -s tests/algorithms/test_schedules.py \
 	  tests/actors/test_publisher.py tests/actors/test_engine_faults.py tests/actors/test_publication.py \
-	  tests/actors/test_policy.py tests/actors/test_lora.py tests/deploy/test_train.py tests/deploy/test_resume_sft.py
+	  tests/actors/test_policy.py tests/actors/test_skipped_steps.py tests/actors/test_learning_rate.py \
+	  tests/actors/test_lora.py tests/deploy/test_train.py tests/deploy/test_resume_sft.py
+
+chaos: $(VENV)/.dev ## 1,000 faults into real runs, 10,000 bad inputs (hours; goes on where it was stopped)
+	$(PY) -m tests.chaos.bad_inputs --inputs 10000
+	$(PY) -m tests.chaos --faults 1000 --vllm 40 --state runs/chaos/state.jsonl --work runs/chaos
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

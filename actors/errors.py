@@ -9,8 +9,16 @@ class ReplicaDeadError(RunError):
     """A rollout replica's engine is gone."""
 
 
+class PolicyLostError(RunError):
+    """A policy rank is dead, wedged or broken: all ranks must be built again, and go on from a cut."""
+
+
 class StoppedError(RunError):
     """The run was asked to stop, and has left a cut from which the same command goes on."""
+
+
+class RollBackError(RunError):
+    """The run has gone wrong since a while: it is to go back to the last good cut, and on from there."""
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -10,7 +10,7 @@ A replica's number is never used again, so nothing that an old engine says can b
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
@@ -21,9 +21,11 @@ from ray.exceptions import RayError
 
 from actors.deadline import within
 from actors.errors import RunError, last_line
+from actors.recipe.schema import LivenessConfig
 from actors.router import Router
 
 _CLOSE_TIMEOUT_S = 10.0
+_FORGET_TIMEOUT_S = 40.0
 
 
 class State(Enum):
@@ -116,13 +118,25 @@ class Fleet:
         self._to_rebuild.put_nowait((replica, cause))
         self._wake()
 
+    async def forget(self) -> None:
+        """No replica holds a version any more: each waits for its first one again, its engine as it is."""
+        members = self.members
+        for replica in members:
+            if replica.state is State.SERVING:
+                self._router.leave(replica.number)
+                replica.state = State.PENDING
+        await self._each(members, "forget", _FORGET_TIMEOUT_S)
+
     @contextlib.asynccontextmanager
-    async def supervised(self) -> AsyncIterator[None]:
-        """Fenced replicas are replaced in the background while the context is open."""
+    async def supervised(self, liveness: LivenessConfig | None = None) -> AsyncIterator[None]:
+        """Fenced replicas, and those that give no sign of life, are replaced while the context is open."""
         async with asyncio.TaskGroup() as tasks:
-            supervisor = tasks.create_task(self._supervise(), name="fleet")
+            running = [tasks.create_task(self._supervise(), name="fleet")]
+            if liveness is not None:
+                running.append(tasks.create_task(self._watch(liveness), name="fleet-watch"))
             yield
-            supervisor.cancel()
+            for task in running:
+                task.cancel()
 
     async def close(self) -> None:
         """End all engines, and the processes that they have started."""
@@ -139,6 +153,23 @@ class Fleet:
                         f"{self._max_rebuilds} replacements in a run"
                     )
                 rebuilds.create_task(self._rebuild(replica), name=f"rebuild-{replica.number}")
+
+    async def _watch(self, liveness: LivenessConfig) -> None:
+        while True:
+            await asyncio.sleep(liveness.every_s)
+            await self._each(self.members, "ping", liveness.timeout_s)
+
+    async def _each(self, replicas: Sequence[Replica], method: str, timeout_s: float) -> None:
+        """Call the method of every replica; one that fails or is late is fenced."""
+        calls = (getattr(replica.handle, method).remote() for replica in replicas)
+        waits = (within(timeout_s, call, f"{method} of the engine") for call in calls)
+        answers = await asyncio.gather(*waits, return_exceptions=True)
+        for replica, answer in zip(replicas, answers, strict=True):
+            match answer:
+                case RayError() | RunError():
+                    self.fence(replica.number, last_line(answer))
+                case BaseException():
+                    raise answer
 
     async def _rebuild(self, old: Replica) -> None:
         await self._end(old)

@@ -27,6 +27,18 @@ def read(path: Path) -> list[Event]:
     return events
 
 
+def check(path: Path, lines: int) -> None:
+    """The journal holds the `lines` lines that a cut counts on; ValueError when it does not."""
+    if not path.is_file():
+        raise ValueError(f"{path}: is gone, and without it nobody knows what was trained; begin anew with --overwrite")
+    found = len(read(path))
+    if found < lines:
+        raise ValueError(
+            f"{path}: has {found} lines where the checkpoint counts on {lines}: somebody has cut it off; put the whole "
+            "file back, or begin anew with --overwrite"
+        )
+
+
 def mend(path: Path) -> None:
     """Cut off a torn last line, so that the next one begins at its beginning."""
     data = path.read_bytes()

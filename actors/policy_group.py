@@ -1,19 +1,21 @@
 """The policy as one: every call goes to all ranks, and all must answer within the deadline."""
 
 import asyncio
+import itertools
 import math
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.deadline import within
-from actors.errors import RunError, last_line
+from actors.deadline import DeadlineError, within
+from actors.errors import PolicyLostError, RunError, last_line
 from actors.policy import CONTROL, IO, RankBatch, RankUpdate
+from actors.recipe.schema import LivenessConfig
 from algorithms.losses import Normalizer
 from algorithms.stats import LossStats, merge
 from algorithms.types import Batch, Group, MicroBatch, Update
@@ -49,16 +51,29 @@ class PolicyGroup:
             share = RankBatch(_renumbered(micro_batches, needed), normalizer, batch.oldest_version)
             calls.append(rank.step.remote(share, *(groups[index] for index in needed)))
         what = f"the policy step at version {batch.version}"
-        updates: list[RankUpdate] = await _answer(self.timeout_s, asyncio.gather(*calls), what)
+        try:
+            updates: list[RankUpdate] = await _answer(self.timeout_s, asyncio.gather(*calls), what)
+        except RunError as error:  # in the middle of a step no rank is where it was
+            raise PolicyLostError(str(error)) from error
         assert {update.version for update in updates} == {batch.version + 1}, "only the policy counts versions, by one"
-        update = _merge(batch, updates, time.perf_counter() - started)
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(update.metrics[name]):
-                raise RunError(
-                    f"the {name} of the step at version {batch.version} is {update.metrics[name]}: the update was not "
-                    "published; lower optimizer.learning_rate, or look for a reward or a logit that is out of range"
-                )
-        return update
+        assert len({update.skipped for update in updates}) == 1, "all ranks step, or none does"
+        return _merge(batch, updates, time.perf_counter() - started)
+
+    async def scale_learning_rate(self, factor: float) -> None:
+        """From the next step on, on every rank, whatever the schedule; kept in checkpoints."""
+        await self._all("scale_learning_rate", factor, timeout_s=self.timeout_s)
+
+    async def watch(self, config: LivenessConfig) -> NoReturn:
+        """Never returns; PolicyLostError when a rank gives no sign of life."""
+        for rank in itertools.cycle(range(len(self.ranks))):
+            if rank == 0:
+                await asyncio.sleep(config.every_s)
+            call: Any = self.ranks[rank].ping.options(concurrency_group=CONTROL)
+            try:
+                await _answer(config.timeout_s, call.remote(), f"a sign of life of policy rank {rank}")
+            except DeadlineError as error:
+                raise PolicyLostError(str(error)) from error
+        raise AssertionError("a cycle has no end")
 
     async def plan_weights(self, dtype: str, bucket_mb: float) -> str:
         layouts: list[str] = await self._all("plan_weights", dtype, bucket_mb, timeout_s=self.timeout_s)
@@ -106,11 +121,12 @@ class PolicyGroup:
 
 
 async def _answer(timeout_s: float, call: Awaitable[Any], what: str) -> Any:
-    """What the policy answers; RunError when a rank is dead, late, or fails."""
+    """What the policy answers; RunError when a rank is late or fails, PolicyLostError when it is dead."""
     try:
         return await within(timeout_s, call, what)
     except RayError as error:
-        raise RunError(f"{what}: {last_line(error)}") from error
+        dead = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+        raise (PolicyLostError if dead else RunError)(f"{what}: {last_line(error)}") from error
 
 
 def _renumbered(micro_batches: tuple[MicroBatch, ...], needed: list[int]) -> tuple[MicroBatch, ...]:
@@ -127,15 +143,15 @@ def _renumbered(micro_batches: tuple[MicroBatch, ...], needed: list[int]) -> tup
 def _merge(batch: Batch, updates: Sequence[RankUpdate], seconds: float) -> Update:
     stats = merge(LossStats.from_dict(update.stats) for update in updates)
     num_tokens = sum(s.num_tokens for micros in batch.ranks for micro in micros for s in micro.samples)
-    return Update(
-        step=batch.version,
-        version=batch.version + 1,
-        metrics={
-            "loss": sum(update.loss for update in updates),
-            "grad_norm": updates[0].grad_norm,
-            "learning_rate": updates[0].learning_rate,
-            **stats.finish(),
-            "time/policy_step_s": seconds,
-            "policy_tok_per_s": num_tokens / seconds,
-        },
-    )
+    metrics = {
+        "loss": sum(update.loss for update in updates),
+        "grad_norm": updates[0].grad_norm,
+        "learning_rate": updates[0].learning_rate,
+        "policy/learning_rate_factor": updates[0].learning_rate_factor,
+        "policy/skipped": float(updates[0].skipped),
+        **stats.finish(),
+        "time/policy_step_s": seconds,
+        "policy_tok_per_s": num_tokens / seconds,
+    }
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return Update(batch.version, batch.version + 1, finite, skipped=updates[0].skipped)

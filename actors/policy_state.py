@@ -4,7 +4,8 @@
                               model/adapter_model.safetensors
     optimizer.safetensors     AdamW's two moments of each, `<name>.exp_avg` and `<name>.exp_avg_sq`
     random.safetensors        torch's random state on each rank, which dropout alone uses
-    policy.json               version, steps of the optimizer, the learning-rate schedule, what adapters are bound to
+    policy.json               version, steps of the optimizer, the learning-rate schedule and its factor, what adapters
+                              are bound to
 
 DeepSpeed's own checkpoints are bound to the ranks and the stage that wrote them.
 """
@@ -30,6 +31,7 @@ class _Facts(msgspec.Struct, frozen=True):
     version: int
     optimizer_steps: int
     schedule: dict[str, Any]
+    learning_rate_factor: float
     base: str | None
 
 
@@ -44,6 +46,8 @@ class PolicyState:
     """By rank, as bytes: torch's state, and behind it that of the rank's GPU."""
     num_optimizer_steps: int
     schedule: dict[str, Any]
+    learning_rate_factor: float = 1.0
+    """What the schedule's learning rates are multiplied by."""
     base: str | None = None
     """Digest of the model below, when the weights are adapters."""
 
@@ -52,7 +56,7 @@ class PolicyState:
         save_file(dict(self.weights), folder / MODEL / _weights_file(self.base), metadata=METADATA)
         save_file(dict(self.moments), folder / "optimizer.safetensors")
         save_file(dict(self.random), folder / "random.safetensors")
-        facts = _Facts(self.version, self.num_optimizer_steps, self.schedule, self.base)
+        facts = _Facts(self.version, self.num_optimizer_steps, self.schedule, self.learning_rate_factor, self.base)
         (folder / "policy.json").write_bytes(msgspec.json.encode(facts))
 
     @classmethod
@@ -70,6 +74,7 @@ class PolicyState:
             random=_tensors(folder / "random.safetensors"),
             num_optimizer_steps=facts.optimizer_steps,
             schedule=facts.schedule,
+            learning_rate_factor=facts.learning_rate_factor,
             base=facts.base,
         )
 
@@ -112,7 +117,7 @@ def collect(
     if not keep:
         return None
     schedule = _plain(engine.lr_scheduler.state_dict())
-    return PolicyState(version, weights, moments, random, _num_steps(engine), schedule, base)
+    return PolicyState(version, weights, moments, random, _num_steps(engine), schedule, base=base)
 
 
 def restore(engine: Any, parameters: Mapping[str, Tensor], state: PolicyState) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from ray.exceptions import RayError
 
 from actors.deadline import DeadlineError, within
-from actors.errors import RunError, last_line
+from actors.errors import PolicyLostError, RunError, last_line
 from actors.fleet import Fleet, Replica
 from actors.policy_group import PolicyGroup
 from actors.rollout import Swapped
@@ -133,6 +133,7 @@ class Publisher:
         waits = (within(self.config.timeout_s + _GRACE_S, call, what) for call in joining)
         answers = await asyncio.gather(*waits, return_exceptions=True)
         failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        failures.sort(key=lambda failure: not isinstance(failure, PolicyLostError))
         if failures:  # when one does not come, none gets in
             await self._blame(replicas, what, failures[0])
         self._group = numbers
@@ -206,7 +207,7 @@ class Publisher:
 
     async def _blame(self, replicas: Sequence[Replica], what: str, error: BaseException) -> NoReturn:
         """All failed together: whoever does not answer any more is the cause, and the others try again without it."""
-        if not isinstance(error, RayError | RunError):
+        if isinstance(error, PolicyLostError) or not isinstance(error, RayError | RunError):
             raise error
         calls = [replica.handle.ping.remote() for replica in replicas]
         alive = await self._phase(f"{what} ({last_line(error)})", replicas, calls, probe=True)

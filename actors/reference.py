@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import ray
 import torch
 
+from actors.policy import CONTROL
 from algorithms.packed import pack_row
 from algorithms.packing import pack
 from algorithms.types import Group, Rollout
@@ -32,8 +34,15 @@ class ReferenceActor:
 
     def __init__(self, settings: ReferenceSettings) -> None:
         self.settings = settings
+        self.model: Any = None
+
+    @ray.method(concurrency_group=CONTROL)
+    def ping(self) -> int:
+        """The process answers, with its number, whatever it computes."""
+        return os.getpid()
 
     def start(self) -> None:
+        """Load the model; `score` does so after Ray has started the process again."""
         from actors.model.forward import PACKED_ATTENTION
         from actors.model.load import load_causal_lm
 
@@ -54,6 +63,8 @@ class ReferenceActor:
         """The group with the reference log-probabilities of every loss token filled in."""
         from actors.model.forward import row_logprobs
 
+        if self.model is None:
+            self.start()
         scored: dict[int, Rollout] = {}
         lengths = [rollout.num_tokens for rollout in group.rollouts]
         (micro_batches,) = pack(lengths, num_ranks=1, max_tokens=self.settings.max_tokens)
@@ -64,6 +75,12 @@ class ReferenceActor:
             for place, (index, rollout) in enumerate(zip(indices, rollouts, strict=True)):
                 scored[index] = _with_reference(rollout, logprobs_N[row.sequence_N == place])
         return dataclasses.replace(group, rollouts=tuple(scored[index] for index in range(len(scored))))
+
+
+def reference_actor() -> Any:
+    """The class to make reference workers of; its concurrency group can be given to Ray at no later moment."""
+    remote: Any = ray.remote
+    return remote(concurrency_groups={CONTROL: 1})(ReferenceActor)
 
 
 def _with_reference(rollout: Rollout, logprobs_L: torch.Tensor) -> Rollout:

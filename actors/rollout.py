@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from actors.deadline import within
 from actors.errors import ReplicaDeadError
@@ -33,6 +34,7 @@ INTERRUPTED = "interrupted"
 _READY_FIRST_S, _READY_LAST_S, _READY_GROWTH = 0.005, 0.1, 1.5
 # An abort is a message to the engine, which answers nothing; only a dead engine keeps it waiting.
 _ABORT_TIMEOUT_S = 30.0
+_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +113,14 @@ class RolloutActor:
         self._rewards = rewards
         self._references = references
         self._generations: dict[tuple[int, int], _Generation] = {}  # (ordinal, attempt) -> what the engine samples now
+        self._idle = asyncio.Event()
+        """No group is in the engine."""
+        self._idle.set()
         self._num_fills = itertools.count()
         self._adapter: Any = None  # what a request must bear to be served with it
         self._is_staged = True
         self._stopped: float | None = None  # since when generation is paused
+        self._dead_engine: tuple[type[Exception], ...] = ()  # what an engine raises that is dead
 
     async def start(self) -> str:
         """Start the engine, which serves nothing before its first committed version; the address of its machine."""
@@ -130,10 +136,12 @@ class RolloutActor:
                 os.environ["OMP_NUM_THREADS"] = str(rollout.num_threads)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         from actors.model.load import load_skeleton, load_tokenizer, stop_token_ids
         from actors.model.lora import engine_arguments
 
+        self._dead_engine = (EngineDeadError,)
         self._tokenizer = load_tokenizer(settings.model_path, settings.revision, settings.trust_remote_code)
         self._stop_token_ids = stop_token_ids(settings.model_path, self._tokenizer, settings.revision)
         generation = settings.generation
@@ -211,16 +219,17 @@ class RolloutActor:
         assert key not in self._generations, "an attempt is on a replica once"
         generation = _Generation(f"{prompt.ordinal}.{attempt}.{next(self._num_fills)}")
         self._generations[key] = generation
-        from vllm.v1.engine.exceptions import EngineDeadError
-
+        self._idle.clear()
         try:
             return Group(prompt, await self._sample(generation, rollouts), attempt, self.replica)
-        except EngineDeadError as error:
+        except self._dead_engine as error:
             raise ReplicaDeadError(f"the engine of rollout replica {self.replica} died") from error
         finally:
             del self._generations[key]
             # No request outlives its group when one of them failed, or the deadline passed; else this does nothing.
             await self._abort([generation.request_id])
+            if not self._generations:
+                self._idle.set()
 
     async def _sample(self, generation: _Generation, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
         """Every unfinished rollout goes on from its last token; rollouts at the same tokens are one request."""
@@ -253,9 +262,9 @@ class RolloutActor:
     async def _score(self, group: Group) -> ScoredGroup:
         ordinal = group.prompt.ordinal
         if self._references:
-            group = await self._references[ordinal % len(self._references)].score.remote(group)
+            group = await _scored_by(self._references[ordinal % len(self._references)], group)
         texts = [self._tokenizer.decode(r.completion_ids, skip_special_tokens=True) for r in group.rollouts]
-        scored: ScoredGroup = await self._rewards[ordinal % len(self._rewards)].score.remote(group, texts)
+        scored: ScoredGroup = await _scored_by(self._rewards[ordinal % len(self._rewards)], group, texts)
         return scored
 
     @staticmethod
@@ -292,6 +301,12 @@ class RolloutActor:
         self._is_staged = first.config.staging != "none"
         joining = self.engine.collective_rpc("join_group", args=(first.model_dump_json(), node_ip()))
         await within(first.config.timeout_s, joining, "joining the weight group")
+
+    async def forget(self) -> None:
+        """What is being sampled ends now, and nothing is served before a version comes; the engine stays."""
+        await self.interrupt(None)
+        await within(_ABORT_TIMEOUT_S, self._idle.wait(), "ending what is being sampled")
+        self.version = None
 
     async def ping(self) -> None:
         """The engine and its workers answer."""
@@ -359,13 +374,25 @@ class RolloutActor:
         )
         request: Any = {"prompt_token_ids": token_ids, "cache_salt": f"check-{time.time_ns()}"}
         outputs = self.engine.generate(request, sampling, f"check-{time.time_ns()}", lora_request=self._adapter)
-        output = await self._final(outputs)
+        output = await within(self.settings.generation.timeout_s, self._final(outputs), "scoring tokens")
         scores = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
         return [entry[token].logprob for token, entry in scores]
 
     async def close(self) -> None:
         """Stop the engine and its processes."""
         await asyncio.to_thread(self.engine.shutdown)
+
+
+async def _scored_by(worker: ray.actor.ActorHandle, *arguments: Any) -> Any:
+    """The answer of a reward or reference worker; one that has died is being started again, and is asked again.
+
+    Scoring leaves no trace in the worker, so it may be done twice. The caller keeps the deadline.
+    """
+    while True:
+        try:
+            return await worker.score.remote(*arguments)
+        except ActorUnavailableError:
+            await asyncio.sleep(_AGAIN_S)
 
 
 async def received(engine: Any) -> None:

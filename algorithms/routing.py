@@ -23,7 +23,8 @@ class Router:
         return tuple(self._tokens)
 
     def join(self, replica: int) -> None:
-        """Groups may go to this replica from now on; a replica that left comes back under a new number."""
+        """Groups may go to this replica from now on; one that left comes back under another number, or when
+        nothing that it was given is outstanding."""
         assert replica not in self._tokens, f"replica {replica} is here already"
         self._tokens[replica] = self._groups[replica] = 0
         self._offer(replica)

@@ -1,13 +1,12 @@
 """`python -m deploy train`: what can be known to be wrong with a recipe is found before anything is started."""
 
 import asyncio
-import contextlib
-import logging
+import errno
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 from rich.console import Console
@@ -20,7 +19,7 @@ from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.examples import ExampleStream
 from actors.data.prompts import PromptStream
 from actors.errors import RunError, first_cause
-from actors.journal import read
+from actors.journal import check
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
@@ -34,12 +33,15 @@ from actors.run.lineage import trained_before
 from actors.run.progress import RunProgress
 from actors.run.sft import run_sft
 from actors.run.tracker import check_tracker
-from actors.workers import ModelSource
+from actors.settings import ModelSource
+from deploy.session import ray_session
+from deploy.trust import trusted_code
 from placement.cluster import from_ray, this_machine
 from placement.groups import ReservedPools, reserve
 from placement.plan import plan
 
 _RESERVE_TIMEOUT_S = 120.0
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,23 +92,13 @@ def _resume(recipe: Recipe, folder: RunFolder, allowed: Collection[str]) -> Resu
         return None
     resume = find(CheckpointStore(folder.checkpoints), folder.recipe, recipe, allowed)
     if resume is not None and isinstance(recipe, GrpoRecipe):
-        _check_journal(folder, resume)
+        check(folder.ledger, resume.cut.lines)  # so that one that is damaged is told before anything is started
     if resume is not None and resume.cut.version >= recipe.steps:
         raise ValueError(
             f"steps: {recipe.steps}, but the run in {folder.path} has taken {resume.cut.version}; raise steps, or "
             "begin anew with --overwrite"
         )
     return resume
-
-
-def _check_journal(folder: RunFolder, resume: Resume) -> None:
-    """One that is damaged, or of another run, is told before anything is started."""
-    num_lines = len(read(folder.ledger))
-    if num_lines < resume.cut.lines:
-        raise ValueError(
-            f"{folder.ledger}: has {num_lines} lines, and {resume.path} was taken after {resume.cut.lines}; put back "
-            "the journal that belongs to the checkpoint, or begin anew with --overwrite"
-        )
 
 
 def _contents(folder: RunFolder) -> tuple[object, ...]:
@@ -123,7 +115,10 @@ def _ended_early(recipe: Recipe, folder: RunFolder) -> bool:
 def execute(jobs: list[Job], address: str | None, console: Console) -> None:
     """Run the jobs one after another on one Ray; raises what stopped a run."""
     disable_progress_bar()  # a line for each file of a model would hide ours
-    with ray_session(address):
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    for warning in trusted_code(job.recipe for job in jobs):
+        say(warning)
+    with ray_session(address, say):
         for job in jobs:
             _run(job, console)
 
@@ -138,11 +133,19 @@ def _run(job: Job, console: Console) -> None:
         try:
             _begin(job, console)
             _train(job, pools, console)
-        except BaseExceptionGroup as errors:
-            raise first_cause(errors) from None
+        except (BaseExceptionGroup, OSError) as errors:
+            raise _told(first_cause(errors), job.folder) from None
         finally:
             pools.release()
     _conclude(job.folder, console)
+
+
+def _told(error: BaseException, folder: RunFolder) -> BaseException:
+    """What stopped the run; a disk that takes no more is the user's to mend, and no error of ours."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = error.filename or folder.path
+        return RunError(f"run_dir: {where} cannot be written: {error.strerror}; make room, and give the command again")
+    return error
 
 
 def _begin(job: Job, console: Console) -> None:
@@ -245,7 +248,7 @@ def _stream(
                     "positions; lower one of them"
                 )
             prompts = PromptStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, generation.max_prompt_length)
-            prompts.preflight()
+            prompts.preflight(max_bad_rows=recipe.dataset.max_bad_rows)
             return prompts
         case SftRecipe():
             if recipe.max_length > num_positions:
@@ -256,22 +259,3 @@ def _stream(
             examples = ExampleStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, recipe.max_length)
             examples.preflight()
             return examples
-
-
-@contextlib.contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
-    """Join the cluster at `address`, else start a local Ray; a Ray started here ends here."""
-    here = str(Path.cwd())
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        # Replicas and reward workers start processes of their own, which must find these packages too.
-        runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}}
-        ray.init("local", include_dashboard=False, runtime_env=runtime_env, **quiet)
-    elif "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        ray.init(address, **quiet)  # a submitted job has brought its working directory already
-    else:
-        ray.init(address, runtime_env={"working_dir": here}, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -18,7 +18,7 @@ from actors.checkpoint.config import CheckpointConfig
 from actors.checkpoint.cut import Cut
 from actors.checkpoint.groups import SavedGroup
 from actors.checkpoint.store import CheckpointStore
-from actors.deadline import within
+from actors.deadline import aside, within
 from actors.errors import RunError
 from actors.model.files import MODEL
 from actors.pacer import ReadyGroup
@@ -42,10 +42,13 @@ class Checkpointer:
     metrics: Callable[[], Mapping[str, float]]
     """Of the last step."""
     say: Callable[[str], None]
+    healthy: Callable[[], bool]
+    """Whether a cut of this moment is one to go back to; one that is not must not take the place of one that is."""
     cut_version: int | None = None
     """Of the last cut; that from which the run goes on."""
     stall_s: float = 0.0
     """Training has stood still for cuts so long, in all."""
+    _overdue: bool = False
     _writing: asyncio.Task[None] | None = None
     _watch: Watch | None = None
 
@@ -54,11 +57,13 @@ class Checkpointer:
             self._watch = Watch(self.config.best.metric)
 
     async def after(self, version: int) -> None:
-        """A cut, if one is due and the run goes on."""
+        """A cut, if one is due, the run goes on and all is well; one that is due waits until all is well."""
         warning = None if self._watch is None else self._watch.saw(self.metrics())
         if warning is not None:
             self.say(f"warning: {warning}")
-        if self.config.every and version % self.config.every == 0 and version < self.num_steps:
+        due = self._overdue or (self.config.every > 0 and version % self.config.every == 0)
+        self._overdue = due and not self.healthy()
+        if due and not self._overdue and version < self.num_steps:
             await self.cut(version)
 
     async def last(self, version: int) -> None:
@@ -79,28 +84,29 @@ class Checkpointer:
         self._writing = asyncio.create_task(self._write(cut, ready), name="checkpoint")
         self.stall_s += time.monotonic() - started
 
-    async def finish(self) -> None:
+    async def finish(self, timeout_s: float | None = None) -> None:
         """What is being written is on the disk when this returns, or it was told why not."""
         try:
-            await self._written()
+            await self._written(timeout_s)
         except RunError as error:
             self.say(f"warning: {error}; the run goes on without it")
 
-    async def _written(self) -> None:
+    async def _written(self, timeout_s: float | None = None) -> None:
         writing, self._writing = self._writing, None
         if writing is None:
             return
         try:
-            await within(self.config.timeout_s, writing, "writing it")
+            await within(timeout_s or self.config.timeout_s, writing, "writing it")
         except (OSError, RunError, RayError, ValueError, TypeError, OverflowError, NotImplementedError) as error:
             # Of Ray, the disk, or a column of the data set that is no JSON: none of them is worth the run.
             raise RunError(f"the checkpoint of version {self.cut_version} could not be written: {error}") from error
 
     async def _write(self, cut: Cut, ready: list[ReadyGroup]) -> None:
         groups = [await _saved(group) for group in ready]
-        folder = await asyncio.to_thread(self._stage, cut, groups)
-        await self.policy.write_snapshot(folder, self.config.timeout_s)
-        await asyncio.to_thread(self.store.commit, cut.version)
+        timeout_s = self.config.timeout_s
+        folder = await within(timeout_s, aside(self._stage, cut, groups), "staging a checkpoint")
+        await self.policy.write_snapshot(folder, timeout_s)
+        await within(timeout_s, aside(self.store.commit, cut.version), "committing a checkpoint")
 
     def _stage(self, cut: Cut, groups: list[SavedGroup]) -> Path:
         folder = self.store.stage(cut.version)

@@ -33,6 +33,8 @@ class Progress(msgspec.Struct):
     tokens_trained: int = 0
     num_tokens: int = 0
     unscorable: int = 0
+    reward_failures: dict[str, int] = {}
+    """Failed reward calls by cause."""
     wall_s: float = 0.0
 
 
@@ -56,8 +58,8 @@ class Measured(msgspec.Struct, frozen=True):
 class Cut(msgspec.Struct, frozen=True):
     """A run goes on at weight version `version`. Of a supervised run nothing is in flight, and there is no journal.
 
-    Not in it, and begun anew: how many replicas were rebuilt, the mean length by which the router balances, and what an
-    interrupted attempt had sampled.
+    Not in it, and begun anew: how many replicas were rebuilt, the mean length by which the router balances, what an
+    interrupted attempt had sampled, the failures of rewards in a row, and what the rules of health have seen.
     """
 
     version: int

@@ -24,8 +24,11 @@ def encode(groups: list[SavedGroup]) -> bytes:
 
 
 def decode(data: bytes) -> list[SavedGroup]:
-    """ValueError (of msgspec) when these are not such bytes."""
-    return msgspec.msgpack.decode(data, type=list[SavedGroup], dec_hook=_array)
+    """msgspec.MsgspecError when these are not such bytes."""
+    try:
+        return msgspec.msgpack.decode(data, type=list[SavedGroup], dec_hook=_array)
+    except AssertionError as error:  # what is always true of a rollout (algorithms/types.py) is not true of this one
+        raise msgspec.ValidationError(str(error)) from error
 
 
 def _plain(value: Any) -> Any:

@@ -154,12 +154,14 @@ class CheckpointStore:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Relative names of all files; links are not followed, and none is written."""
+    """Relative names of all files, none outside the folder; links are not followed, and none is written."""
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise DamagedError(f"{path}: a checkpoint holds no links")
         if path.is_file():
             yield path.relative_to(folder).as_posix()
+        elif not path.is_dir():  # a pipe, say, would keep its reader waiting
+            raise DamagedError(f"{path}: a checkpoint holds files and folders, nothing else")
 
 
 def _describe(path: Path) -> _File:

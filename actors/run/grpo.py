@@ -1,32 +1,26 @@
-"""One GRPO run from its recipe to its run folder: build the components, run the controller, write the summary."""
+"""One GRPO run from its recipe to its run folder: start the workers, live until the last step, write the summary."""
 
-from dataclasses import replace
+import asyncio
+from dataclasses import dataclass
 
-import ray
 from transformers import PreTrainedTokenizerBase
 
-from actors.attempts import Attempts, Limits
-from actors.checkpoint.checkpointer import Checkpointer
-from actors.checkpoint.moment import GrpoMoment
-from actors.checkpoint.resume import Resume
+from actors.checkpoint.resume import Resume, find
 from actors.checkpoint.store import CheckpointStore
-from actors.controller import Controller
 from actors.data.prompts import PromptStream
-from actors.ledger import Ledger
-from actors.pacer import AsyncPacer, ReadyGroup
-from actors.publisher import Publisher
+from actors.deadline import aside, within
+from actors.errors import PolicyLostError, RollBackError, RunError, first_cause
+from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
 from actors.run.folder import RunFolder
+from actors.run.life import Life, Run, begin
 from actors.run.plot import plot_run
 from actors.run.progress import RunProgress
-from actors.run.reporter import Reporter
 from actors.run.signals import on_signal
 from actors.run.tracker import Tracker
-from actors.workers import ModelSource, Roles, Workers, grpo_workers, score_timeout_s
-from algorithms.depth import DepthController
-from algorithms.pacing import Pacer
-from algorithms.slots import Slot
+from actors.settings import ModelSource
+from actors.workers import Roles, grpo_workers
 from placement.groups import ReservedPools
 
 
@@ -44,139 +38,83 @@ async def run_grpo(
     """Train, from the beginning or from a cut; raises what stopped the run, after the workers are gone."""
     progress.say("starting the policy, the rollout replicas and the reward workers")
     config = recipe.model_dump(mode="json")
-    router = _router(recipe)
-    async with grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles()) as workers:
-        publisher = _publisher(recipe, workers)
-        pacer = _pacer(recipe)
-        async_pacer = AsyncPacer(pacer, stall_timeout_s=2 * _group_timeout_s(recipe))
-        first_version = 0
-        if resume is not None:
-            first_version = resume.cut.version
-            await workers.policy.restore(resume.path)
-            async_pacer.restore(replace(resume.cut.pacer, batches_left=recipe.steps - first_version), _ready(resume))
-        await publisher.connect()
-        with (
-            _ledger(folder, resume) as ledger,
-            Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker,
-        ):
-            reporter = Reporter(recipe, folder, progress, tracker, async_pacer, publisher, ledger)
-            if resume is not None:
-                reporter.resume(resume.cut.progress)
-            attempts = Attempts(
-                limits=_limits(recipe),
-                dynamic_sampling=recipe.algorithm.dynamic_sampling,
-                prompts=prompts,
-                pacer=async_pacer,
-                router=router,
-                fleet=workers.fleet,
-                ledger=ledger,
-            )
-            moment = GrpoMoment(async_pacer, ledger, attempts, _depth(recipe, pacer), reporter.progress)
-            if resume is not None:
-                await moment.restore(resume.cut)
-            checkpointer = Checkpointer(
-                store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
-                config=recipe.checkpoint,
-                num_steps=recipe.steps,
-                policy=workers.policy,
-                tokenizer=tokenizer,
-                moment=moment.take,
-                metrics=lambda: reporter.metrics,
-                say=progress.say,
-                cut_version=None if resume is None else first_version,
-            )
-            controller = Controller(
-                num_steps=recipe.steps,
-                staleness=recipe.staleness,
-                algorithm=recipe.algorithm,
-                max_tokens_per_micro_batch=recipe.policy.max_tokens_per_micro_batch,
-                pacer=async_pacer,
-                attempts=attempts,
-                fleet=workers.fleet,
-                policy=workers.policy,
-                publisher=publisher,
-                ledger=ledger,
-                depth=moment.depth,
-                report=reporter.report,
-                settled=checkpointer.after,
-                stopped=checkpointer.last,
-                first_version=first_version,
-            )
-            with on_signal(async_pacer.stop, progress.say):
-                await controller.run()
-            await checkpointer.finish()
-        await workers.policy.save(folder.model)
-    tokenizer.save_pretrained(folder.model)
-    plot_run(folder.read_metrics(), recipe.staleness.max_staleness, folder.plot)
-    folder.write_summary(reporter.summary() | {"checkpoint_stall_s": checkpointer.stall_s})
-
-
-def _ledger(folder: RunFolder, resume: Resume | None) -> Ledger:
-    if resume is None:
-        return Ledger(folder.ledger)
-    return Ledger.resume(folder.ledger, resume.cut.lines, resume.cut.version)
-
-
-def _ready(resume: Resume) -> list[ReadyGroup]:
-    """The groups that waited to be trained, their tokens in this node's object store."""
-    return [
-        ReadyGroup(
-            Slot(saved.summary.ordinal, saved.attempt, saved.version, saved.resumed),
-            saved.summary,
-            ray.put(saved.scored),
-        )
-        for saved in resume.groups
-    ]
-
-
-def _pacer(recipe: GrpoRecipe) -> Pacer:
-    staleness = recipe.staleness
-    return Pacer(
-        groups_per_batch=recipe.groups_per_batch,
-        max_staleness=staleness.max_staleness,
-        num_batches=recipe.steps,
-        when_stale=staleness.when_stale,
-        over_sampling=staleness.over_sampling,
-        pipeline_depth=recipe.pipeline_depth,
-        max_in_flight=recipe.max_groups_in_flight,
-    )
-
-
-def _depth(recipe: GrpoRecipe, pacer: Pacer) -> DepthController | None:
-    """From one batch, which is the least that fills a step, to the depth that the recipe or the bound allows."""
-    config = recipe.staleness.adapt_depth
-    depth = pacer.pipeline_depth
-    return None if config is None else DepthController(config, recipe.groups_per_batch, depth, depth)
-
-
-def _router(recipe: GrpoRecipe) -> Router:
-    return Router(
+    router = Router(
         max_groups_per_replica=recipe.max_groups_per_replica,
         num_generations=recipe.algorithm.num_generations,
         max_completion_length=recipe.generation.max_completion_length,
     )
+    async with grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles()) as started:
+        workers, policy = started
+        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
+            lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), policy)
+            async with workers.fleet.supervised(recipe.liveness), workers.scorers.watched():
+                with on_signal(lives.stop, progress.say):
+                    summary = await lives.live(resume)
+        await lives.policy.save(folder.model)
+    tokenizer.save_pretrained(folder.model)
+    plot_run(folder.read_metrics(), recipe.staleness.max_staleness, folder.plot)
+    folder.write_summary(summary)
 
 
-def _publisher(recipe: GrpoRecipe, workers: Workers) -> Publisher:
-    return Publisher(
-        policy=workers.policy,
-        fleet=workers.fleet,
-        workers_per_replica=max(1, recipe.pools.rollout.gpus_per_worker),
-        dtype=recipe.rollout.dtype,
-        config=recipe.sync,
-        member_timeout_s=recipe.rollout.start_timeout_s,
-        drain_timeout_s=0.0 if recipe.staleness.in_flight_updates else recipe.generation.timeout_s,
-    )
+@dataclass(slots=True)
+class Lives:
+    """A policy that is lost, or rolled back, costs the steps since the last cut; the engines, and the run, go on."""
 
+    run: Run
+    policy: PolicyGroup
+    num_lost: int = 0
+    num_roll_backs: int = 0
+    _life: Life | None = None
+    _stopped: bool = False
 
-def _limits(recipe: GrpoRecipe) -> Limits:
-    return Limits(
-        group_timeout_s=_group_timeout_s(recipe),
-        max_attempts=recipe.rollout.max_attempts,
-        max_quarantined=recipe.rollout.max_quarantined,
-    )
+    async def live(self, resume: Resume | None) -> dict[str, object]:
+        """To the last step; the summary. Raises what stopped the run."""
+        while True:
+            try:
+                self._life = await begin(self.run, self.policy, resume, self.num_roll_backs)
+                if self._stopped:
+                    await self._life.pacer.stop()
+                await self._life.live()
+                return self._life.summary() | {"policy_restarts": self.num_lost, "roll_backs": self.num_roll_backs}
+            except (BaseExceptionGroup, PolicyLostError) as errors:
+                error = first_cause(errors)
+                if not isinstance(error, PolicyLostError | RollBackError):
+                    raise
+            self._count(error)
+            resume = await self._recovered(error)
 
+    async def stop(self) -> None:
+        """The run ends in order after the step under way, also when that is in a life to come."""
+        self._stopped = True
+        if self._life is not None:
+            await self._life.pacer.stop()
 
-def _group_timeout_s(recipe: GrpoRecipe) -> float:
-    """Longer than the deadlines that the replica itself keeps, which name the cause better."""
-    return 60.0 + recipe.generation.timeout_s + score_timeout_s(recipe)
+    def _count(self, error: PolicyLostError | RollBackError) -> None:
+        """RunError when a policy was lost too often; of rolling back the rule's own budget was asked (health.py)."""
+        if isinstance(error, RollBackError):
+            self.num_roll_backs += 1
+            return
+        self.num_lost += 1
+        allowed = self.run.recipe.policy.max_restarts
+        if self.num_lost > allowed:
+            raise RunError(f"{error}; the policy was lost {self.num_lost} times, policy.max_restarts allows {allowed}")
+
+    async def _recovered(self, error: PolicyLostError | RollBackError) -> Resume | None:
+        """Where the run goes on from, with a new policy and replicas that hold no version."""
+        recipe, folder, store = self.run.recipe, self.run.folder, CheckpointStore(self.run.folder.checkpoints)
+        try:
+            finding = aside(find, store, folder.recipe, recipe, ())
+            resume = await within(recipe.checkpoint.timeout_s, finding, "reading the newest checkpoint")
+        except ValueError as damaged:
+            raise RunError(f"{error}, and there is nothing to go on from: {damaged}") from error
+        version = 0 if resume is None else resume.cut.version
+        notes = () if resume is None else resume.notes
+        for note in (f"warning: {error}; the policy is built again and goes on from step {version}", *notes):
+            self.run.progress.say(note)
+        folder.rewind(recipe, version)
+        store.discard_after(version)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.run.workers.fleet.forget())
+            started = tasks.create_task(self.run.workers.ranks.start())
+        self.policy = started.result()
+        return resume

@@ -13,7 +13,7 @@ from actors.checkpoint.cut import Cut, Progress
 from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.data.examples import ExampleStream
-from actors.errors import StoppedError
+from actors.errors import RunError, StoppedError
 from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import SftRecipe
@@ -22,7 +22,8 @@ from actors.run.plot import plot_loss
 from actors.run.progress import RunProgress
 from actors.run.signals import on_signal
 from actors.run.tracker import Tracker
-from actors.workers import ModelSource, policy_group
+from actors.settings import ModelSource
+from actors.workers import policy_group
 from algorithms.packing import pack
 from algorithms.slots import PacerState
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample
@@ -56,6 +57,7 @@ async def run_sft(
                 moment=learner.moment,
                 metrics=lambda: learner.metrics,
                 say=progress.say,
+                healthy=lambda: True,  # the rules of health are about rollouts
                 cut_version=None if resume is None else learner.version,
             )
             with on_signal(learner.stop, progress.say):
@@ -105,9 +107,14 @@ class Learner:
     async def _step(self) -> None:
         recipe, step = self.recipe, self.version
         first = step * recipe.batch_size
-        rollouts = [self.examples.example(first + index) for index in range(recipe.batch_size)]
+        rollouts = _examples(self.examples, first, recipe.batch_size)
         batch = _batch(rollouts, step, len(self.policy.ranks), recipe.policy.max_tokens_per_micro_batch)
         update = await self.policy.step(batch, [_group(first + index, r) for index, r in enumerate(rollouts)])
+        if update.skipped:
+            raise RunError(
+                f"the loss or the gradient of step {step} is not finite, and the weights were left as they were; lower "
+                "optimizer.learning_rate, or look for an example that is out of the ordinary"
+            )
         self.version = update.version
         self._totals.losses.append(update.metrics["loss"])
         self._totals.tokens_trained += batch.num_loss_tokens
@@ -141,6 +148,13 @@ class Learner:
             "resumed": totals.num_resumed,
             "wall_s": totals.wall_s,
         }
+
+
+def _examples(examples: ExampleStream, first: int, count: int) -> list[Rollout]:
+    try:
+        return [examples.example(first + index) for index in range(count)]
+    except ValueError as error:  # a row behind those that were looked at before the run
+        raise RunError(str(error)) from error
 
 
 def _batch(rollouts: Sequence[Rollout], version: int, num_ranks: int, max_tokens: int) -> Batch:

@@ -80,3 +80,16 @@ def test_a_line_that_is_no_event_is_named(tmp_path: Path) -> None:
     path.write_text('{"event": "late", "ordinal": 1, "t": 0}\nhello\n')
     with pytest.raises(ValueError, match="line 2 is not an event"):
         journal.read(path)
+
+
+def test_a_journal_that_lacks_what_a_cut_counts_on_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with pytest.raises(ValueError, match=r"ledger\.jsonl: is gone"):
+        journal.check(path, 8)
+    with Ledger(path) as ledger:
+        write(ledger, range(4), step=None)
+    journal.check(path, 8)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="lines where the checkpoint counts on 8"):
+        journal.check(path, 8)

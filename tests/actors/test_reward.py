@@ -473,3 +473,18 @@ def _gone_within(pid: int, seconds: float) -> bool:
     while _alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not _alive(pid)
+
+
+def test_our_folders_do_not_hide_the_modules_of_a_reward(tmp_path: Path) -> None:
+    """A reward file that imports its own `data` must not get ours: only the repository itself is on the path."""
+    file = tmp_path / "reward.py"
+    file.write_text(
+        "import sys\n"
+        "def ours(completions, **kwargs):\n"
+        "    return [float(any(path.endswith('/actors') for path in sys.path))] * len(completions)\n"
+    )
+    actor = RewardActor((RewardConfig(function=f"{file}:ours"),), 10.0)
+    try:
+        assert score(actor).rewards_G == (0.0, 0.0)
+    finally:
+        actor.close()

@@ -25,6 +25,7 @@ class StandIn:
     def __init__(self) -> None:
         self.write: Callable[[Path], object] = lambda folder: (folder / "weights").write_bytes(b"w")
         self.num_snapshots = 0
+        self.healthy = True
         self.version = 0
 
     async def snapshot(self) -> None:
@@ -54,6 +55,7 @@ def make(
         moment=cut_of,
         metrics=lambda: {"loss": 1.0} | ({} if rewards is None else {"reward": rewards.get(policy.version, math.nan)}),
         say=said.append,
+        healthy=lambda: policy.healthy,
     )
     return checkpointer, policy, said
 
@@ -65,6 +67,15 @@ async def test_cuts_are_taken_when_due(tmp_path: Path) -> None:
     await checkpointer.finish()
     assert checkpointer.store.versions() == [2, 4]
     assert (policy.num_snapshots, said) == (2, [])
+
+
+async def test_a_cut_that_is_due_waits_until_all_is_well(tmp_path: Path) -> None:
+    checkpointer, policy, _ = make(tmp_path, every=3)
+    for version in range(1, 8):
+        policy.healthy = version not in (3, 4)
+        await checkpointer.after(version)
+    await checkpointer.finish()
+    assert checkpointer.store.versions() == [5, 6]
 
 
 async def test_one_that_fails_is_told_and_the_next_is_written(tmp_path: Path) -> None:

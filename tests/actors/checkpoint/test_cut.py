@@ -9,7 +9,7 @@ import pytest
 
 from actors.checkpoint.best import Score
 from actors.checkpoint.cut import Cut, Failures, Measured, Progress
-from actors.checkpoint.groups import SavedGroup, decode
+from actors.checkpoint.groups import SavedGroup, decode, encode
 from algorithms.bias import SelectionAudit
 from algorithms.config import AdaptDepthConfig
 from algorithms.depth import DepthController
@@ -67,3 +67,10 @@ def test_other_bytes_are_refused() -> None:
     for data in (b"", b"\x91\x01", b"\x80", b"\xc1" * 9):
         with pytest.raises(msgspec.MsgspecError):
             decode(data)
+
+
+def test_a_group_whose_arrays_differ_in_length_is_refused() -> None:
+    plain = msgspec.msgpack.decode(encode([saved(6)]))
+    plain[0]["scored"]["group"]["rollouts"][0]["logprobs_T"] = bytes(8)
+    with pytest.raises(msgspec.MsgspecError, match="have one length"):
+        decode(msgspec.msgpack.encode(plain))

@@ -1,5 +1,7 @@
 """A checkpoint is whole, or it is not there, or it is named as damaged; never anything else."""
 
+import json
+import os
 import random
 from pathlib import Path
 
@@ -69,6 +71,49 @@ def test_links_are_refused(tmp_path: Path) -> None:
     (folder / "weights").unlink()
     (folder / "weights").symlink_to(secret)
     with pytest.raises(DamagedError, match="no links"):
+        store.open(1)
+
+
+def test_a_listing_that_leads_outside_is_refused(tmp_path: Path) -> None:
+    """With the right size and digest of a file outside, added to the listing or in the place of one of its names."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=9)
+    for version, outside in enumerate(["../x", "../../x", str(tmp_path / "x"), "inner/../../x", "./weights"], 1):
+        folder = make(store, version)
+        (tmp_path / "x").write_bytes((folder / "weights").read_bytes())
+        (tmp_path / "checkpoints" / "x").write_bytes((folder / "weights").read_bytes())
+        listing = json.loads((folder / "COMPLETE.json").read_text())
+        told = listing["files"]["weights"]
+        for files in (listing["files"] | {outside: told}, {"inner/facts.json": {}, outside: told}):
+            (folder / "COMPLETE.json").write_text(json.dumps(listing | {"files": files}))
+            with pytest.raises(DamagedError, match="its files are not those"):
+                store.open(version)
+
+
+@pytest.mark.parametrize("place", [".", "inner"])
+def test_linked_folders_are_refused(place: str, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    folder = make(store, 1)
+    (folder / place).rename(tmp_path / "elsewhere")
+    (folder / place).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(DamagedError, match=r"is no link|holds no links"):
+        store.open(1)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    folder = make(store, 1)
+    (folder / "weights").unlink()
+    os.mkfifo(folder / "weights")
+    with pytest.raises(DamagedError, match="nothing else"):
+        store.open(1)
+
+
+@pytest.mark.parametrize("files", ["null", "[]", "3", '"weights"', '[["weights"]]', '{"weights": null}'])
+def test_a_listing_of_another_form_is_refused(files: str, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    folder = make(store, 1)
+    (folder / "COMPLETE.json").write_text(f'{{"version": 1, "files": {files}}}')
+    with pytest.raises(DamagedError, match="version-00000001"):
         store.open(1)
 
 

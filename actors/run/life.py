@@ -1,0 +1,231 @@
+"""One life of a run: from its beginning, or from a cut, until the last step, or until the policy is lost.
+
+A run has one life, unless its policy fails. Then another begins at the newest cut, and of the life that is over nothing
+is left but the engines and the journal: what happened since the cut happened to weights that are gone.
+"""
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from transformers import PreTrainedTokenizerBase
+
+from actors.attempts import Attempts, Limits
+from actors.checkpoint.checkpointer import Checkpointer
+from actors.checkpoint.moment import GrpoMoment
+from actors.checkpoint.resume import Resume
+from actors.checkpoint.store import CheckpointStore
+from actors.controller import Controller
+from actors.data.prompts import PromptStream
+from actors.health import Health
+from actors.ledger import Ledger
+from actors.pacer import AsyncPacer, ReadyGroup
+from actors.policy_group import PolicyGroup
+from actors.publisher import Publisher
+from actors.recipe.schema import GrpoRecipe
+from actors.router import Router
+from actors.run.folder import RunFolder
+from actors.run.progress import RunProgress
+from actors.run.reporter import Reporter
+from actors.run.tracker import Tracker
+from actors.run.watchdog import Watchdog
+from actors.settings import group_timeout_s
+from actors.workers import Workers
+from algorithms.budgets import RewardBudget
+from algorithms.depth import DepthController
+from algorithms.pacing import Pacer
+from algorithms.slots import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all lives of a run share."""
+
+    recipe: GrpoRecipe
+    prompts: PromptStream
+    tokenizer: PreTrainedTokenizerBase
+    folder: RunFolder
+    progress: RunProgress
+    tracker: Tracker
+    router: Router
+    workers: Workers
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """The components of one life, wired."""
+
+    run: Run
+    policy: PolicyGroup
+    publisher: Publisher
+    pacer: AsyncPacer
+    ledger: Ledger
+    reporter: Reporter
+    checkpointer: Checkpointer
+    controller: Controller
+    watchdog: Watchdog
+
+    async def live(self) -> None:
+        """Train to the last step; PolicyLostError when the policy is lost on the way."""
+        liveness = self.run.recipe.liveness
+        with self.ledger:
+            try:
+                await self.publisher.connect()
+                async with self.watchdog.watching(), asyncio.TaskGroup() as tasks:
+                    watch = tasks.create_task(self.policy.watch(liveness), name="watch the policy")
+                    await self.controller.run()
+                    watch.cancel()
+            except BaseException:
+                await self.checkpointer.finish(liveness.timeout_s)  # the policy that writes may be what has failed
+                raise
+            await self.checkpointer.finish()
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the whole run."""
+        workers = self.run.workers
+        return self.reporter.summary() | {
+            "checkpoint_stall_s": self.checkpointer.stall_s,
+            "replicas_rebuilt": workers.fleet.num_rebuilt,
+            "scorers_restarted": workers.scorers.num_restarted,
+        }
+
+
+async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, num_roll_backs: int = 0) -> Life:
+    """A life from the cut on, or from the first step; `policy` has just been started.
+
+    `num_roll_backs`: how often a life of this run has ended with a RollBackError.
+    """
+    recipe, folder = run.recipe, run.folder
+    pacer = _pacer(recipe)
+    waiting = AsyncPacer(pacer, stall_timeout_s=recipe.stall.timeout_s or 2 * group_timeout_s(recipe))
+    version = 0
+    if resume is not None:
+        version = resume.cut.version
+        await policy.restore(resume.path)
+        waiting.restore(replace(resume.cut.pacer, batches_left=recipe.steps - version), _ready(resume))
+    publisher = _publisher(run, policy)
+    ledger = _ledger(folder, resume)
+    reporter = Reporter(recipe, folder, run.progress, run.tracker, waiting, publisher, ledger)
+    if resume is not None:
+        reporter.resume(resume.cut.progress)
+    health = Health(recipe.health, waiting, policy, run.progress.say, num_roll_backs)
+    attempts = Attempts(
+        limits=_limits(recipe),
+        dynamic_sampling=recipe.algorithm.dynamic_sampling,
+        rewards=RewardBudget(recipe.rewards.max_failed_share),
+        prompts=run.prompts,
+        pacer=waiting,
+        router=run.router,
+        fleet=run.workers.fleet,
+        ledger=ledger,
+    )
+    moment = GrpoMoment(waiting, ledger, attempts, _depth(recipe, pacer), reporter.progress)
+    if resume is not None:
+        await moment.restore(resume.cut)
+    checkpointer = Checkpointer(
+        store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
+        config=recipe.checkpoint,
+        num_steps=recipe.steps,
+        policy=policy,
+        tokenizer=run.tokenizer,
+        moment=moment.take,
+        metrics=lambda: reporter.metrics,
+        say=run.progress.say,
+        healthy=health.healthy,
+        cut_version=None if resume is None else version,
+    )
+    controller = Controller(
+        num_steps=recipe.steps,
+        staleness=recipe.staleness,
+        algorithm=recipe.algorithm,
+        max_tokens_per_micro_batch=recipe.policy.max_tokens_per_micro_batch,
+        pacer=waiting,
+        attempts=attempts,
+        policy=policy,
+        publisher=publisher,
+        ledger=ledger,
+        depth=moment.depth,
+        report=reporter.report,
+        health=health.after,
+        settled=checkpointer.after,
+        stopped=checkpointer.last,
+        first_version=version,
+    )
+    watchdog = Watchdog(
+        policies=policy.ranks,
+        references=run.workers.references,
+        rewards=run.workers.rewards,
+        fleet=run.workers.fleet,
+        router=run.router,
+        pacer=waiting,
+        publisher=publisher,
+        path=folder.stall,
+        then=recipe.stall.then,
+        say=run.progress.say,
+        leave=checkpointer.last,
+    )
+    waiting.on_stall = watchdog.idle
+    return Life(run, policy, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
+
+
+def _ledger(folder: RunFolder, resume: Resume | None) -> Ledger:
+    if resume is not None:
+        return Ledger.resume(folder.ledger, resume.cut.lines, resume.cut.version)
+    if folder.ledger.exists():  # of a life that ended before its first cut
+        return Ledger.resume(folder.ledger, lines=0, version=0)
+    return Ledger(folder.ledger)
+
+
+def _ready(resume: Resume) -> list[ReadyGroup]:
+    """The groups that waited to be trained, their tokens in this node's object store."""
+    return [
+        ReadyGroup(
+            Slot(saved.summary.ordinal, saved.attempt, saved.version, saved.resumed),
+            saved.summary,
+            ray.put(saved.scored),
+        )
+        for saved in resume.groups
+    ]
+
+
+def _pacer(recipe: GrpoRecipe) -> Pacer:
+    staleness = recipe.staleness
+    return Pacer(
+        groups_per_batch=recipe.groups_per_batch,
+        max_staleness=staleness.max_staleness,
+        num_batches=recipe.steps,
+        when_stale=staleness.when_stale,
+        over_sampling=staleness.over_sampling,
+        pipeline_depth=recipe.pipeline_depth,
+        max_in_flight=recipe.max_groups_in_flight,
+    )
+
+
+def _depth(recipe: GrpoRecipe, pacer: Pacer) -> DepthController | None:
+    """From one batch, which is the least that fills a step, to the depth that the recipe or the bound allows."""
+    config = recipe.staleness.adapt_depth
+    depth = pacer.pipeline_depth
+    return None if config is None else DepthController(config, recipe.groups_per_batch, depth, depth)
+
+
+def _publisher(run: Run, policy: PolicyGroup) -> Publisher:
+    recipe = run.recipe
+    return Publisher(
+        policy=policy,
+        fleet=run.workers.fleet,
+        workers_per_replica=max(1, recipe.pools.rollout.gpus_per_worker),
+        dtype=recipe.rollout.dtype,
+        config=recipe.sync,
+        member_timeout_s=recipe.rollout.start_timeout_s,
+        drain_timeout_s=0.0 if recipe.staleness.in_flight_updates else recipe.generation.timeout_s,
+    )
+
+
+def _limits(recipe: GrpoRecipe) -> Limits:
+    return Limits(
+        group_timeout_s=group_timeout_s(recipe),
+        max_attempts=recipe.rollout.max_attempts,
+        max_quarantined=recipe.rollout.max_quarantined,
+        max_bad_rows=recipe.dataset.max_bad_rows,
+    )

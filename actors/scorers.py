@@ -1,0 +1,69 @@
+"""A reward or reference worker that dies or stops answering is started again, and what it was asked is asked again.
+
+Ray starts them again, on their bundle, under the same handle (`max_restarts`); the replicas repeat the calls that were
+lost (`actors/rollout.py`), which they may because scoring leaves no trace in a worker. Here somebody notices.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from actors.deadline import DeadlineError, within
+from actors.errors import RunError, last_line
+from actors.recipe.schema import LivenessConfig
+
+
+@dataclass(slots=True)
+class Scorers:
+    """All reward and reference workers of a run, by name."""
+
+    workers: Mapping[str, ActorHandle]
+    liveness: LivenessConfig
+    say: Callable[[str], None]
+    num_restarted: int = 0
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Workers that hang are killed, and so started again, while the context is open; RunError when one is gone."""
+        async with asyncio.TaskGroup() as tasks:
+            watches = [tasks.create_task(self._watch(name), name=f"watch {name}") for name in self.workers]
+            yield
+            for watch in watches:
+                watch.cancel()
+
+    async def _watch(self, name: str) -> None:
+        worker = self.workers[name]
+        process: int | None = None  # which one answered last
+        gone = False
+        while True:
+            await asyncio.sleep(self.liveness.every_s)
+            try:
+                answered = await within(self.liveness.timeout_s, _ping(worker), f"a sign of life of {name}")
+            except ActorUnavailableError:
+                gone = True  # Ray is starting it again
+                continue
+            except DeadlineError as error:
+                self.say(f"warning: {error}; it is killed and started again")
+                ray.kill(worker, no_restart=False)
+                gone = True
+                continue
+            except RayActorError as error:
+                raise RunError(
+                    f"{name} died more than {self.liveness.max_restarts} times, which is all that "
+                    f"liveness.max_restarts allows: {last_line(error)}"
+                ) from error
+            if gone or process not in (None, answered):
+                self.num_restarted += 1
+                self.say(f"warning: {name} had died and was started again")
+            process, gone = answered, False
+
+
+async def _ping(worker: ActorHandle) -> int:
+    """The number of the process that answers."""
+    process: int = await worker.ping.remote()
+    return process

@@ -1,0 +1,93 @@
+"""What each worker is told: the values of the recipe that it needs, and not the recipe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.policy import Objective, PolicySettings
+from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
+from actors.reference import ReferenceSettings
+from actors.rollout import RolloutSettings
+
+_SLACK_S = 60.0
+"""Of a deadline that others, which name the cause better, come before."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where every worker loads the same weights and tokenizer from."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def policy_settings(recipe: Recipe, model: ModelSource, run_dir: Path) -> PolicySettings:
+    return PolicySettings(
+        model_path=model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        num_ranks=recipe.pools.policy.num_workers,
+        use_gpu=recipe.pools.policy.gpus_per_worker > 0,
+        seed=recipe.seed,
+        num_steps=recipe.steps,
+        policy=recipe.policy,
+        optimizer=recipe.optimizer,
+        objective=_objective(recipe),
+        run_dir=str(run_dir),
+    )
+
+
+def reference_settings(recipe: GrpoRecipe, model: ModelSource) -> ReferenceSettings:
+    return ReferenceSettings(
+        model_path=model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype=recipe.policy.dtype,
+        temperature=recipe.generation.temperature,
+        max_tokens=recipe.policy.max_tokens_per_micro_batch,
+        use_gpu=recipe.pools.reference.gpus_per_worker > 0,
+    )
+
+
+def rollout_settings(recipe: GrpoRecipe, model: ModelSource) -> RolloutSettings:
+    pool = recipe.pools.rollout
+    return RolloutSettings(
+        model_path=model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        num_generations=recipe.algorithm.num_generations,
+        generation=recipe.generation,
+        rollout=recipe.rollout,
+        tensor_parallel_size=max(1, pool.gpus_per_worker),
+        use_gpu=pool.gpus_per_worker > 0,
+        seed=recipe.seed,
+        score_timeout_s=score_timeout_s(recipe),
+        in_flight_updates=recipe.staleness.in_flight_updates and recipe.staleness.max_staleness > 0,
+        recompute_kv_cache=recipe.staleness.kv_cache == "recompute",
+        lora=recipe.policy.lora,
+    )
+
+
+def score_timeout_s(recipe: GrpoRecipe) -> float:
+    """Every reward function up to its own deadline, and before it all the groups that may queue for the worker.
+
+    A worker that hangs, and is found out and started again meanwhile, has time for it, too.
+    """
+    queue = -(-recipe.max_groups_in_flight // recipe.pools.reward.num_workers)
+    reference_s = recipe.policy.timeout_s if recipe.algorithm.beta > 0 else 0.0
+    found_out_s = recipe.liveness.every_s + recipe.liveness.timeout_s
+    return _SLACK_S + found_out_s + queue * len(recipe.rewards.functions) * recipe.rewards.timeout_s + reference_s
+
+
+def group_timeout_s(recipe: GrpoRecipe) -> float:
+    """Of one group, generation, reference and rewards: longer than the deadlines that the replica itself keeps."""
+    return _SLACK_S + recipe.generation.timeout_s + score_timeout_s(recipe)
+
+
+def _objective(recipe: Recipe) -> Objective:
+    match recipe:
+        case GrpoRecipe():
+            generation = recipe.generation
+            return Objective(recipe.algorithm, generation.temperature, generation.max_completion_length)
+        case SftRecipe():
+            return Objective(None, temperature=1.0, max_completion_length=recipe.max_length)

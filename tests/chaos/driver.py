@@ -1,0 +1,44 @@
+"""`python -m deploy train` as it is, but for the classes behind the roles of the run."""
+
+import os
+import sys
+from functools import partial
+from typing import Any
+
+import ray
+
+import deploy.train
+from actors.run.grpo import run_grpo
+from actors.workers import Roles
+from deploy.__main__ import app
+from tests.chaos.faults import FOLDER
+from tests.chaos.policy import light_policy
+from tests.chaos.replica import LightRollout, VllmRollout
+from tests.chaos.scorers import ChaosReward, light_reference
+
+
+def roles(engine: str) -> Roles:
+    reward: Any = ray.remote(ChaosReward)
+    if engine == "vllm":
+        return Roles(rollout=ray.remote(VllmRollout), reward=reward)
+    return Roles(light_policy(), ray.remote(LightRollout), reward, light_reference())
+
+
+def main(engine: str, arguments: list[str]) -> None:
+    """Exits as the command line does."""
+    here: Any = deploy.train
+    here.run_grpo = partial(run_grpo, roles=roles(engine))
+    app(["train", *arguments])
+
+
+def life(engine: str, faults: str, log: str, arguments: list[str]) -> None:
+    """The same in a process that has been forked with all modules loaded, which saves seconds."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.environ[FOLDER] = faults
+    main(engine, arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

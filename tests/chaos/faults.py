@@ -1,0 +1,76 @@
+"""A fault is armed by the harness, and strikes once: in the first process that comes to its point.
+
+A fault is a file `<role>.<point>.<action>.<number>` in `armed/`; whoever renames it into `fired/` is struck.
+"""
+
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+FOLDER = "PACELINE_CHAOS"
+"""Environment variable: where the faults of a run are; without it nothing strikes."""
+_LONG_S = 100_000.0
+
+
+class InjectedError(RuntimeError):
+    """Raised because the harness wanted it."""
+
+
+def strike(role: str, point: str) -> str | None:
+    """What is armed for this point happens now; returns an action that the caller must do itself, if any."""
+    action = _claim(f"{role}.{point}.")
+    match action:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "raise":
+            raise InjectedError(f"injected at {role}.{point}")
+        case "full":
+            raise OSError(28, "No space left on device (injected)")
+        case "hang":
+            time.sleep(_LONG_S)
+        case "slow":
+            time.sleep(1.5)
+        case "exit":
+            os._exit(3)
+        case "segfault":
+            ctypes.string_at(0)
+    return action
+
+
+def arm(folder: Path, name: str) -> None:
+    (folder / "armed" / name).touch()
+
+
+def has_fired(folder: Path, name: str) -> bool:
+    return (folder / "fired" / name).exists()
+
+
+def prepare(folder: Path) -> None:
+    for name in ("armed", "fired"):
+        (folder / name).mkdir(parents=True)
+
+
+def report(text: str) -> None:
+    """Something that must never be was seen; it is on the disk before anything else happens."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None:
+        with Path(folder, "findings.txt").open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def _claim(prefix: str) -> str | None:
+    folder = os.environ.get(FOLDER)
+    if folder is None:
+        return None
+    for name in sorted(os.listdir(f"{folder}/armed")):
+        if name.startswith(prefix):
+            try:
+                os.rename(f"{folder}/armed/{name}", f"{folder}/fired/{name}")
+            except FileNotFoundError:
+                continue  # another process was here first
+            return name.split(".")[2]
+    return None

@@ -1,0 +1,124 @@
+"""One process of `python -m deploy train`, watched from outside: how far it is, what it has started, how it ended."""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+_FORKS = multiprocessing.get_context("forkserver")
+_SAMPLE_S = 1.0
+
+
+def preload() -> None:
+    """Processes are forked from one that has loaded everything; it looks at the environment once, now."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.pop("RAY_ADDRESS", None)
+    _FORKS.set_forkserver_preload(["tests.chaos.driver"])
+
+
+@dataclass(slots=True)
+class Journal:
+    """How many groups the journal says were trained, also those of histories that were given up; read as it grows."""
+
+    path: Path
+    trained: int = 0
+    lines: int = 0
+    _offset: int = 0
+
+    def look(self) -> bool:
+        """Whether there are new lines."""
+        if not self.path.exists():
+            self._offset = 0
+            return False
+        if self.path.stat().st_size < self._offset:
+            self._offset = 0  # of a run that began anew
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data.rfind(b"\n") + 1
+        self._offset += whole
+        self.trained += data[:whole].count(b'"event": "trained"')
+        self.lines += data[:whole].count(b"\n")
+        return whole > 0
+
+
+@dataclass(slots=True)
+class Life:
+    """From the command to its end."""
+
+    engine: str
+    folder: Path
+    log: Path
+    recipe: Path
+    started: float = field(default_factory=time.monotonic)
+    killed_by_us: bool = False
+    asked_to_stop: bool = False
+    members: set[psutil.Process] = field(default_factory=set)
+    """Every process that was ever seen below it."""
+    _sampled: float = 0.0
+    _process: object = None
+
+    def start(self) -> None:
+        from tests.chaos.driver import life
+
+        arguments = [str(self.recipe)]
+        self._process = _FORKS.Process(
+            target=life, args=(self.engine, str(self.folder / "faults"), str(self.log), arguments), daemon=False
+        )
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.exitcode
+
+    def look(self) -> None:
+        """Remember the processes that it has started."""
+        if time.monotonic() - self._sampled < _SAMPLE_S:
+            return
+        self._sampled = time.monotonic()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.members |= set(psutil.Process(self.pid).children(recursive=True))
+
+    def kill(self) -> None:
+        self._sampled = 0.0
+        self.look()
+        self.killed_by_us = True
+        psutil.Process(self.pid).send_signal(signal.SIGKILL)
+        self._process.join(30)
+
+    def terminate(self) -> None:
+        self.asked_to_stop = True
+        psutil.Process(self.pid).send_signal(signal.SIGTERM)
+
+    def raylet(self) -> psutil.Process | None:
+        found = (child for child in psutil.Process(self.pid).children() if child.name() == "raylet")
+        return next(found, None)
+
+    def untyped(self) -> str | None:
+        """Why its end is none that the command line promises; None when it is one."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        code = self.exit_code
+        if "Traceback (most recent call last)" in text:
+            return f"exit code {code} with a traceback"
+        match code:
+            case 0:
+                return None
+            case -9 if self.killed_by_us:
+                return None
+            case 75 if self.asked_to_stop:
+                return None
+            case -15 if self.asked_to_stop:
+                return None  # asked before there was anything to leave a checkpoint of
+            case 1 if re.search(r"^error: \S", text, re.MULTILINE):
+                return None
+        return f"exit code {code} with no named cause"

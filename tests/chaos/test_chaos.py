@@ -1,0 +1,15 @@
+"""Sixty faults of more than fifteen classes: nothing is lost, done twice, hidden or left behind, and nothing hangs."""
+
+import pytest
+
+from tests.chaos.__main__ import main
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_sixty_faults_cost_time_and_nothing_else() -> None:
+    counts = main(["--faults", "60", "--seed", "0", "--restarts", "0.14"])
+    assert counts.pop("faults") >= 60
+    assert counts.pop("classes") >= 15
+    assert counts.pop("recovery_steps_max") <= 10, "two checkpoints, when the newest is damaged"
+    assert not any(counts.values()), counts

@@ -1,0 +1,23 @@
+"""A full disk ends a run in one sentence, as every other cause does."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from actors.errors import RunError
+from actors.run.folder import RunFolder
+from deploy.train import _told
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    told = _told(OSError(errno.ENOSPC, "No space left on device"), RunFolder(tmp_path))
+    assert isinstance(told, RunError)
+    assert str(told).startswith(f"run_dir: {tmp_path} cannot be written: No space left on device; make room")
+    told = _told(OSError(errno.EROFS, "Read-only file system", "/there/ledger.jsonl"), RunFolder(tmp_path))
+    assert "/there/ledger.jsonl cannot be written" in str(told)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "reset"), KeyError("ours")])
+def test_what_is_not_the_disk_stays_what_it_is(error: Exception, tmp_path: Path) -> None:
+    assert _told(error, RunFolder(tmp_path)) is error
