@@ -19,8 +19,8 @@ def make(folder: Path) -> GrpoMoment:
     nobody: Any = None
     pacer = AsyncPacer(Pacer(groups_per_batch=2, max_staleness=4, num_batches=9), stall_timeout_s=5.0)
     ledger = Ledger(folder / "ledger.jsonl")
-    limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1)
-    attempts = Attempts(limits, None, nobody, pacer, nobody, nobody, ledger)
+    limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1, max_bad_rows=0)
+    attempts = Attempts(limits, None, nobody, nobody, pacer, nobody, nobody, ledger)
     depth = DepthController(AdaptDepthConfig(smoothing=0.0), 2, pacer.pipeline_depth, pacer.pipeline_depth)
     return GrpoMoment(pacer, ledger, attempts, depth, Progress)
 
