@@ -83,7 +83,7 @@ def test_a_listing_that_leads_outside_is_refused(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / "x").write_bytes((folder / "weights").read_bytes())
         listing = json.loads((folder / "COMPLETE.json").read_text())
         told = listing["files"]["weights"]
-        for files in (listing["files"] | {outside: told}, {"inner/facts.json": {}, outside: told}):
+        for files in (listing["files"] | {outside: told}, {"inner/facts.json": told, outside: told}):
             (folder / "COMPLETE.json").write_text(json.dumps(listing | {"files": files}))
             with pytest.raises(DamagedError, match="its files are not those"):
                 store.open(version)
