@@ -38,26 +38,29 @@ class Scorers:
 
     async def _watch(self, name: str) -> None:
         worker = self.workers[name]
-        process: int | None = None
+        process: int | None = None  # which one answered last
+        gone = False
         while True:
             await asyncio.sleep(self.liveness.every_s)
             try:
                 answered = await within(self.liveness.timeout_s, _ping(worker), f"a sign of life of {name}")
             except ActorUnavailableError:
-                continue  # Ray is starting it again
+                gone = True  # Ray is starting it again
+                continue
             except DeadlineError as error:
                 self.say(f"warning: {error}; it is killed and started again")
                 ray.kill(worker, no_restart=False)
+                gone = True
                 continue
             except RayActorError as error:
                 raise RunError(
                     f"{name} died more than {self.liveness.max_restarts} times, which is all that "
                     f"liveness.max_restarts allows: {last_line(error)}"
                 ) from error
-            if process not in (None, answered):
+            if gone or process not in (None, answered):
                 self.num_restarted += 1
                 self.say(f"warning: {name} had died and was started again")
-            process = answered
+            process, gone = answered, False
 
 
 async def _ping(worker: ActorHandle) -> int:
