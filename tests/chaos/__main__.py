@@ -85,17 +85,32 @@ class Result:
         return {"faults": len(self.outcomes), "classes": len(classes)} | {name: getattr(self, name) for name in names}
 
 
-def inject(batch: Batch, restarts: int, only: str, deadline: float, work: Path, console: Console) -> Result:
-    """Runs until all faults have struck; folders of runs in which all was well are removed."""
-    num_faults, seed, engine = batch.faults, batch.seed, batch.engine
-    names = plan(num_faults, seed, restarts=restarts, vllm=engine == "vllm", only=only)
-    result = Result()
+@dataclass(frozen=True, slots=True)
+class How:
+    """What all batches have in common."""
+
+    restarts: float
+    """Share of the faults that end the driver."""
+    only: str
+    """Classes with this in their name."""
+    deadline: float
+    """No fault strikes after this time.monotonic() moment."""
+    work: Path
+    """Folder for the runs; those in which all was well are removed."""
+    console: Console
+
+
+def inject(batch: Batch, how: How) -> Result:
+    """Runs until all faults of a batch have struck."""
+    restarts, vllm = round(how.restarts * batch.faults), batch.engine == "vllm"
+    names = plan(batch.faults, batch.seed, restarts=restarts, vllm=vllm, only=how.only)
+    result, console = Result(), how.console
     memory = shared_memory()
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
     with bar:
-        task = bar.add_task("faults", total=num_faults)
+        task = bar.add_task("faults", total=batch.faults)
 
         def tick(name: str) -> None:
             bar.update(task, advance=1, description=f"{name:<36}")
@@ -103,10 +118,11 @@ def inject(batch: Batch, restarts: int, only: str, deadline: float, work: Path, 
                 print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
 
         number = 0
-        while names and number < _MAX_RUNS + num_faults // 10:
+        while names and number < _MAX_RUNS + batch.faults // 10:
             share = min(len(names), _FAULTS_PER_RUN)
-            folder = work / f"run-{seed}-{number}"
-            run = ChaosRun(engine, folder, seed + number, _STEPS_PER_FAULT * share + 6, names[:share], tick, deadline)
+            folder = how.work / f"run-{batch.seed}-{number}"
+            steps = _STEPS_PER_FAULT * share + 6
+            run = ChaosRun(batch.engine, folder, batch.seed + number, steps, names[:share], tick, how.deadline)
             run.drive()
             run.finish()
             names = run.names + names[share:]
@@ -146,7 +162,7 @@ def table(outcomes: list[Outcome]) -> Table:
 
 def batches(num_faults: int, num_vllm: int, seed: int) -> list[Batch]:
     """Equal shares, each with a seed of its own, so that a long campaign can be gone on with."""
-    made = []
+    made: list[Batch] = []
     for engine, total in (("light", num_faults - num_vllm), ("vllm", num_vllm)):
         while total > 0:
             share = min(total, _FAULTS_PER_RUN)
@@ -155,23 +171,22 @@ def batches(num_faults: int, num_vllm: int, seed: int) -> list[Batch]:
     return made
 
 
-def campaign(todo: list[Batch], restarts: float, only: str, work: Path, state: Path | None, console: Console) -> Result:
+def campaign(todo: list[Batch], how: How, state: Path | None) -> Result:
     """All batches that the state file does not hold yet, and what those that it holds have come to."""
     done: dict[str, dict[str, Any]] = {}
     if state is not None and state.exists():
         done = {line["batch"]: line["result"] for line in map(json.loads, state.read_text().splitlines())}
     whole = Result()
     for index, batch in enumerate(todo):
-        name = f"{batch.engine} {batch.faults} {batch.seed} {restarts:g} {only}"
+        name = f"{batch.engine} {batch.faults} {batch.seed} {how.restarts:g} {how.only}"
         if name in done:
             whole.merge(Result.from_dict(done[name]))
             continue
-        console.print(
-            f"batch {index + 1} of {len(todo)}: {batch.faults} faults, {batch.engine} engine", highlight=False
-        )
-        result = inject(batch, round(restarts * batch.faults), only, deadline, work, console)
+        where = f"batch {index + 1} of {len(todo)}"
+        how.console.print(f"{where}: {batch.faults} faults, {batch.engine} engine", highlight=False)
+        result = inject(batch, how)
         whole.merge(result)
-        if state is not None and time.monotonic() < deadline:
+        if state is not None and time.monotonic() < how.deadline:
             state.parent.mkdir(parents=True, exist_ok=True)
             with state.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"batch": name, "result": asdict(result)}) + "\n")
@@ -193,9 +208,9 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     console = Console()
     work = given.work or Path(tempfile.mkdtemp(prefix="chaos-"))
     started = time.monotonic()
-    deadline = started + given.seconds
+    how = How(given.restarts, given.only, started + given.seconds, work, console)
     todo = batches(given.faults, given.vllm, given.seed)
-    result = campaign(todo, given.restarts, given.only, deadline, work, given.state, console)
+    result = campaign(todo, how, given.state)
     console.print(table(result.outcomes))
     for note in result.notes[:40]:
         console.print(note, highlight=False, soft_wrap=True, markup=False)

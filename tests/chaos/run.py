@@ -25,7 +25,7 @@ START_S = {"light": 120.0, "vllm": 400.0}
 """The same before the first line of a life."""
 _POLL_S = 0.05
 _PATIENCE_S = 20.0
-"""A fault whose point is not come to for so long is taken back."""
+"""A fault whose point is not come to for so long is taken back, and comes again later."""
 _MAX_LIVES_IN_VAIN = 4
 
 
@@ -126,7 +126,7 @@ class ChaosRun:
             elif time.monotonic() - since > _PATIENCE_S:
                 (self.folder / "faults" / "armed" / file).unlink(missing_ok=True)
                 self._armed = None
-                self.notes.append(f"{name}: its point was not come to")
+                self.names.append(name)
             return
         if self._waiting is not None or not self.names or journal.trained < GROUPS_PER_BATCH:
             return
@@ -181,7 +181,10 @@ class ChaosRun:
                 damage(self.folder / "run" / "checkpoints", kind.outside, self._rng)
 
     def finish(self) -> None:
-        """What has not been survived when the run is complete was survived: the last step came."""
+        """The last step came: what struck was survived, and what was armed and did not strike is for another run."""
+        if self._armed is not None:
+            self.names.append(self._armed[1])
+            self._armed = None
         if self.complete and self._waiting is not None:
             self._waiting.survived = True
             self._waiting.seconds = time.monotonic() - self._struck

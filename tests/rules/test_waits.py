@@ -20,6 +20,7 @@ ALLOWED = {
     "actors/controller.py: Controller.learn: await self.stopped(version)": "Checkpointer.last: deadlines inside",
     "actors/controller.py: Controller.learn: self.publisher.exclusive": "held over an admission: deadlines inside",
     "actors/controller.py: Controller.learn: await self.settled(update.version)": "Checkpointer.after: the same",
+    "actors/controller.py: Controller.learn: await self.health(update.version, metrics)": "Health.after: the same",
     "actors/fleet.py: Fleet.wait_for: await self._changed.wait()": "its caller gives the deadline, or is idle",
     "actors/fleet.py: Fleet._supervise: await self._to_rebuild.get()": IDLE,
     "actors/pacer.py: AsyncPacer._change: self._changed": TAKEN,

@@ -1,6 +1,7 @@
 """A run that goes on counts on: what had gone wrong, what was measured, and how deep the pipeline had become."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from actors.attempts import Attempts, Limits
@@ -9,6 +10,7 @@ from actors.checkpoint.moment import GrpoMoment
 from actors.errors import RunError
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer
+from algorithms.budgets import RewardBudget
 from algorithms.config import AdaptDepthConfig
 from algorithms.depth import DepthController
 from algorithms.pacing import Pacer
@@ -17,10 +19,11 @@ from algorithms.pacing import Pacer
 def make(folder: Path) -> GrpoMoment:
     """Of a run without workers; a group may fail three times."""
     nobody: Any = None
+    rows: Any = SimpleNamespace(row=str)
     pacer = AsyncPacer(Pacer(groups_per_batch=2, max_staleness=4, num_batches=9), stall_timeout_s=5.0)
     ledger = Ledger(folder / "ledger.jsonl")
     limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1, max_bad_rows=0)
-    attempts = Attempts(limits, None, nobody, nobody, pacer, nobody, nobody, ledger)
+    attempts = Attempts(limits, None, RewardBudget(1.0), rows, pacer, nobody, nobody, ledger)
     depth = DepthController(AdaptDepthConfig(smoothing=0.0), 2, pacer.pipeline_depth, pacer.pipeline_depth)
     return GrpoMoment(pacer, ledger, attempts, depth, Progress)
 
