@@ -46,8 +46,8 @@ from algorithms.types import Group, MicroBatch, Prompt, Rollout, Sample
 MODEL = TinyModel(kind="tiny", hidden_size=512, num_layers=8, num_heads=8)
 NUM_SEQUENCES, LENGTH = 4, 32
 """Of a batch: fewer tokens than a run has, so that the stall is a larger share of the time."""
-NUM_ROUNDS = 7
-NUM_STEPS = 5
+NUM_ROUNDS = 5
+NUM_STEPS = 3
 """Without a checkpoint, in each round."""
 EVERY = CheckpointConfig().every
 
