@@ -12,7 +12,7 @@ and syncs, is done in a process of its own, as in a run. Everything is measured 
     blocking_ms                 what it would be if the policy waited until the checkpoint is on the disk
     write_s                     in the background, from the stall's end until the checkpoint is committed
     bytes                       of a checkpoint: weights and AdamW's two moments
-    step_slowdown_while_writing a step while a checkpoint is written over a step without
+    step_slowdown_while_writing a step that begins while a checkpoint is written over a step without
 """
 
 import json
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from actors.checkpoint.config import CheckpointConfig
 from actors.checkpoint.store import CheckpointStore
@@ -43,10 +44,10 @@ from algorithms.losses import Normalizer
 from algorithms.types import Group, MicroBatch, Prompt, Rollout, Sample
 
 MODEL = TinyModel(kind="tiny", hidden_size=512, num_layers=8, num_heads=8)
-NUM_SEQUENCES, LENGTH = 8, 64
+NUM_SEQUENCES, LENGTH = 4, 32
 """Of a batch: fewer tokens than a run has, so that the stall is a larger share of the time."""
-NUM_ROUNDS = 6
-NUM_STEPS = 2
+NUM_ROUNDS = 7
+NUM_STEPS = 5
 """Without a checkpoint, in each round."""
 EVERY = CheckpointConfig().every
 
@@ -176,13 +177,16 @@ def measure(folder: Path, threads: Executor, driver: Executor) -> Measured:
         version = rank.version
         started = time.perf_counter()
         writing = threads.submit(lambda: rank.write_snapshot(store.stage(version)))  # noqa: B023  it ends in this round
-        committed = threads.submit(lambda: (writing.result(), driver.submit(commit, store.path, version).result()))  # noqa: B023
+
+        def finish() -> None:
+            writing.result()  # noqa: B023
+            driver.submit(commit, store.path, version).result()  # noqa: B023
+            measured.writes.append(time.perf_counter() - started)  # noqa: B023
+
+        committed = threads.submit(finish)
         while not committed.done():
-            seconds = step()
-            if not committed.done():
-                measured.steps_while_writing.append(seconds)
+            measured.steps_while_writing.append(step())
         committed.result()
-        measured.writes.append(time.perf_counter() - started)
         step()
         measured.blocking.append(timed(save))
         step()
@@ -191,6 +195,7 @@ def measure(folder: Path, threads: Executor, driver: Executor) -> Measured:
 
 def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    disable_progress_bar()
     with (
         tempfile.TemporaryDirectory() as folder,
         ThreadPoolExecutor(2) as threads,

@@ -110,7 +110,8 @@ class CheckpointStore:
         for later in self.versions():
             if later > version:
                 _remove(self._folder(later))
-        self._tell_best()
+        if self.best is not None:
+            self._tell_best()
 
     def best_version(self) -> int | None:
         """The committed checkpoint with the best value; None when the recipe does not ask, or none has a value."""

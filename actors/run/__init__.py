@@ -1,6 +1,6 @@
 """One run, from its recipe to its run folder.
 
-grpo.py           start the workers, live, write the summary; the policy is lost, and another life begins at the last cut
+grpo.py           start the workers, live, write the summary; when the policy is lost, live again from the last cut
 life.py           the components of one life, wired
 sft.py            a supervised run
 watchdog.py       who holds up a run that stalls: what is asked (stacks.py), and who it is (suspect.py)
