@@ -10,18 +10,20 @@ from dataclasses import dataclass, field
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.data.prompts import PromptStream
+from actors.checkpoint.cut import Failures
+from actors.data.prompts import PromptStream, over_budget
 from actors.deadline import within
 from actors.errors import ReplicaDeadError, RunError, last_line
 from actors.fleet import Fleet
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup, TakenGroups
-from actors.rollout import Interrupted
 from actors.router import Router
+from actors.sampled import Interrupted
+from algorithms.budgets import RewardBudget
 from algorithms.config import FilterConfig
 from algorithms.filters import verdict
 from algorithms.slots import Slot
-from algorithms.types import GroupSummary, Prompt
+from algorithms.types import GroupSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Limits:
     """Deadline of one group: generation, reference and reward."""
     max_attempts: int
     max_quarantined: int
+    max_bad_rows: int
 
 
 @dataclass(slots=True)
@@ -40,6 +43,7 @@ class Attempts:
 
     limits: Limits
     dynamic_sampling: FilterConfig | None
+    rewards: RewardBudget
     prompts: PromptStream
     pacer: AsyncPacer
     router: Router
@@ -49,10 +53,24 @@ class Attempts:
     _num_failures: Counter[int] = field(default_factory=Counter)  # by ordinal; interruptions do not count
     _num_filtered_in_a_row: int = 0
 
+    def state(self) -> Failures:
+        """For a checkpoint."""
+        return Failures(dict(self._num_failures), self._num_filtered_in_a_row)
+
+    def restore(self, failures: Failures) -> None:
+        """Go on counting from a checkpoint."""
+        self._num_failures = Counter(failures.by_ordinal)
+        self._num_filtered_in_a_row = failures.filtered_in_a_row
+
     async def make(self, slot: Slot) -> None:
         """Sample and score one group."""
         name, timeout_s = f"group {slot.ordinal}", self.limits.group_timeout_s
-        prompt, partial = self._prompt(slot), self._partial.pop(slot.ordinal, None)
+        try:
+            prompt = self.prompts.prompt(slot.ordinal)
+        except ValueError as error:
+            await self._unusable(slot, error)
+            return
+        partial = self._partial.pop(slot.ordinal, None)
         sent = await within(timeout_s, self.router.dispatch(prompt, slot, partial), f"{name}: finding a replica")
         self.ledger.dispatched(slot, sent.replica)
         try:
@@ -75,17 +93,21 @@ class Attempts:
         if self.pacer.exhausted:
             self.router.interrupt(self.pacer.in_flight)
 
-    def _prompt(self, slot: Slot) -> Prompt:
-        try:
-            return self.prompts.prompt(slot.ordinal)
-        except ValueError as error:
-            raise RunError(str(error)) from error
+    async def _unusable(self, slot: Slot, error: ValueError) -> None:
+        """The row cannot be a prompt: it is set aside, and another takes its place."""
+        if await self.pacer.dropped(slot):
+            self.ledger.quarantined(slot, str(error), self.prompts.row(slot.ordinal))
+        if self.ledger.num_bad_rows > self.limits.max_bad_rows:
+            raise RunError(over_budget(error, self.limits.max_bad_rows)) from error
 
     async def _arrived(self, slot: Slot, answer: GroupSummary | Interrupted, group: ray.ObjectRef) -> None:
         if isinstance(answer, Interrupted):
             await self._interrupted(slot, answer, group)
             return
         self.router.learned(answer)
+        spent = self.rewards.spent(answer.failures, answer.details)
+        if spent is not None:
+            raise RunError(spent)
         cause = verdict(answer, self.dynamic_sampling)
         if cause is not None:
             await self._filtered(slot, answer, cause)
@@ -138,9 +160,9 @@ class Attempts:
             await self.pacer.failed(slot)
             return
         if await self.pacer.dropped(slot):
-            self.ledger.quarantined(slot, cause)
-        if self.ledger.num_quarantined > self.limits.max_quarantined:
+            self.ledger.quarantined(slot, cause, self.prompts.row(slot.ordinal))
+        if self.ledger.num_given_up > self.limits.max_quarantined:
             raise RunError(
-                f"group {slot.ordinal} failed {num_failures} times ({cause}); rollout.max_quarantined allows "
-                f"{self.limits.max_quarantined} such groups in a run"
+                f"group {slot.ordinal}, of row {self.prompts.row(slot.ordinal)} of the data set, failed {num_failures} "
+                f"times ({cause}); rollout.max_quarantined allows {self.limits.max_quarantined} such groups in a run"
             )

@@ -9,7 +9,7 @@ loop.
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from actors.attempts import Attempts
@@ -40,8 +40,10 @@ class Controller:
     ledger: Ledger
     depth: DepthController | None
     """Moves the pipeline depth with what the steps measure; None keeps it."""
-    report: Callable[[list[ReadyGroup], Batch, Update], Awaitable[None]]
-    """Called after each step with its groups, the batch and the update: metrics, samples, progress."""
+    report: Callable[[list[ReadyGroup], Batch, Update], Awaitable[Mapping[str, float]]]
+    """Called after each step with its groups, the batch and the update: the metrics, which it logs and returns."""
+    health: Callable[[int, Mapping[str, float]], Awaitable[None]]
+    """Called with the version and the metrics of each step: may warn, act, or stop the run."""
     settled: Callable[[int], Awaitable[None]]
     """Called with the version after each step, when nothing of it is left to do: checkpoints."""
     stopped: Callable[[int], Awaitable[None]]
@@ -69,7 +71,8 @@ class Controller:
             taken = await self.pacer.take()
             if taken is None:
                 await self.stopped(version)
-                raise StoppedError(f"stopped after {version} of {self.num_steps} steps; the same command goes on")
+                why = f": {self.pacer.why_stopped}" if self.pacer.why_stopped else ""
+                raise StoppedError(f"stopped after {version} of {self.num_steps} steps{why}; the same command goes on")
             self.attempts.discard(taken)
             batch = self.batch(taken.batch)
             async with self.publisher.exclusive:  # nobody is admitted between a step and its publication
@@ -77,7 +80,8 @@ class Controller:
                 await self._publish(update.version)
             self.ledger.trained(taken.batch, update, batch.oldest_version)
             await self._follow(update)
-            await self.report(taken.batch, batch, update)
+            metrics = await self.report(taken.batch, batch, update)
+            await self.health(update.version, metrics)
             await self.settled(update.version)
 
     def batch(self, groups: list[ReadyGroup]) -> Batch:

@@ -17,6 +17,10 @@ class StoppedError(RunError):
     """The run was asked to stop, and has left a cut from which the same command goes on."""
 
 
+class RollBackError(RunError):
+    """The run has gone wrong since a while: it is to go back to the last good cut, and on from there."""
+
+
 def first_cause(error: BaseException) -> BaseException:
     """The first error of nested groups: the one that stopped the others."""
     while isinstance(error, BaseExceptionGroup):

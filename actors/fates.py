@@ -9,6 +9,9 @@ from typing import Any
 Event = Mapping[str, Any]
 """One line of the journal: `event`, `ordinal`, `t` (seconds since the run began), and what actors/ledger.py says."""
 
+NON_FINITE = "non_finite"
+"""The cause for which groups are left out when the loss or the gradient of their step was not finite."""
+
 
 @dataclass(slots=True)
 class Waste:
@@ -24,6 +27,16 @@ class Waste:
         self.seconds += seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """Why an ordinal was set aside, and which row of the data set it is of."""
+
+    row: int
+    cause: str
+    dispatched: bool
+    """Its group has failed too often; otherwise the row could not even be a prompt."""
+
+
 @dataclass(slots=True)
 class Fates:
     """Every ordinal that was dispatched is trained once, or left out for one cause, or has no fate yet."""
@@ -33,10 +46,13 @@ class Fates:
     trained: Counter[int] = field(default_factory=Counter)
     left_out: dict[int, str] = field(default_factory=dict)
     """Cause by ordinal."""
+    quarantined: dict[int, Quarantined] = field(default_factory=dict)
     waste: dict[str, Waste] = field(default_factory=dict)
     """By cause."""
     by_step: Counter[int] = field(default_factory=Counter)
     """How many groups each step has trained."""
+    skipped: set[int] = field(default_factory=set)
+    """Steps that have trained nothing, because loss or gradient were not finite; their groups are left out."""
     num_redispatched: int = 0
     num_resumed: int = 0
     num_late: int = 0
@@ -65,8 +81,12 @@ class Fates:
                 self._wasted("requeued", sum(event["lengths"]), seconds)
             case "quarantined":
                 self.left_out[ordinal] = "quarantined"
+                found = Quarantined(event.get("row", -1), event["cause"], ordinal in self.dispatched)
+                self.quarantined[ordinal] = found
             case "filtered":
                 self.left_out[ordinal] = event["cause"]
+                if "step" in event:
+                    self.skipped.add(event["step"])
                 if tokens:
                     self._wasted(event["cause"], tokens, seconds)
             case "trained":
@@ -90,13 +110,16 @@ class Fates:
                 yield f"ordinal {ordinal} was trained {count} times"
             if ordinal in self.left_out:
                 yield f"ordinal {ordinal} was trained and left out ({self.left_out[ordinal]})"
-        for ordinal in sorted({*self.trained, *self.left_out} - set(self.dispatched)):
+        for ordinal in sorted({*self.trained, *self.left_out} - {*self.dispatched, *self.quarantined}):
             yield f"ordinal {ordinal} has a fate and was never dispatched"
         # A run that goes on may have been given another size of its steps.
         if self.num_cuts == 0 and len(sizes := sorted(set(self.by_step.values()))) > 1:
             yield f"steps have trained {', '.join(map(str, sizes))} groups; each must train equally many"
-        if missing := sorted(set(range(len(self.by_step))) - set(self.by_step)):
-            yield f"step {missing[0]} has trained nothing"
+        steps = {*self.by_step, *self.skipped}
+        if missing := sorted(set(range(len(steps))) - steps):
+            yield f"step {missing[0]} has trained nothing, and was not skipped"
+        for step in sorted(self.skipped & set(self.by_step)):
+            yield f"step {step} was skipped, and has trained groups"
 
     def _wasted(self, cause: str, tokens: int, seconds: float) -> None:
         self.waste.setdefault(cause, Waste()).add(tokens, seconds)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from actors import journal
-from actors.fates import Fates, Waste
+from actors.fates import NON_FINITE, Fates, Quarantined, Waste
 from actors.pacer import ReadyGroup
 from algorithms.bias import SelectionAudit
 from algorithms.slots import Slot
@@ -30,7 +30,7 @@ class Ledger:
         self._started = time.monotonic()
         self._file = path.open("a", encoding="utf-8")
         self.audit = SelectionAudit()
-        """Whether what is trained differs from what is sampled, since the process began."""
+        """Whether what is trained differs from what is sampled."""
 
     @classmethod
     def resume(cls, path: Path, lines: int, version: int) -> Self:
@@ -79,8 +79,28 @@ class Ledger:
         return sum(other == cause for other in self._fates.left_out.values())
 
     @property
+    def num_skipped(self) -> int:
+        """Steps whose loss or gradient was not finite."""
+        return len(self._fates.skipped)
+
+    @property
     def num_quarantined(self) -> int:
         return self.num_left_out("quarantined")
+
+    @property
+    def quarantined_groups(self) -> list[Quarantined]:
+        """What was set aside, in the order in which it was."""
+        return list(self._fates.quarantined.values())
+
+    @property
+    def num_bad_rows(self) -> int:
+        """Rows of the data set that could not be prompts; one that comes again in another epoch is counted once."""
+        return len({found.row for found in self._fates.quarantined.values() if not found.dispatched})
+
+    @property
+    def num_given_up(self) -> int:
+        """Groups that have failed too often."""
+        return sum(found.dispatched for found in self._fates.quarantined.values())
 
     def lost(self) -> set[int]:
         """Ordinals without a fate; empty when the run is over."""
@@ -131,14 +151,15 @@ class Ledger:
 
     # Fates -------------------------------------------------------------------------------------------------------
 
-    def quarantined(self, slot: Slot, cause: str) -> None:
-        self._write("quarantined", slot.ordinal, attempt=slot.attempt, cause=cause)
+    def quarantined(self, slot: Slot, cause: str, row: int) -> None:
+        """The row of the data set cannot be a prompt, or its group has failed too often."""
+        self._write("quarantined", slot.ordinal, attempt=slot.attempt, cause=cause, row=row)
 
-    def filtered(self, group: GroupSummary, cause: str) -> None:
-        """The group was sampled and scored, and is not trained: no signal, stale, or surplus."""
+    def filtered(self, group: GroupSummary, cause: str, **step: int) -> None:
+        """The group was sampled and scored, and is not trained: no signal, stale, surplus, or of a skipped step."""
         self.audit.left_out(cause, group.num_loss_tokens_G, group.rewards_G)
-        tokens, seconds = sum(group.num_loss_tokens_G), round(group.generate_s, 6)
-        self._write("filtered", group.ordinal, attempt=group.attempt, cause=cause, tokens=tokens, seconds=seconds)
+        waste = {"tokens": sum(group.num_loss_tokens_G), "seconds": round(group.generate_s, 6)}
+        self._write("filtered", group.ordinal, attempt=group.attempt, cause=cause, **waste, **step)
 
     def unneeded(self, ordinals: Iterable[int]) -> None:
         """The run is over; over-sampled groups that had not come in time have been stopped."""
@@ -148,9 +169,12 @@ class Ledger:
     def trained(self, groups: Sequence[ReadyGroup], update: Update, oldest_version: int) -> None:
         """The update is made and published; its groups are never trained again.
 
-        Tokens of weights older than `oldest_version` were masked.
+        Tokens of weights older than `oldest_version` were masked. A step that was skipped trained none of them.
         """
         for group in groups:
+            if update.skipped:
+                self.filtered(group.summary, NON_FINITE, step=update.step, version=update.version)
+                continue
             summary = group.summary
             self.audit.trained(summary.num_loss_tokens_G, summary.rewards_G)
             masked = sum(count for version, count in summary.tokens_by_version.items() if version < oldest_version)

@@ -8,13 +8,14 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import ray
 
 from actors.deadline import DeadlineError
+from actors.errors import RunError
 from algorithms.pacing import Pacer
 from algorithms.slots import PacerState, Slot
 from algorithms.types import GroupSummary
@@ -55,11 +56,15 @@ class AsyncPacer:
         self._ready: dict[int, ReadyGroup] = {}
         self._version: int | None = None
         self._stopped = False
+        self.why_stopped = ""
+        """What whoever has stopped the run says of it."""
         self._progress = time.monotonic()
         self.waits: dict[str, float] = defaultdict(float)
         """Seconds waited so far: `policy/<why>` (for a batch), `dispatch/<why>` (for a slot), and `rollout/idle`, when
         no group was in flight."""
         self._idle_since: float | None = time.monotonic()
+        self.on_stall: Callable[[str], Awaitable[RunError | None]] | None = None
+        """Asked once no group finishes any more, with the reason: what stops the run, or None to wait on."""
 
     @property
     def num_in_flight(self) -> int:
@@ -114,10 +119,11 @@ class AsyncPacer:
                 return
             yield slot
 
-    async def stop(self) -> None:
-        """No slot is given out and no batch any more; what is in flight goes on."""
+    async def stop(self, why: str = "") -> None:
+        """No slot is given out and no batch any more; what is in flight goes on. `why` is what the user reads."""
         async with self._change():
             self._stopped = True
+            self.why_stopped = self.why_stopped or why
 
     async def take(self) -> TakenGroups | None:
         """The next batch, oldest first; None after `stop`. Raises DeadlineError when no group finishes any more."""
@@ -202,12 +208,27 @@ class AsyncPacer:
     async def _woken(self, side: str) -> None:
         idle_s = time.monotonic() - self._progress
         if side == "policy" and idle_s >= self._stall_timeout_s:
-            late = ", ".join(f"{s.ordinal} (attempt {s.attempt})" for s in self._pacer.in_flight.values()) or "none"
-            raise DeadlineError(
-                f"no group finished for {idle_s:.0f} s while the policy waits; groups in flight: {late}"
-            )
+            await self._stalled(f"no group finished for {idle_s:.0f} s while the policy waits")
+            return
         # The rollouts may wait as long as the policy steps: those have deadlines of their own.
         left = self._stall_timeout_s - idle_s if side == "policy" else self._stall_timeout_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(left):
                 await self._changed.wait()
+
+    async def _stalled(self, reason: str) -> None:
+        if self.on_stall is None:
+            late = ", ".join(f"{s.ordinal} (attempt {s.attempt})" for s in self._pacer.in_flight.values()) or "none"
+            raise DeadlineError(f"{reason}; groups in flight: {late}")
+        error = await self.on_stall(reason)
+        if error is not None:
+            raise error
+        self._progress = time.monotonic()
+
+    def facts(self) -> dict[str, str]:
+        """What it waits for, in words."""
+        return {
+            "the policy waits for": self._pacer.waiting() or "nothing",
+            "no group is dispatched because of": self._why_no_slot() or "nothing",
+            "groups": f"{self.num_in_flight} in flight, {self.num_ready} ready, depth {self.pipeline_depth}",
+        }

@@ -6,15 +6,17 @@ into micro-batches (`loss_type: bnpo` alone depends on the split, by definition)
 """
 
 import contextlib
+import math
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from actors.errors import RunError
 from actors.policy_state import PolicyState, collect, restore
@@ -24,6 +26,7 @@ from algorithms.losses import Normalizer, grpo_loss, sft_loss
 from algorithms.packed import PackedRow, pack_row
 from algorithms.stats import LossStats, merge
 from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup
+from sync.gloo import open_store, reach_store
 from sync.layout import parameters_of, plan_layout
 from sync.member import Membership
 from sync.sender import Sender, Sent
@@ -31,6 +34,9 @@ from sync.transport import Kind, Ticket, Transport, open_wire
 
 CONTROL, IO = "control", "io"
 """Concurrency groups, one call each, that are answered while a rank trains or sends."""
+
+_MEET_TIMEOUT = timedelta(minutes=30)
+"""For the ranks to meet, and for each of their collective operations; the controller's deadlines are shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,10 @@ class RankUpdate:
     learning_rate: float
     stats: dict[str, Any]
     """LossStats as a plain dict."""
+    learning_rate_factor: float = 1.0
+    """What the schedule's learning rate was multiplied by."""
+    skipped: bool = False
+    """Loss or gradient were not finite: the weights and AdamW's state are as they were; the same on every rank."""
 
 
 class PolicyActor:
@@ -91,18 +101,22 @@ class PolicyActor:
         self.rank = rank
         self.settings = settings
         self.version = 0
+        self._learning_rate_factor = 1.0
         self._sender: Sender | None = None
         self._wire: Transport | None = None
         self._snapshot: PolicyState | None = None
+        self._meeting: TCPStore | None = None
 
     def ping(self) -> None:
         """The process answers; asked beside its work, under CONTROL."""
+        self._spare: PolicyState | None = None
+        """The last snapshot that was written: the next one takes its memory."""
+        self._base: str | None = None
 
     def address(self) -> tuple[str, int]:
-        """This process's address and a free port on it, for the ranks' rendezvous."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return node_ip(), probe.getsockname()[1]
+        """This process's address and the port at which it serves the ranks' rendezvous, there and nowhere else."""
+        self._meeting = open_store(node_ip(), _MEET_TIMEOUT.total_seconds())
+        return node_ip(), self._meeting.port
 
     def start(self, host: str, port: int) -> None:
         """Load the model and join the other ranks at `host:port`."""
@@ -123,16 +137,22 @@ class PolicyActor:
         import deepspeed
         from transformers import get_scheduler, set_seed
 
+        from actors.model.files import make_savable
         from actors.model.forward import PACKED_ATTENTION
         from actors.model.load import load_causal_lm
-        from actors.model.lora import adapt, trained_parameters
+        from actors.model.lora import adapt, base_digest, trained_parameters
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
         # killed meanwhile leaves behind: every later start would wait for it without end.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.set_num_threads(settings.policy.num_threads or max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         set_seed(settings.seed)
-        deepspeed.init_distributed("nccl" if settings.use_gpu else "gloo", verbose=False)
+        self._meeting = self._meeting or reach_store(host, port, self.rank, _MEET_TIMEOUT.total_seconds())
+        backend = "nccl" if settings.use_gpu else "gloo"
+        torch.distributed.init_process_group(
+            backend, timeout=_MEET_TIMEOUT, store=self._meeting, rank=self.rank, world_size=settings.num_ranks
+        )
+        deepspeed.init_distributed(backend, verbose=False)  # takes the group that is there
         model = load_causal_lm(
             settings.model_path,
             settings.revision,
@@ -140,9 +160,11 @@ class PolicyActor:
             dtype=settings.policy.dtype,
             attn_implementation=PACKED_ATTENTION,
         )
+        make_savable(model)
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
+            self._base = base_digest(model)
             adapt(model, settings.policy.lora)
             if settings.policy.gradient_checkpointing:
                 model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient may give none
@@ -163,7 +185,10 @@ class PolicyActor:
         self._parameters: dict[str, Any] = trained_parameters(self.engine.module)
 
     def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
-        """Train on this rank's share of one batch; the version grows by one."""
+        """Train on this rank's share of one batch; the version grows by one, and so does the schedule's.
+
+        A loss that is not finite on any rank, or a gradient that is not, reaches neither the weights nor AdamW's state.
+        """
         losses, stats = [], []
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batch.micro_batches) - 1)
@@ -172,10 +197,33 @@ class PolicyActor:
             self.engine.backward(loss * self.settings.num_ranks)
             losses.append(loss.item())
             stats.append(micro_stats)
-        learning_rate = self.engine.get_lr()[0]
-        grad_norm = self._step_optimizer()
+        learning_rate = self._set_learning_rate()
+        if self._is_true_anywhere(not all(map(math.isfinite, losses))):
+            self._spoil_gradient()
+        grad_norm, stepped = self._step_optimizer()
+        if not stepped:
+            self.engine.lr_scheduler.step()  # a completed batch has its place in the schedule
         self.version += 1
-        return RankUpdate(self.version, sum(losses), grad_norm, learning_rate, merge(stats).to_dict())
+        return RankUpdate(
+            version=self.version,
+            loss=sum(losses),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            stats=merge(stats).to_dict(),
+            learning_rate_factor=self._learning_rate_factor,
+            skipped=not stepped,
+        )
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """From the next step on, beside the schedule; every rank is called."""
+        self._learning_rate_factor *= factor
+
+    def _set_learning_rate(self) -> float:
+        """The schedule's times the factor; returns it for the first group of parameters."""
+        schedule = self.engine.lr_scheduler.get_last_lr()
+        for group, learning_rate in zip(self.engine.optimizer.param_groups, schedule, strict=True):
+            group["lr"] = learning_rate * self._learning_rate_factor
+        return float(self.engine.get_lr()[0])
 
     def _row(self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group], oldest_version: int) -> PackedRow:
         samples = micro_batch.samples
@@ -203,18 +251,39 @@ class PolicyActor:
             fresh_N=row.fresh_N,
         )
 
-    def _step_optimizer(self) -> float:
-        """Returns the global gradient norm before clipping."""
+    def _step_optimizer(self) -> tuple[float, bool]:
+        """The global gradient norm before clipping, and whether it was finite and the optimizer stepped.
+
+        The gradient is reduced over the ranks before its norm is taken, so that all ranks decide alike.
+        """
         max_norm = self.settings.optimizer.max_grad_norm
         if self.settings.policy.zero_stage == 0 and self.settings.policy.dtype == "float32":
-            # Without ZeRO and mixed precision DeepSpeed clips, but keeps the norm to itself.
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+            # Without ZeRO and mixed precision DeepSpeed clips, but keeps the norm to itself and looks at nothing.
+            grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads).item()
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return norm, False
             self.engine.step()
-            return norm.item()
+            return norm, True
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         assert norm is not None, f"DeepSpeed reports no gradient norm (clipping at {max_norm})"
-        return float(norm)
+        return float(norm), self.engine.was_step_applied()
+
+    def _is_true_anywhere(self, fact: bool) -> bool:
+        """Whether it is on any rank; every rank is called."""
+        flag = torch.tensor(float(fact), device=self.engine.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _spoil_gradient(self) -> None:
+        """Make the gradient not finite, so that the one check of it, DeepSpeed's, holds for the loss too."""
+        from deepspeed.utils import safe_set_full_grad
+
+        for parameter in self._parameters.values():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            safe_set_full_grad(parameter, torch.full(shape, math.nan, device=self.engine.device))
 
     # Weights -----------------------------------------------------------------------------------------------------
 
@@ -278,22 +347,36 @@ class PolicyActor:
 
     def snapshot(self) -> None:
         """Copy all that the next step depends on to the host of rank 0; every rank is called."""
-        self._snapshot = collect(self.engine, self._parameters, self.version, keep=self.rank == 0)
+        spare, self._spare = self._spare, None  # there is none while one is being written
+        keep = self.rank == 0
+        state = collect(self.engine, self._parameters, self.version, keep, self._base, spare)
+        self._snapshot = state and replace(state, learning_rate_factor=self._learning_rate_factor)
 
     def write_snapshot(self, folder: Path) -> None:
-        """Rank 0 writes the snapshot, while training goes on."""
+        """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is."""
+        from actors.model.files import MODEL, describe
+        from actors.model.lora import describe_adapter
+
         assert self._snapshot is not None, "snapshot comes first, and rank 0 keeps it"
         snapshot, self._snapshot = self._snapshot, None
         snapshot.write(folder)
+        (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
+        self._spare = snapshot
 
     def restore(self, folder: Path) -> None:
         """Go on from what `write_snapshot` has left; every rank is called."""
         try:
             state = PolicyState.read(folder)
+            if state.base is not None and self._base is not None and state.base != self._base:
+                raise ValueError(
+                    f"the adapter was trained on other weights than those of {self.settings.model_path}; go on with "
+                    "the model that the run began with, or begin anew with --overwrite"
+                )
             restore(self.engine, self._parameters, state)
         except ValueError as error:
             raise RunError(f"{folder}: {error}") from error
         self.version = state.version
+        self._learning_rate_factor = state.learning_rate_factor
 
     def save(self, folder: Path) -> None:
         """Leave the weights in Hugging Face layout (safetensors) in `folder`; every rank is called, rank 0 writes.

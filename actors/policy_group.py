@@ -56,14 +56,12 @@ class PolicyGroup:
         except RunError as error:  # in the middle of a step no rank is where it was
             raise PolicyLostError(str(error)) from error
         assert {update.version for update in updates} == {batch.version + 1}, "only the policy counts versions, by one"
-        update = _merge(batch, updates, time.perf_counter() - started)
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(update.metrics[name]):
-                raise RunError(
-                    f"the {name} of the step at version {batch.version} is {update.metrics[name]}: the update was not "
-                    "published; lower optimizer.learning_rate, or look for a reward or a logit that is out of range"
-                )
-        return update
+        assert len({update.skipped for update in updates}) == 1, "all ranks step, or none does"
+        return _merge(batch, updates, time.perf_counter() - started)
+
+    async def scale_learning_rate(self, factor: float) -> None:
+        """From the next step on, on every rank, whatever the schedule; kept in checkpoints."""
+        await self._all("scale_learning_rate", factor, timeout_s=self.timeout_s)
 
     async def watch(self, config: LivenessConfig) -> NoReturn:
         """Never returns; PolicyLostError when a rank gives no sign of life."""
@@ -145,15 +143,15 @@ def _renumbered(micro_batches: tuple[MicroBatch, ...], needed: list[int]) -> tup
 def _merge(batch: Batch, updates: Sequence[RankUpdate], seconds: float) -> Update:
     stats = merge(LossStats.from_dict(update.stats) for update in updates)
     num_tokens = sum(s.num_tokens for micros in batch.ranks for micro in micros for s in micro.samples)
-    return Update(
-        step=batch.version,
-        version=batch.version + 1,
-        metrics={
-            "loss": sum(update.loss for update in updates),
-            "grad_norm": updates[0].grad_norm,
-            "learning_rate": updates[0].learning_rate,
-            **stats.finish(),
-            "time/policy_step_s": seconds,
-            "policy_tok_per_s": num_tokens / seconds,
-        },
-    )
+    metrics = {
+        "loss": sum(update.loss for update in updates),
+        "grad_norm": updates[0].grad_norm,
+        "learning_rate": updates[0].learning_rate,
+        "policy/learning_rate_factor": updates[0].learning_rate_factor,
+        "policy/skipped": float(updates[0].skipped),
+        **stats.finish(),
+        "time/policy_step_s": seconds,
+        "policy_tok_per_s": num_tokens / seconds,
+    }
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return Update(batch.version, batch.version + 1, finite, skipped=updates[0].skipped)

@@ -1,24 +1,38 @@
 """All that a policy's next step depends on, whole on rank 0 and independent of the number of ranks and the ZeRO stage.
 
-    weights.safetensors     every parameter in training, as the optimizer keeps it (float32, if it keeps such masters)
-    optimizer.safetensors   AdamW's two moments of each, `<name>.exp_avg` and `<name>.exp_avg_sq`
-    policy.json             version, steps of the optimizer, the learning-rate schedule
+    model/model.safetensors   every parameter in training, as the optimizer keeps it: float32; of adapters
+                              model/adapter_model.safetensors
+    optimizer.safetensors     AdamW's two moments of each, `<name>.exp_avg` and `<name>.exp_avg_sq`
+    random.safetensors        torch's random state on each rank, which dropout alone uses
+    policy.json               version, steps of the optimizer, the learning-rate schedule and its factor, what adapters
+                              are bound to
 
 DeepSpeed's own checkpoints are bound to the ranks and the stage that wrote them.
 """
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from actors.model.files import ADAPTER, METADATA, MODEL, WHOLE
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Facts(msgspec.Struct, frozen=True):
+    version: int
+    optimizer_steps: int
+    schedule: dict[str, Any]
+    learning_rate_factor: float
+    base: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,35 +42,82 @@ class PolicyState:
     version: int
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
+    random: Mapping[str, Tensor]
+    """By rank, as bytes: torch's state, and behind it that of the rank's GPU."""
     num_optimizer_steps: int
     schedule: dict[str, Any]
+    learning_rate_factor: float = 1.0
+    """What the schedule's learning rates are multiplied by."""
+    base: str | None = None
+    """Digest of the model below, when the weights are adapters."""
 
     def write(self, folder: Path) -> None:
-        save_file(dict(self.weights), folder / "weights.safetensors")
+        (folder / MODEL).mkdir(exist_ok=True)
+        save_file(dict(self.weights), folder / MODEL / _weights_file(self.base), metadata=METADATA)
         save_file(dict(self.moments), folder / "optimizer.safetensors")
-        facts = {"version": self.version, "optimizer_steps": self.num_optimizer_steps, "schedule": self.schedule}
-        (folder / "policy.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        save_file(dict(self.random), folder / "random.safetensors")
+        facts = _Facts(self.version, self.num_optimizer_steps, self.schedule, self.learning_rate_factor, self.base)
+        (folder / "policy.json").write_bytes(msgspec.json.encode(facts))
 
     @classmethod
     def read(cls, folder: Path) -> "PolicyState":
-        facts = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
-        weights, moments = (load_file(folder / f"{name}.safetensors") for name in ("weights", "optimizer"))
-        return cls(facts["version"], weights, moments, facts["optimizer_steps"], facts["schedule"])
+        """ValueError names the file that is missing or none of ours."""
+        path = folder / "policy.json"
+        try:
+            facts = msgspec.json.decode(path.read_bytes(), type=_Facts)
+        except (OSError, msgspec.MsgspecError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        return cls(
+            version=facts.version,
+            weights=_tensors(folder / MODEL / _weights_file(facts.base)),
+            moments=_tensors(folder / "optimizer.safetensors"),
+            random=_tensors(folder / "random.safetensors"),
+            num_optimizer_steps=facts.optimizer_steps,
+            schedule=facts.schedule,
+            learning_rate_factor=facts.learning_rate_factor,
+            base=facts.base,
+        )
 
 
-def collect(engine: Any, parameters: Mapping[str, Tensor], version: int, keep: bool) -> PolicyState | None:
-    """The state, on the rank that is to `keep` it; every rank is called, for each shard is on one of them."""
+def _weights_file(base: str | None) -> str:
+    return WHOLE if base is None else ADAPTER
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def collect(
+    engine: Any,
+    parameters: Mapping[str, Tensor],
+    version: int,
+    keep: bool,
+    base: str | None = None,
+    spare: PolicyState | None = None,
+) -> PolicyState | None:
+    """The state, on the rank that is to `keep` it; every rank is called, for each shard is on one of them.
+
+    The memory of `spare`, an older state that nobody needs any more, is used again: fresh memory costs more time than
+    the copy itself.
+    """
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
+    old: Mapping[str, Tensor] = {} if spare is None else {**spare.weights, **spare.moments}
     _link(engine)
     for name, parameter in parameters.items():
         master, both = _master(parameter), [_moment(engine, parameter, moment) for moment in _MOMENTS]
         if keep:
-            weights[name] = _host(master)
-            moments |= {f"{name}.{moment}": _host(value) for moment, value in zip(_MOMENTS, both, strict=True)}
+            weights[name] = _host(master, old.get(name))
+            for moment, value in zip(_MOMENTS, both, strict=True):
+                moments[f"{name}.{moment}"] = _host(value, old.get(f"{name}.{moment}"))
+    random = _random_states(engine.device)
     if not keep:
         return None
-    return PolicyState(version, weights, moments, _num_steps(engine), _plain(engine.lr_scheduler.state_dict()))
+    schedule = _plain(engine.lr_scheduler.state_dict())
+    return PolicyState(version, weights, moments, random, _num_steps(engine), schedule, base=base)
 
 
 def restore(engine: Any, parameters: Mapping[str, Tensor], state: PolicyState) -> None:
@@ -64,13 +125,7 @@ def restore(engine: Any, parameters: Mapping[str, Tensor], state: PolicyState) -
 
     ValueError when the state is not of these parameters.
     """
-    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
-    saved = {name: tuple(value.shape) for name, value in state.weights.items()}
-    if differing := sorted(name for name in {*expected, *saved} if expected.get(name) != saved.get(name)):
-        raise ValueError(
-            f"the checkpoint's policy is another model: {len(differing)} parameters differ, such as {differing[0]} "
-            f"({saved.get(differing[0])} there, {expected.get(differing[0])} here)"
-        )
+    _check(parameters, state)
     _link(engine)
     for name, parameter in parameters.items():
         _set_master(parameter, state.weights[name])
@@ -80,6 +135,44 @@ def restore(engine: Any, parameters: Mapping[str, Tensor], state: PolicyState) -
     engine.lr_scheduler.load_state_dict(state.schedule)
     for group, learning_rate in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = learning_rate
+    _set_random_state(engine.device, state.random)
+
+
+def _check(parameters: Mapping[str, Tensor], state: PolicyState) -> None:
+    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    _compare("policy", expected, state.weights)
+    _compare("optimizer", {f"{name}.{m}": shape for name, shape in expected.items() for m in _MOMENTS}, state.moments)
+
+
+def _compare(part: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    saved = {name: tuple(value.shape) for name, value in tensors.items()}
+    if differing := sorted(name for name in {*expected, *saved} if expected.get(name) != saved.get(name)):
+        raise ValueError(
+            f"the checkpoint's {part} is of another model: {len(differing)} tensors differ, such as {differing[0]} "
+            f"({saved.get(differing[0])} there, {expected.get(differing[0])} here)"
+        )
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """Of all ranks, on each of them."""
+    state = torch.get_rng_state()
+    if device.type == "cuda":
+        state = torch.cat([state, torch.cuda.get_rng_state(device)])
+    mine = state.to(device)
+    states = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(states, mine)
+    return {str(rank): each.cpu() for rank, each in enumerate(states)}
+
+
+def _set_random_state(device: torch.device, states: Mapping[str, Tensor]) -> None:
+    """A rank that was not there when the state was taken goes on as it began."""
+    state = states.get(str(torch.distributed.get_rank()))
+    if state is None:
+        return
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:size])
+    if device.type == "cuda" and state.numel() > size:
+        torch.cuda.set_rng_state(state[size:], device)
 
 
 def _is_sharded(parameter: Tensor) -> bool:
@@ -87,9 +180,20 @@ def _is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
+def _fragment(parameter: Tensor, moment: str | None = None) -> Tensor | None:
+    """What one rank alone keeps of the parameter, in place; DeepSpeed would sum it with zeros over its one rank."""
+    group: Any = getattr(parameter, "_dp_group", None)
+    if getattr(parameter, "_hp_mapping", None) is None or torch.distributed.get_world_size(group) > 1:
+        return None
+    kept: Tensor = parameter._hp_mapping.get_hp_fragment(moment)  # type: ignore[attr-defined]
+    return kept.view(parameter.shape)
+
+
 def _master(parameter: Tensor) -> Tensor:
     if not _is_sharded(parameter):
         return parameter.detach()
+    if (whole := _fragment(parameter)) is not None:
+        return whole
     from deepspeed.utils import safe_get_full_fp32_param
 
     master: Tensor = safe_get_full_fp32_param(parameter)
@@ -100,6 +204,8 @@ def _moment(engine: Any, parameter: Tensor, moment: str) -> Tensor:
     if not _is_sharded(parameter):
         value: Tensor = engine.optimizer.state[parameter][moment]
         return value
+    if (kept := _fragment(parameter, moment)) is not None:
+        return kept
     from deepspeed.utils import safe_get_full_optimizer_state
 
     whole: Tensor = safe_get_full_optimizer_state(parameter, moment)
@@ -182,5 +288,8 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _host(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True).contiguous()
+def _host(value: Tensor, held: Tensor | None) -> Tensor:
+    """A copy in host memory, in that of `held` if it fits; page-locked, for speed, when it comes from a GPU."""
+    if held is None or held.shape != value.shape or held.dtype != value.dtype:
+        held = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    return held.copy_(value.detach())

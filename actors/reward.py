@@ -64,6 +64,7 @@ class RewardActor:
             failures=dict(failures),
             completions=tuple(completions),
             notes=tuple(self._news(outcomes)),
+            details=tuple(self._details(outcomes).values()),
         )
 
     def close(self) -> None:
@@ -95,10 +96,18 @@ class RewardActor:
 
     def _news(self, outcomes: Sequence[Outcome]) -> Iterator[str]:
         """What went wrong, once for each function and cause; how often is in the metrics."""
-        for name, outcome in zip(self._names, outcomes, strict=True):
-            if outcome.cause is not None and (name, outcome.cause) not in self._reported:
-                self._reported.add((name, outcome.cause))
-                yield f"reward function {name}: {outcome.cause}: {outcome.detail}"
+        for key, detail in self._details(outcomes).items():
+            if key not in self._reported:
+                self._reported.add(key)
+                yield detail
+
+    def _details(self, outcomes: Sequence[Outcome]) -> dict[tuple[str, str], str]:
+        """What went wrong, by function and cause."""
+        return {
+            (name, outcome.cause): f"reward function {name}: {outcome.cause}: {outcome.detail}"
+            for name, outcome in zip(self._names, outcomes, strict=True)
+            if outcome.cause is not None
+        }
 
 
 def score_names(functions: Sequence[str]) -> tuple[str, ...]:

@@ -4,9 +4,10 @@ Which replica is decided in algorithms/routing.py by outstanding tokens; here gr
 """
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ray
 
@@ -26,6 +27,7 @@ class Sent:
     """A GroupSummary, or Interrupted."""
     group: ray.ObjectRef
     """The scored group, or the part of it that was sampled."""
+    since: float = field(default_factory=time.monotonic)
 
 
 class Router:
@@ -44,6 +46,11 @@ class Router:
         self._length = float(max_completion_length)  # running mean of a completion's tokens
         self._sent: dict[tuple[int, int], Sent] = {}
         self._freed = asyncio.Event()
+
+    @property
+    def sent(self) -> dict[tuple[int, int], Sent]:
+        """Every attempt that is with a replica, by ordinal and attempt."""
+        return dict(self._sent)
 
     def join(self, replica: int, handle: ray.actor.ActorHandle) -> None:
         """Groups may go to this replica from now on."""

@@ -8,6 +8,8 @@ slots.py        what the scheduler hands out and takes in
 routing.py      which replica a group goes to
 filters.py      which groups carry no signal (dynamic sampling)
 depth.py        how deep the pipeline may be, from how far off policy the samples are
+budgets.py      how much of the user's own code may fail
+health/         rules over the metrics of the last steps: when a run is not learning any more
 bias.py         whether what is trained differs from what is sampled
 simulation/     a run in virtual time, by the same pacer and router
 advantages.py   rewards of a group -> one advantage per rollout

@@ -59,6 +59,36 @@ class AuditReport:
     rewards: Comparison
 
 
+@dataclass(frozen=True, slots=True)
+class FateState:
+    """The sample and the sums of one fate."""
+
+    num: int
+    num_groups: int
+    total: float
+    squares: float
+    group_squares: float
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FatesState:
+    """Lengths, or rewards."""
+
+    random: tuple[int, ...]
+    """State of the generator that chooses which values are kept (Mersenne Twister)."""
+    trained: FateState
+    left_out: dict[str, FateState]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditState:
+    """All that an audit knows, for a checkpoint."""
+
+    lengths: FatesState
+    rewards: FatesState
+
+
 class SelectionAudit:
     """Every group attempt is reported once: as trained, or as left out for a cause. Memory is bounded."""
 
@@ -81,6 +111,14 @@ class SelectionAudit:
         """The rollouts of an attempt that will not be trained; aborted ones have the tokens so far and no rewards."""
         self._lengths.of(cause).add(lengths)
         self._rewards.of(cause).add(rewards)
+
+    def state(self) -> AuditState:
+        return AuditState(self._lengths.state(), self._rewards.state())
+
+    def restore(self, state: AuditState) -> None:
+        """Go on counting from a snapshot."""
+        self._lengths.restore(state.lengths)
+        self._rewards.restore(state.rewards)
 
     def report(self) -> AuditReport:
         return AuditReport(self._lengths.compare(), self._rewards.compare())
@@ -162,6 +200,15 @@ class _Fate:
         self.squares += sum(value * value for value in known)
         self.group_squares += sum(known) ** 2 / len(known)
 
+    def state(self) -> FateState:
+        sums = self.num, self.num_groups, self.total, self.squares, self.group_squares
+        return FateState(*sums, tuple(self.values))
+
+    def restore(self, state: FateState) -> None:
+        self.num, self.num_groups = state.num, state.num_groups
+        self.total, self.squares, self.group_squares = state.total, state.squares, state.group_squares
+        self.values = list(state.values)
+
     @property
     def mean(self) -> float | None:
         return self.total / self.num if self.num else None
@@ -195,6 +242,18 @@ class _Fates:
 
     def of(self, cause: str) -> _Fate:
         return self.left_out.setdefault(cause, _Fate(self._capacity, self._random))
+
+    def state(self) -> FatesState:
+        left_out = {cause: fate.state() for cause, fate in self.left_out.items()}
+        return FatesState(self._random.getstate()[1], self.trained.state(), left_out)
+
+    def restore(self, state: FatesState) -> None:
+        version, _, gauss = self._random.getstate()
+        self._random.setstate((version, state.random, gauss))
+        self.trained.restore(state.trained)
+        self.left_out.clear()
+        for cause, fate in state.left_out.items():
+            self.of(cause).restore(fate)
 
     def compare(self) -> Comparison:
         everything = [self.trained, *self.left_out.values()]

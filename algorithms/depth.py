@@ -5,7 +5,7 @@ grows by addition and shrinks by multiplication: it comes back fast when it was 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from algorithms.config import AdaptDepthConfig
 
@@ -31,6 +31,15 @@ class RunningMean:
     def value(self) -> float | None:
         """None while too little was measured."""
         return self.total / self.weight if self.weight >= _ENOUGH else None
+
+
+@dataclass(frozen=True, slots=True)
+class DepthState:
+    """All that a controller knows between two steps, for a checkpoint."""
+
+    depth: int
+    ess: RunningMean
+    kl: RunningMean
 
 
 class DepthController:
@@ -66,6 +75,14 @@ class DepthController:
         if mean_ess is not None and mean_ess > self._config.ess_high:
             return self._change(self.depth + max(1, self._lowest // 4))
         return self.depth
+
+    def state(self) -> DepthState:
+        return DepthState(self.depth, replace(self._ess), replace(self._kl))
+
+    def restore(self, state: DepthState) -> None:
+        """Go on from a snapshot; the bounds are those of now."""
+        self.depth = min(max(state.depth, self._lowest), self._highest)
+        self._ess, self._kl = replace(state.ess), replace(state.kl)
 
     def _shallower(self) -> int:
         return min(int(self.depth * SHRINK), self.depth - 1)

@@ -97,6 +97,8 @@ class ScoredGroup:
     """The completions as text, for the sample log."""
     notes: tuple[str, ...] = ()
     """What the user should read of the failures; each function and cause is told once."""
+    details: tuple[str, ...] = ()
+    """What each function that failed said, and its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class GroupSummary:
     generate_s: float
     score_s: float
     notes: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
 
     @property
     def tokens_by_version(self) -> dict[int, int]:
@@ -157,6 +160,7 @@ def summarize(scored: ScoredGroup, generate_s: float, score_s: float) -> GroupSu
         generate_s=generate_s,
         score_s=score_s,
         notes=scored.notes,
+        details=scored.details,
     )
 
 
@@ -219,4 +223,7 @@ class Update:
     step: int
     version: int
     metrics: Mapping[str, float]
-    """Under TRL's metric names: `loss`, `grad_norm`, `learning_rate`, `entropy`, `kl`, `clip_ratio/*`, `sampling/*`."""
+    """Under TRL's metric names: `loss`, `grad_norm`, `learning_rate`, `entropy`, `kl`, `clip_ratio/*`, `sampling/*`.
+    Every value is finite; one that is not is left out."""
+    skipped: bool = False
+    """Loss or gradient were not finite: the batch is completed, and the weights are those of the version before."""

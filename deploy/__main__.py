@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from deploy.session import shut_in
+
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 app = typer.Typer(
@@ -47,13 +49,15 @@ def train(
 
     with _user_errors():
         loaded = load_recipe(recipe, overrides or ())
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        shut_in(os.environ)  # before Ray is loaded, which reads it then
     # After the recipe is known to be good: these load Ray and torch, which takes seconds.
     from rich.console import Console
 
     from actors.errors import RunError, StoppedError
     from deploy.train import execute, prepare
 
-    address = address or os.environ.get("RAY_ADDRESS")
     with _user_errors():
         jobs = prepare(loaded, recipe, address, overwrite, allow_change or ())
     try:

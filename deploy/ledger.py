@@ -22,6 +22,8 @@ def show(run_dir: Path) -> bool:
         problems += [f"ordinal {ordinal} has no fate, and the run is finished" for ordinal in sorted(found.lost())]
     console = Console()
     console.print(_fates(found), _waste(found))
+    if found.quarantined:
+        console.print(_quarantined(found))
     for problem in problems[:20]:
         console.print(f"wrong: {problem}", highlight=False, soft_wrap=True)
     if len(problems) > 20:
@@ -46,9 +48,17 @@ def _waste(found: Fates) -> Table:
     return table
 
 
+def _quarantined(found: Fates) -> Table:
+    table = Table("row", "group", "cause", title="What was set aside")
+    for ordinal, quarantined in sorted(found.quarantined.items(), key=lambda item: (item[1].row, item[0])):
+        table.add_row(str(quarantined.row), str(ordinal), quarantined.cause)
+    return table
+
+
 def _verdict(found: Fates) -> str:
-    steps = len(found.by_step)
+    steps = len(found.by_step) + len(found.skipped)
+    skipped = f" ({len(found.skipped)} skipped)" if found.skipped else ""
     return (
-        f"{len(found.dispatched)} ordinals, {steps} step{'s' * (steps != 1)}, {found.num_cuts} resumed: each ordinal "
-        "was trained once, or left out for one cause, or is open"
+        f"{len(found.dispatched)} ordinals, {steps} step{'s' * (steps != 1)}{skipped}, {found.num_cuts} resumed: each "
+        "ordinal was trained once, or left out for one cause, or is open"
     )

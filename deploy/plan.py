@@ -16,6 +16,7 @@ from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe, TinyModel
 from actors.run.folder import RunFolder
 from actors.run.lineage import trained_before
+from deploy.trust import trusted_code
 from placement.cluster import ClusterSpec, from_ray
 from placement.plan import PlacementError, PlacementPlan, plan
 from sync.fanout import fanout_of, relative_time
@@ -35,6 +36,7 @@ def show(recipe: Recipe, cluster: ClusterSpec, path: str, overrides: Sequence[st
         lines.insert(1, f"{first_path}, which is trained first: {_summarize(first)}")
     if isinstance(recipe, GrpoRecipe):
         lines.append(_describe_fanout(recipe, placed))
+    lines += trusted_code([recipe, *(first for _, first in trained_before(recipe, path))])
     lines.append(f"submit: {_submit_line(path, overrides)}")
     console = Console()
     console.print(_table(placed))

@@ -1,14 +1,12 @@
 """`python -m deploy train`: what can be known to be wrong with a recipe is found before anything is started."""
 
 import asyncio
-import contextlib
 import errno
-import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 from rich.console import Console
@@ -36,9 +34,11 @@ from actors.run.progress import RunProgress
 from actors.run.sft import run_sft
 from actors.run.tracker import check_tracker
 from actors.settings import ModelSource
+from deploy.session import ray_session
+from deploy.trust import trusted_code
 from placement.cluster import from_ray, this_machine
 from placement.groups import ReservedPools, reserve
-from placement.plan import plan
+from placement.plan import PlacementError, plan
 
 _RESERVE_TIMEOUT_S = 120.0
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -91,7 +91,7 @@ def _resume(recipe: Recipe, folder: RunFolder, allowed: Collection[str]) -> Resu
     if folder.finished or not folder.recipe.exists():
         return None
     resume = find(CheckpointStore(folder.checkpoints), folder.recipe, recipe, allowed)
-    if resume is not None:
+    if resume is not None and isinstance(recipe, GrpoRecipe):
         check(folder.ledger, resume.cut.lines)  # so that one that is damaged is told before anything is started
     if resume is not None and resume.cut.version >= recipe.steps:
         raise ValueError(
@@ -115,7 +115,10 @@ def _ended_early(recipe: Recipe, folder: RunFolder) -> bool:
 def execute(jobs: list[Job], address: str | None, console: Console) -> None:
     """Run the jobs one after another on one Ray; raises what stopped a run."""
     disable_progress_bar()  # a line for each file of a model would hide ours
-    with ray_session(address):
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    for warning in trusted_code(job.recipe for job in jobs):
+        say(warning)
+    with ray_session(address, say):
         for job in jobs:
             _run(job, console)
 
@@ -126,7 +129,7 @@ def _run(job: Job, console: Console) -> None:
             raise RunError(
                 f"run_dir: another process has trained in {job.folder.path} meanwhile; give the command again"
             )
-        pools = reserve(plan(used_pools(job.recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
+        pools = _reserved(job.recipe)
         try:
             _begin(job, console)
             _train(job, pools, console)
@@ -135,6 +138,14 @@ def _run(job: Job, console: Console) -> None:
         finally:
             pools.release()
     _conclude(job.folder, console)
+
+
+def _reserved(recipe: Recipe) -> ReservedPools:
+    """All pools on the live cluster; RunError when it is too small or too busy."""
+    try:
+        return reserve(plan(used_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
+    except PlacementError as error:
+        raise RunError(str(error)) from None
 
 
 def _told(error: BaseException, folder: RunFolder) -> BaseException:
@@ -150,7 +161,7 @@ def _begin(job: Job, console: Console) -> None:
     recipe, folder, resume = job.recipe, job.folder, job.resume
     if resume is not None:
         folder.rewind(recipe, resume.cut.version)
-        CheckpointStore(folder.checkpoints).discard_after(resume.cut.version)
+        CheckpointStore(folder.checkpoints, best=recipe.checkpoint.best).discard_after(resume.cut.version)
         notes = [f"going on from step {resume.cut.version} of {recipe.steps}", *resume.notes]
         console.print(*notes, sep="\n", highlight=False, soft_wrap=True)
         return
@@ -171,7 +182,7 @@ def _train(job: Job, pools: ReservedPools, console: Console) -> None:
             case GrpoRecipe(), PromptStream():
                 asyncio.run(run_grpo(recipe, model, stream, tokenizer, pools, folder, progress, job.resume))
             case SftRecipe(), ExampleStream():
-                asyncio.run(run_sft(recipe, model, stream, tokenizer, pools, folder, progress))
+                asyncio.run(run_sft(recipe, model, stream, tokenizer, pools, folder, progress, job.resume))
 
 
 def _conclude(folder: RunFolder, console: Console) -> None:
@@ -245,7 +256,7 @@ def _stream(
                     "positions; lower one of them"
                 )
             prompts = PromptStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, generation.max_prompt_length)
-            prompts.preflight()
+            prompts.preflight(max_bad_rows=recipe.dataset.max_bad_rows)
             return prompts
         case SftRecipe():
             if recipe.max_length > num_positions:
@@ -256,22 +267,3 @@ def _stream(
             examples = ExampleStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, recipe.max_length)
             examples.preflight()
             return examples
-
-
-@contextlib.contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
-    """Join the cluster at `address`, else start a local Ray; a Ray started here ends here."""
-    here = str(Path.cwd())
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        # Replicas and reward workers start processes of their own, which must find these packages too.
-        runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}}
-        ray.init("local", include_dashboard=False, runtime_env=runtime_env, **quiet)
-    elif "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        ray.init(address, **quiet)  # a submitted job has brought its working directory already
-    else:
-        ray.init(address, runtime_env={"working_dir": here}, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()

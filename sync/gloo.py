@@ -10,6 +10,7 @@ aborted and whether every peer is still connected, and on failure closes all con
 
 import contextlib
 import re
+import socket
 import threading
 import time
 from collections import deque
@@ -27,6 +28,8 @@ from sync.transport import Reason, WireError, as_bytes, remaining_s, within
 
 GROUP = "wire"
 """The one group that the store of a ticket serves."""
+_BACKLOG = 2048
+"""Members that may knock at the rendezvous at the same time."""
 _SLICE_S = 0.05
 _PROBE_S = 0.5
 _PROBE_TAG, _SEVER_TAG, _SLICE_TAG = 1, 2, 3
@@ -197,8 +200,12 @@ class _Sliced:
 
 
 def open_store(host: str, timeout_s: float) -> TCPStore:
-    """The rendezvous of a group, served by this process on a free port of `host`."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    """The rendezvous of a group, served by this process on a free port of `host` and of no other address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    door = socket.create_server((host, 0), family=family, backlog=_BACKLOG)  # the store's own would be open to all
+    port = door.getsockname()[1]
+    timeout = timedelta(seconds=timeout_s)
+    return TCPStore(host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=door.detach())
 
 
 def reach_store(host: str, port: int, rank: int, timeout_s: float) -> TCPStore:

@@ -7,6 +7,8 @@ config.py        what a recipe may say
 store.py         folders that are complete or not there: staged, digested, renamed; the newest are kept
 groups.py        scored groups as bytes and back
 cut.py           what is in a cut besides the policy
+moment.py        from the parts of a run into a cut, and back
+best.py          which checkpoint is the best
 checkpointer.py  takes the cuts of a run while it goes on
 resume.py        whether a run folder can be gone on with, and from where
 """

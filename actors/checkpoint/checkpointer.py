@@ -5,19 +5,23 @@ The copy is written in the background. A cut that cannot be written is told and 
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from ray.exceptions import RayError
+from transformers import PreTrainedTokenizerBase
 
-from actors.checkpoint.cut import Cut, Progress
+from actors.checkpoint.best import Watch
+from actors.checkpoint.config import CheckpointConfig
+from actors.checkpoint.cut import Cut
 from actors.checkpoint.groups import SavedGroup
 from actors.checkpoint.store import CheckpointStore
-from actors.deadline import within
+from actors.deadline import aside, within
 from actors.errors import RunError
-from actors.ledger import Ledger
-from actors.pacer import AsyncPacer, ReadyGroup
+from actors.model.files import MODEL
+from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
 
 _FETCH_TIMEOUT_S = 60.0
@@ -28,22 +32,38 @@ class Checkpointer:
     """`after` every step."""
 
     store: CheckpointStore
-    every: int
-    timeout_s: float
-    pacer: AsyncPacer
+    config: CheckpointConfig
+    num_steps: int
     policy: PolicyGroup
-    ledger: Ledger
-    progress: Callable[[], Progress]
+    tokenizer: PreTrainedTokenizerBase
+    """Lies beside the weights: each checkpoint is a model that others load."""
+    moment: Callable[[int], tuple[Cut, list[ReadyGroup]]]
+    """What the run knows at this version, and the scored groups that wait; awaits nothing, so it is of one moment."""
+    metrics: Callable[[], Mapping[str, float]]
+    """Of the last step."""
     say: Callable[[str], None]
+    healthy: Callable[[], bool]
+    """Whether a cut of this moment is one to go back to; one that is not must not take the place of one that is."""
     cut_version: int | None = None
     """Of the last cut; that from which the run goes on."""
     stall_s: float = 0.0
     """Training has stood still for cuts so long, in all."""
+    _overdue: bool = False
     _writing: asyncio.Task[None] | None = None
+    _watch: Watch | None = None
+
+    def __post_init__(self) -> None:
+        if self.config.best is not None:
+            self._watch = Watch(self.config.best.metric)
 
     async def after(self, version: int) -> None:
-        """A cut, if one is due and the run goes on."""
-        if self.every and version % self.every == 0 and not self.pacer.exhausted:
+        """A cut, if one is due, the run goes on and all is well; one that is due waits until all is well."""
+        warning = None if self._watch is None else self._watch.saw(self.metrics())
+        if warning is not None:
+            self.say(f"warning: {warning}")
+        due = self._overdue or (self.config.every > 0 and version % self.config.every == 0)
+        self._overdue = due and not self.healthy()
+        if due and not self._overdue and version < self.num_steps:
             await self.cut(version)
 
     async def last(self, version: int) -> None:
@@ -57,10 +77,9 @@ class Checkpointer:
         started = time.monotonic()
         await self.finish()
         self.cut_version = version
-        # Of one moment: nothing is awaited between these.
-        state, ready = self.pacer.state()
-        cut = Cut(version, self.ledger.num_lines, state, self.progress())
-        self.ledger.flush()
+        cut, ready = self.moment(version)
+        if self._watch is not None:
+            cut = msgspec.structs.replace(cut, score=self._watch.take())
         await self.policy.snapshot()
         self._writing = asyncio.create_task(self._write(cut, ready), name="checkpoint")
         self.stall_s += time.monotonic() - started
@@ -77,20 +96,22 @@ class Checkpointer:
         if writing is None:
             return
         try:
-            await within(timeout_s or self.timeout_s, writing, "writing it")
+            await within(timeout_s or self.config.timeout_s, writing, "writing it")
         except (OSError, RunError, RayError, ValueError, TypeError, OverflowError, NotImplementedError) as error:
             # Of Ray, the disk, or a column of the data set that is no JSON: none of them is worth the run.
             raise RunError(f"the checkpoint of version {self.cut_version} could not be written: {error}") from error
 
     async def _write(self, cut: Cut, ready: list[ReadyGroup]) -> None:
         groups = [await _saved(group) for group in ready]
-        folder = await asyncio.to_thread(self._stage, cut, groups)
-        await self.policy.write_snapshot(folder, self.timeout_s)
-        await asyncio.to_thread(self.store.commit, cut.version)
+        timeout_s = self.config.timeout_s
+        folder = await within(timeout_s, aside(self._stage, cut, groups), "staging a checkpoint")
+        await self.policy.write_snapshot(folder, timeout_s)
+        await within(timeout_s, aside(self.store.commit, cut.version), "committing a checkpoint")
 
     def _stage(self, cut: Cut, groups: list[SavedGroup]) -> Path:
         folder = self.store.stage(cut.version)
         cut.write(folder, groups)
+        self.tokenizer.save_pretrained(folder / MODEL)
         return folder
 
 

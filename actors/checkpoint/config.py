@@ -1,16 +1,41 @@
 """What a recipe may say about checkpoints."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BestConfig(BaseModel):
+    """By which of its metrics a run tells its best checkpoint."""
+
+    model_config = _CLOSED
+
+    metric: str = Field("reward", min_length=1)
+    """A name in `metrics.jsonl`; the mean over the steps since the cut before counts."""
+    mode: Literal["max", "min"] = "max"
+    """Whether the highest value is the best, or the lowest."""
 
 
 class CheckpointConfig(BaseModel):
     """Cuts from which a run goes on when its command is given again, after whatever ended it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = _CLOSED
 
     every: int = Field(50, ge=0)
     """Steps from one cut to the next; 0 makes none but on SIGTERM."""
     keep: int = Field(2, ge=1)
     """The newest so many are kept; each holds the float32 weights and AdamW's two moments, 12 bytes a parameter."""
+    best: BestConfig | None = None
+    """Keep the best one besides, as `{metric: reward, mode: max}`; null keeps the newest alone."""
     timeout_s: float = Field(1800.0, gt=0.0)
     """Deadline of writing one, which goes on while training does."""
+
+    @model_validator(mode="after")
+    def _has_a_choice(self) -> Self:
+        if self.best is not None and self.every == 0:
+            raise ValueError(
+                "best: there is no best checkpoint when every is 0, which makes none; set every to 1 or more"
+            )
+        return self

@@ -1,12 +1,19 @@
 """One moment between two steps: what the pacer knew, where the journal stood, what the summary had counted."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
+from actors.checkpoint.best import Score
 from actors.checkpoint.groups import SavedGroup, decode, encode
+from actors.checkpoint.store import DamagedError
+from algorithms.bias import AuditState
+from algorithms.depth import DepthState
 from algorithms.slots import PacerState
+
+FORMAT = 2
+"""Grows with every change that an older program could not read."""
 
 
 class Progress(msgspec.Struct):
@@ -14,6 +21,10 @@ class Progress(msgspec.Struct):
 
     rewards: list[float] = []
     """Mean reward of each step."""
+    losses: list[float] = []
+    """Of each step of a supervised run."""
+    num_resumed: int = 0
+    """How often a supervised run went on from a checkpoint; of others the journal tells."""
     max_staleness_seen: int = 0
     staleness_sum: int = 0
     """Over fresh tokens."""
@@ -22,14 +33,33 @@ class Progress(msgspec.Struct):
     tokens_trained: int = 0
     num_tokens: int = 0
     unscorable: int = 0
+    reward_failures: dict[str, int] = {}
+    """Failed reward calls by cause."""
     wall_s: float = 0.0
 
 
-class Cut(msgspec.Struct, frozen=True):
-    """A run goes on at weight version `version`.
+class Failures(msgspec.Struct, frozen=True):
+    """What went wrong so far: the recipe's limits hold for the run, however often it goes on."""
 
-    Not in it, and begun anew: how often a prompt or a replica has failed, a pipeline depth that was adapted, the audit
-    of what is trained against what is sampled, and torch's random state, which dropout alone would use.
+    by_ordinal: dict[int, int] = {}
+    """How often a prompt's group has failed."""
+    filtered_in_a_row: int = 0
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """What the run has measured of itself; in a file of its own: it is long, and JSON has no infinity."""
+
+    audit: AuditState | None = None
+    """Of what is trained against what is sampled."""
+    depth: DepthState | None = None
+    """When the recipe adapts the pipeline depth."""
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """A run goes on at weight version `version`. Of a supervised run nothing is in flight, and there is no journal.
+
+    Not in it, and begun anew: how many replicas were rebuilt, the mean length by which the router balances, what an
+    interrupted attempt had sampled, the failures of rewards in a row, and what the rules of health have seen.
     """
 
     version: int
@@ -37,14 +67,39 @@ class Cut(msgspec.Struct, frozen=True):
     """Of the journal, that count."""
     pacer: PacerState
     progress: Progress
+    failures: Failures = Failures()
+    measured: Measured = Measured()
+    score: Score | None = None
+    """When the recipe wants the best checkpoint kept."""
+    format: int = FORMAT
 
     def write(self, folder: Path, groups: list[SavedGroup]) -> None:
         """Beside the policy's files; `groups` are those that are ready to be trained."""
-        (folder / "cut.json").write_bytes(msgspec.json.encode(self))
+        (folder / "cut.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(self, measured=Measured())))
+        (folder / "measured.msgpack").write_bytes(msgspec.msgpack.encode(self.measured))
         (folder / "groups.msgpack").write_bytes(encode(groups))
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Self, list[SavedGroup]]:
-        """msgspec.MsgspecError when the files are not of this kind."""
-        cut = msgspec.json.decode((folder / "cut.json").read_bytes(), type=cls)
-        return cut, decode((folder / "groups.msgpack").read_bytes())
+        """DamagedError names the file that is none of ours, ValueError one of another format."""
+        written = _read(folder / "cut.json", lambda data: msgspec.json.decode(data, type=_Format)).format
+        if written != FORMAT:
+            raise ValueError(
+                f"{folder / 'cut.json'}: the checkpoint is of format {written}, and this program reads {FORMAT}; "
+                f"go on with the {'newer' if written > FORMAT else 'older'} program that wrote it, or begin anew with "
+                "--overwrite"
+            )
+        cut: Self = _read(folder / "cut.json", lambda data: msgspec.json.decode(data, type=cls))
+        measured = _read(folder / "measured.msgpack", lambda data: msgspec.msgpack.decode(data, type=Measured))
+        return msgspec.structs.replace(cut, measured=measured), _read(folder / "groups.msgpack", decode)
+
+
+class _Format(msgspec.Struct):
+    format: int = 1
+
+
+def _read(path: Path, decoded: Any) -> Any:
+    try:
+        return decoded(path.read_bytes())
+    except (OSError, msgspec.MsgspecError, RecursionError, MemoryError) as error:
+        raise DamagedError(f"{path}: {error}") from error

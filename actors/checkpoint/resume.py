@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from safetensors import SafetensorError, safe_open
 
 from actors.checkpoint.cut import Cut
 from actors.checkpoint.groups import SavedGroup
@@ -14,9 +14,10 @@ from actors.recipe.file import load_recipe
 from actors.recipe.schema import Recipe
 
 _FREE = (
-    "pools", "rollout", "sync", "logging", "checkpoint", "liveness", "simulation", "run_dir", "policy.zero_stage",
-    "policy.num_threads", "policy.timeout_s", "policy.max_restarts", "policy.gradient_checkpointing",
-    "rewards.timeout_s", "generation.timeout_s",
+    "pools", "rollout", "sync", "logging", "checkpoint", "liveness", "stall", "health", "simulation", "run_dir",
+    "policy.zero_stage", "policy.num_threads", "policy.timeout_s", "policy.max_restarts",
+    "policy.gradient_checkpointing", "rewards.timeout_s", "rewards.max_failed_share", "dataset.max_bad_rows",
+    "generation.timeout_s",
 )  # fmt: skip
 """How and where a run computes may change when it goes on; what it computes may not, but by name."""
 _BOUND = ("rollout.dtype",)
@@ -37,7 +38,8 @@ class Resume:
 def find(store: CheckpointStore, recipe_file: Path, recipe: Recipe, allowed: Collection[str]) -> Resume | None:
     """The newest cut that is whole; None when the run has made none.
 
-    ValueError when the recipe has changed in a key that is not `allowed`, or when every checkpoint is damaged.
+    ValueError when the recipe has changed in a key that is not `allowed`, when every checkpoint is damaged, or when one
+    is of another format.
     """
     versions = store.versions()
     if not versions:
@@ -55,11 +57,24 @@ def find(store: CheckpointStore, recipe_file: Path, recipe: Recipe, allowed: Col
         try:
             path = store.open(version)
             cut, groups = Cut.read(path)
-        except (DamagedError, msgspec.MsgspecError) as error:
+            check_tensors(path)
+            if cut.version != version:
+                raise DamagedError(f"{path / 'cut.json'}: is of version {cut.version}")
+        except DamagedError as error:
             notes.append(f"a checkpoint is passed over: {error}")
             continue
         return Resume(path, cut, groups, tuple(notes))
     raise ValueError(f"{store.path}: no checkpoint is whole ({notes[-1]}); begin anew with --overwrite")
+
+
+def check_tensors(folder: Path) -> None:
+    """DamagedError names a file of tensors that cannot be one; no tensor is read."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, "np") as file:
+                file.keys()
+        except (OSError, SafetensorError) as error:
+            raise DamagedError(f"{path}: {error}") from error
 
 
 def changes(recipe_file: Path, recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:

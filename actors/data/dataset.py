@@ -68,7 +68,12 @@ class TableRows:
 
     def row(self, index: int) -> dict[str, Any]:
         assert 0 <= index < len(self), f"{self.source}: row {index} of {len(self)}"
-        row = dict(self.table[index])
+        try:
+            row = dict(self.table[index])
+        except (OSError, ValueError) as error:  # such as text that is not UTF-8, which is found when it is read
+            raise ValueError(
+                f"{self.source}: row {index} cannot be read ({_reason(error)}); correct the row or remove it"
+            ) from error
         if isinstance(row["prompt"], str):
             row["prompt"] += self.prompt_suffix
         return row
@@ -94,7 +99,13 @@ class TaskRows:
 
     def row(self, index: int) -> dict[str, Any]:
         assert 0 <= index < self.size, f"{self.source}: row {index} of {self.size}"
-        entry = self.items[index]
+        try:
+            entry = self.items[index]
+        except TASK_ERRORS as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(
+                f"{self.source}: row {index} cannot be generated ({reason}); change dataset.task or dataset.seed"
+            ) from error
         return {
             "prompt": entry["question"] + self.prompt_suffix,
             "completion": entry["answer"],
@@ -281,7 +292,7 @@ def _read_file(config: DatasetConfig, path: Path) -> datasets.Dataset:
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs tracebacks of what is raised, and said, below
     try:
         return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split=config.split)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, EOFError, ValueError, DatasetsError) as error:
         # `[]` has no rows for any split, which `datasets` says in its own words.
         if "corresponds to no data" in str(error):
             raise ValueError(f"dataset.path: {config.path} is empty; a run needs at least one row") from error

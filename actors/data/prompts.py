@@ -29,15 +29,35 @@ class PromptStream:
         epoch, index = row_of(ordinal, len(self.rows), self.seed, self.shuffle)
         return self._prompt_of_row(index, ordinal, epoch)
 
-    def preflight(self, num_rows: int = 256) -> None:
-        """The first rows (all rows when fewer) make prompts, so bad data is a ValueError before GPUs are started."""
+    def row(self, ordinal: int) -> int:
+        """The row of the data set that makes the ordinal's prompt."""
+        return row_of(ordinal, len(self.rows), self.seed, self.shuffle)[1]
+
+    def preflight(self, num_rows: int = 256, max_bad_rows: int = 0) -> None:
+        """The first rows (all rows when fewer) make prompts, so bad data is a ValueError before GPUs are started.
+
+        Up to `max_bad_rows` of them may be bad: the run will set those aside.
+        """
+        if max_bad_rows >= len(self.rows):
+            raise ValueError(
+                f"dataset.max_bad_rows: {max_bad_rows} would let every row of {self.rows.source} be bad, which has "
+                f"{len(self.rows)}; lower it"
+            )
+        num_bad = 0
         for index in range(min(num_rows, len(self.rows))):
-            self._prompt_of_row(index, ordinal=index, epoch=0)
+            try:
+                self._prompt_of_row(index, ordinal=index, epoch=0)
+            except ValueError as error:
+                num_bad += 1
+                if num_bad > max_bad_rows:
+                    raise ValueError(over_budget(error, max_bad_rows)) from error
 
     def _prompt_of_row(self, index: int, ordinal: int, epoch: int) -> Prompt:
         where = f"{self.rows.source}: row {index}"
         row = self.rows.row(index)
         text = prompt_of(row, "prompt", where)
+        if not any(said.strip() for said in ([text] if isinstance(text, str) else [m["content"] for m in text])):
+            raise ValueError(f"{where}: the prompt is empty, there is nothing to answer; correct the row or remove it")
         token_ids = prompt_ids(self.tokenizer, text, where)
         if len(token_ids) > self.max_prompt_length:
             raise ValueError(
@@ -45,6 +65,11 @@ class PromptStream:
                 f"{self.max_prompt_length}; raise generation.max_prompt_length to {len(token_ids)} or remove the row"
             )
         return Prompt(ordinal, epoch, tuple(token_ids), text, reward_columns(row, where))
+
+
+def over_budget(error: ValueError, max_bad_rows: int) -> str:
+    """The sentence for the bad row that is one too many."""
+    return f"{error}; dataset.max_bad_rows allows {max_bad_rows} such rows"
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, where: str) -> list[int]:

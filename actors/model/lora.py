@@ -10,10 +10,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+import xxhash
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.model.files import ADAPTER, METADATA
 from actors.recipe.schema import LoraConfig
 
 ADAPTER_FOLDER = "adapter"
@@ -92,8 +95,22 @@ def merged(parts: Sequence[Tensor], scaling: float) -> Tensor:
 def save_adapter(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
     """Leave the adapter as peft's `PeftModel.from_pretrained` takes it; `tensors` by their names on the wire."""
     folder.mkdir(parents=True, exist_ok=True)
+    describe_adapter(model, folder)
+    save_file(tensors, folder / ADAPTER, metadata=METADATA)
+
+
+def describe_adapter(model: Any, folder: Path) -> None:
+    """Write what peft needs to know of the adapter whose weights lie in the folder."""
     dataclasses.replace(model.peft_config[_NAME], inference_mode=True).save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def base_digest(model: nn.Module) -> str:
+    """Of every weight by name, as it is in memory: adapters mean something on this base alone."""
+    digest = xxhash.xxh3_128()  # finds another base, not forgery
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
+        digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def engine_arguments(config: LoraConfig, model: PreTrainedModel) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from actors.checkpoint.config import CheckpointConfig
 from algorithms.config import GrpoConfig, OptimizerConfig, StalenessConfig
+from algorithms.health.config import HealthConfig
 from algorithms.pacing import default_depth
 from algorithms.simulation.config import SimulationConfig
 from placement.config import PoolsConfig
@@ -77,6 +78,8 @@ class DatasetConfig(BaseModel):
     prompt_suffix: str = ""
     """Appended to every standard (string) prompt, such as `\\nAnswer: `."""
     shuffle: bool = True
+    max_bad_rows: int = Field(0, ge=0)
+    """Rows that cannot be prompts are set aside and told; more of them than this stop the run."""
 
 
 class RewardConfig(BaseModel):
@@ -97,6 +100,8 @@ class RewardsConfig(BaseModel):
     functions: tuple[RewardConfig, ...] = Field(min_length=1)
     timeout_s: float = Field(30.0, gt=0.0)
     """A call that takes longer is killed; its completions are unscorable, never 0."""
+    max_failed_share: float = Field(0.1, ge=0.0, le=1.0)
+    """A run stops when calls failed in more than this share of its last 100 groups; 1.0 tolerates every failure."""
 
 
 class GenerationConfig(BaseModel):
@@ -218,6 +223,18 @@ class LoggingConfig(BaseModel):
     """Also log to this Weights & Biases project; the key comes from the environment (WANDB_API_KEY, WANDB_MODE)."""
 
 
+class StallConfig(BaseModel):
+    """What to do when no group finishes while the policy waits."""
+
+    model_config = CLOSED
+
+    timeout_s: float | None = Field(None, gt=0.0)
+    """For so long; null takes twice the longest that a group may take by its own deadlines."""
+    then: Literal["exit", "retry"] = "exit"
+    """`exit` leaves a checkpoint and ends the run with a sentence that names the suspect; `retry` replaces the suspect,
+    as often as `rollout.max_rebuilds` and `liveness.max_restarts` allow, and goes on (unless it is the policy)."""
+
+
 class _Recipe(BaseModel):
     model_config = CLOSED
 
@@ -233,6 +250,7 @@ class _Recipe(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     policy: PolicyConfig = PolicyConfig()
     pools: PoolsConfig = PoolsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
@@ -263,8 +281,9 @@ class GrpoRecipe(_Recipe):
     generation: GenerationConfig = GenerationConfig()
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     liveness: LivenessConfig = LivenessConfig()
+    stall: StallConfig = StallConfig()
     simulation: SimulationConfig = SimulationConfig()
     """How long things take, for `python -m deploy simulate`; training ignores it."""
 
@@ -282,6 +301,11 @@ class GrpoRecipe(_Recipe):
             raise ValueError(
                 "staleness.adapt_depth.kl_max: the KL divergence from the reference is measured only when "
                 "algorithm.beta is above 0; set algorithm.beta, or leave kl_max out"
+            )
+        if algorithm.beta == 0 and any(rule.kind == "kl" for rule in self.health.rules):
+            raise ValueError(
+                "health.rules: the rule 'kl' looks at the KL divergence from the reference, which is measured only "
+                "when algorithm.beta is above 0; set algorithm.beta, or leave the rule out"
             )
         lora = self.policy.lora
         if lora is not None and lora.lora_dropout > 0:
@@ -353,6 +377,11 @@ class SftRecipe(_Recipe):
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
+        if self.dataset.max_bad_rows > 0:
+            raise ValueError(
+                f"dataset.max_bad_rows: {self.dataset.max_bad_rows}, but supervised runs set no row aside; remove it, "
+                "and the bad rows"
+            )
         if self.batch_size < self.pools.policy.num_workers:
             raise ValueError(
                 f"batch_size: {self.batch_size} sequences cannot feed {self.pools.policy.num_workers} policy ranks; "

@@ -13,6 +13,9 @@ from typing import Any
 
 from actors.rewards.pipe import receive, send
 
+WITHHELD = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "WANDB_API_KEY")
+"""Ours alone. All else in the environment a reward may need: the key of a judge's service, a token of the hub."""
+
 _ROOT = Path(__file__).resolve().parents[2]
 _KILL_TIMEOUT_S = 10.0
 _EXIT_GRACE_S = 0.5
@@ -138,6 +141,7 @@ def _spawn(functions: tuple[str, ...], columns: tuple[str, ...] | None) -> _Chil
         os.set_blocking(descriptor, False)
     numbers = (str(child_reads), str(child_writes), str(os.getpid()))
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    inherited = {name: value for name, value in os.environ.items() if name not in WITHHELD}
     process = subprocess.Popen(
         [sys.executable, "-m", "actors.rewards.child", *numbers, json.dumps(columns), *functions],
         pass_fds=(child_reads, child_writes),
@@ -145,7 +149,7 @@ def _spawn(functions: tuple[str, ...], columns: tuple[str, ...] | None) -> _Chil
         stdout=subprocess.DEVNULL,  # a function that prints without end must neither block nor fill a disk
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**inherited, "PYTHONPATH": os.pathsep.join(paths)},
     )
     os.close(child_reads)
     os.close(child_writes)

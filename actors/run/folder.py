@@ -7,6 +7,7 @@ completions/      samples of what the policy said, one file per sampled step
 model/            the trained weights and tokenizer in Hugging Face layout; of adapters, merged, with adapter/ in peft's
 checkpoints/      cuts from which the same command goes on when the run was ended before its time
 summary.json      the figures of the whole run; written last
+stall.txt         of a run that stalled: the suspect, what waits for what, and the stack of every process
 reward.png        reward and staleness over the steps
 """
 
@@ -44,6 +45,10 @@ class RunFolder:
     @property
     def plot(self) -> Path:
         return self.path / "reward.png"
+
+    @property
+    def stall(self) -> Path:
+        return self.path / "stall.txt"
 
     @property
     def recipe(self) -> Path:

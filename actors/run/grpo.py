@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from actors.checkpoint.resume import Resume, find
 from actors.checkpoint.store import CheckpointStore
 from actors.data.prompts import PromptStream
-from actors.errors import PolicyLostError, RunError, first_cause
+from actors.deadline import aside, within
+from actors.errors import PolicyLostError, RollBackError, RunError, first_cause
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
@@ -45,7 +46,7 @@ async def run_grpo(
     async with grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles()) as started:
         workers, policy = started
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
-            lives = Lives(Run(recipe, prompts, folder, progress, tracker, router, workers), policy)
+            lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), policy)
             async with workers.fleet.supervised(recipe.liveness), workers.scorers.watched():
                 with on_signal(lives.stop, progress.say):
                     summary = await lives.live(resume)
@@ -57,11 +58,12 @@ async def run_grpo(
 
 @dataclass(slots=True)
 class Lives:
-    """A policy that is lost costs the steps since the last cut; the engines, and the run, go on."""
+    """A policy that is lost, or rolled back, costs the steps since the last cut; the engines, and the run, go on."""
 
     run: Run
     policy: PolicyGroup
     num_lost: int = 0
+    num_roll_backs: int = 0
     _life: Life | None = None
     _stopped: bool = False
 
@@ -69,15 +71,16 @@ class Lives:
         """To the last step; the summary. Raises what stopped the run."""
         while True:
             try:
-                self._life = await begin(self.run, self.policy, resume)
+                self._life = await begin(self.run, self.policy, resume, self.num_roll_backs)
                 if self._stopped:
                     await self._life.pacer.stop()
                 await self._life.live()
-                return self._life.summary() | {"policy_restarts": self.num_lost}
+                return self._life.summary() | {"policy_restarts": self.num_lost, "roll_backs": self.num_roll_backs}
             except (BaseExceptionGroup, PolicyLostError) as errors:
                 error = first_cause(errors)
-                if not isinstance(error, PolicyLostError):
+                if not isinstance(error, PolicyLostError | RollBackError):
                     raise
+            self._count(error)
             resume = await self._recovered(error)
 
     async def stop(self) -> None:
@@ -86,15 +89,22 @@ class Lives:
         if self._life is not None:
             await self._life.pacer.stop()
 
-    async def _recovered(self, error: PolicyLostError) -> Resume | None:
-        """Where the run goes on from, with a new policy and replicas that hold no version."""
+    def _count(self, error: PolicyLostError | RollBackError) -> None:
+        """RunError when a policy was lost too often; of rolling back the rule's own budget was asked (health.py)."""
+        if isinstance(error, RollBackError):
+            self.num_roll_backs += 1
+            return
         self.num_lost += 1
         allowed = self.run.recipe.policy.max_restarts
         if self.num_lost > allowed:
             raise RunError(f"{error}; the policy was lost {self.num_lost} times, policy.max_restarts allows {allowed}")
+
+    async def _recovered(self, error: PolicyLostError | RollBackError) -> Resume | None:
+        """Where the run goes on from, with a new policy and replicas that hold no version."""
         recipe, folder, store = self.run.recipe, self.run.folder, CheckpointStore(self.run.folder.checkpoints)
         try:
-            resume = await asyncio.to_thread(find, store, folder.recipe, recipe, ())
+            finding = aside(find, store, folder.recipe, recipe, ())
+            resume = await within(recipe.checkpoint.timeout_s, finding, "reading the newest checkpoint")
         except ValueError as damaged:
             raise RunError(f"{error}, and there is nothing to go on from: {damaged}") from error
         version = 0 if resume is None else resume.cut.version

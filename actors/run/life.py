@@ -9,13 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from transformers import PreTrainedTokenizerBase
 
 from actors.attempts import Attempts, Limits
 from actors.checkpoint.checkpointer import Checkpointer
+from actors.checkpoint.moment import GrpoMoment
 from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
 from actors.data.prompts import PromptStream
+from actors.health import Health
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
@@ -26,8 +29,10 @@ from actors.run.folder import RunFolder
 from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.tracker import Tracker
+from actors.run.watchdog import Watchdog
 from actors.settings import group_timeout_s
 from actors.workers import Workers
+from algorithms.budgets import RewardBudget
 from algorithms.depth import DepthController
 from algorithms.pacing import Pacer
 from algorithms.slots import Slot
@@ -39,6 +44,7 @@ class Run:
 
     recipe: GrpoRecipe
     prompts: PromptStream
+    tokenizer: PreTrainedTokenizerBase
     folder: RunFolder
     progress: RunProgress
     tracker: Tracker
@@ -58,6 +64,7 @@ class Life:
     reporter: Reporter
     checkpointer: Checkpointer
     controller: Controller
+    watchdog: Watchdog
 
     async def live(self) -> None:
         """Train to the last step; PolicyLostError when the policy is lost on the way."""
@@ -65,7 +72,7 @@ class Life:
         with self.ledger:
             try:
                 await self.publisher.connect()
-                async with asyncio.TaskGroup() as tasks:
+                async with self.watchdog.watching(), asyncio.TaskGroup() as tasks:
                     watch = tasks.create_task(self.policy.watch(liveness), name="watch the policy")
                     await self.controller.run()
                     watch.cancel()
@@ -84,11 +91,14 @@ class Life:
         }
 
 
-async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
-    """A life from the cut on, or from the first step; `policy` has just been started."""
+async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, num_roll_backs: int = 0) -> Life:
+    """A life from the cut on, or from the first step; `policy` has just been started.
+
+    `num_roll_backs`: how often a life of this run has ended with a RollBackError.
+    """
     recipe, folder = run.recipe, run.folder
     pacer = _pacer(recipe)
-    waiting = AsyncPacer(pacer, stall_timeout_s=2 * group_timeout_s(recipe))
+    waiting = AsyncPacer(pacer, stall_timeout_s=recipe.stall.timeout_s or 2 * group_timeout_s(recipe))
     version = 0
     if resume is not None:
         version = resume.cut.version
@@ -99,15 +109,30 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
     reporter = Reporter(recipe, folder, run.progress, run.tracker, waiting, publisher, ledger)
     if resume is not None:
         reporter.resume(resume.cut.progress)
-    checkpointer = Checkpointer(
-        store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep),
-        every=recipe.checkpoint.every,
-        timeout_s=recipe.checkpoint.timeout_s,
+    health = Health(recipe.health, waiting, policy, run.progress.say, num_roll_backs)
+    attempts = Attempts(
+        limits=_limits(recipe),
+        dynamic_sampling=recipe.algorithm.dynamic_sampling,
+        rewards=RewardBudget(recipe.rewards.max_failed_share),
+        prompts=run.prompts,
         pacer=waiting,
-        policy=policy,
+        router=run.router,
+        fleet=run.workers.fleet,
         ledger=ledger,
-        progress=reporter.progress,
+    )
+    moment = GrpoMoment(waiting, ledger, attempts, _depth(recipe, pacer), reporter.progress)
+    if resume is not None:
+        await moment.restore(resume.cut)
+    checkpointer = Checkpointer(
+        store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
+        config=recipe.checkpoint,
+        num_steps=recipe.steps,
+        policy=policy,
+        tokenizer=run.tokenizer,
+        moment=moment.take,
+        metrics=lambda: reporter.metrics,
         say=run.progress.say,
+        healthy=health.healthy,
         cut_version=None if resume is None else version,
     )
     controller = Controller(
@@ -116,25 +141,32 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
         algorithm=recipe.algorithm,
         max_tokens_per_micro_batch=recipe.policy.max_tokens_per_micro_batch,
         pacer=waiting,
-        attempts=Attempts(
-            limits=_limits(recipe),
-            dynamic_sampling=recipe.algorithm.dynamic_sampling,
-            prompts=run.prompts,
-            pacer=waiting,
-            router=run.router,
-            fleet=run.workers.fleet,
-            ledger=ledger,
-        ),
+        attempts=attempts,
         policy=policy,
         publisher=publisher,
         ledger=ledger,
-        depth=_depth(recipe, pacer),
+        depth=moment.depth,
         report=reporter.report,
+        health=health.after,
         settled=checkpointer.after,
         stopped=checkpointer.last,
         first_version=version,
     )
-    return Life(run, policy, publisher, waiting, ledger, reporter, checkpointer, controller)
+    watchdog = Watchdog(
+        policies=policy.ranks,
+        references=run.workers.references,
+        rewards=run.workers.rewards,
+        fleet=run.workers.fleet,
+        router=run.router,
+        pacer=waiting,
+        publisher=publisher,
+        path=folder.stall,
+        then=recipe.stall.then,
+        say=run.progress.say,
+        leave=checkpointer.last,
+    )
+    waiting.on_stall = watchdog.idle
+    return Life(run, policy, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
 
 
 def _ledger(folder: RunFolder, resume: Resume | None) -> Ledger:
@@ -195,4 +227,5 @@ def _limits(recipe: GrpoRecipe) -> Limits:
         group_timeout_s=group_timeout_s(recipe),
         max_attempts=recipe.rollout.max_attempts,
         max_quarantined=recipe.rollout.max_quarantined,
+        max_bad_rows=recipe.dataset.max_bad_rows,
     )

@@ -36,23 +36,28 @@ class Reporter:
         self._pacer = pacer
         self._publisher = publisher
         self._ledger = ledger
+        self.metrics: dict[str, float] = {}
+        """Of the last step."""
         self._totals = Progress()
         self._waits: dict[str, float] = {}
         self._warned = False
+        self._num_quarantined_told = len(ledger.quarantined_groups)
         self._started = self._last = time.monotonic()
 
-    async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> None:
-        """One step is done."""
+    async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> dict[str, float]:
+        """One step is done; its metrics."""
         now = time.monotonic()
         step_s, self._last = now - self._last, now
-        metrics = self._count(groups, batch, update) | self._speed(groups, step_s)
+        metrics = self.metrics = self._count(groups, batch, update) | self._speed(groups, step_s)
         self._folder.write_metrics(update.step, metrics)
         self._tracker.log(update.step, metrics)
         self._warn_of_bias()
+        self._warn_of_quarantine()
         logging = self._recipe.logging
         if update.step % logging.completions_every == 0 and logging.num_completions:
             self._folder.write_completions(update.step, await self._sample(groups, batch))
         self._progress.step(update.version, _figures(metrics))
+        return metrics
 
     def _count(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> dict[str, float]:
         summaries = [group.summary for group in groups]
@@ -61,8 +66,12 @@ class Reporter:
                 self._progress.say(f"warning: {note}")
             self._totals.num_tokens += sum(summary.num_tokens_G)
             self._totals.unscorable += sum(reward is None for reward in summary.rewards_G)
-            self._count_tokens(summary, batch)
-        self._totals.tokens_trained += num_trained_tokens(batch, summaries)
+            for cause, count in summary.failures.items():
+                self._totals.reward_failures[cause] = self._totals.reward_failures.get(cause, 0) + count
+            if not update.skipped:
+                self._count_tokens(summary, batch)
+        if not update.skipped:
+            self._totals.tokens_trained += num_trained_tokens(batch, summaries)
         rewards = reward_metrics(
             summaries,
             version=batch.version,
@@ -112,6 +121,13 @@ class Reporter:
             self._warned = True
             self._progress.say(f"warning: {warning}")
 
+    def _warn_of_quarantine(self) -> None:
+        """What was set aside since the last step; `python -m deploy ledger` lists it all."""
+        found = self._ledger.quarantined_groups[self._num_quarantined_told :]
+        self._num_quarantined_told += len(found)
+        for quarantined in found:
+            self._progress.say(f"warning: row {quarantined.row} is set aside: {quarantined.cause}")
+
     def _speed(self, groups: list[ReadyGroup], step_s: float) -> dict[str, float]:
         waits = {name: seconds - self._waits.get(name, 0.0) for name, seconds in self._pacer.waits.items()}
         self._waits = dict(self._pacer.waits)
@@ -159,6 +175,7 @@ class Reporter:
         wasted = sum(waste.tokens for cause, waste in self._ledger.waste.items() if cause != "masked")
         return {
             "steps": self._recipe.steps,
+            "steps_skipped": self._ledger.num_skipped,
             "seed": self._recipe.seed,
             "reward_first": _mean(first) if first else None,
             "reward_last": _mean(last) if last else None,
@@ -172,6 +189,8 @@ class Reporter:
             "groups_quarantined": self._ledger.num_quarantined,
             "groups_redispatched": self._ledger.num_redispatched,
             "rollouts_unscorable": self._totals.unscorable,
+            "reward_failures": self._totals.reward_failures,
+            "rows_bad": self._ledger.num_bad_rows,
             "tokens_generated": self._totals.tokens_fresh + self._totals.tokens_masked + wasted,
             "tokens_trained": self._totals.tokens_trained,
             "waste": {cause: asdict(waste) for cause, waste in self._ledger.waste.items()},
@@ -183,7 +202,12 @@ class Reporter:
     def progress(self) -> Progress:
         """What the summary has counted so far, for a checkpoint."""
         wall_s = self._totals.wall_s + time.monotonic() - self._started
-        return msgspec.structs.replace(self._totals, rewards=list(self._totals.rewards), wall_s=wall_s)
+        return msgspec.structs.replace(
+            self._totals,
+            rewards=list(self._totals.rewards),
+            reward_failures=dict(self._totals.reward_failures),
+            wall_s=wall_s,
+        )
 
     def resume(self, progress: Progress) -> None:
         """Go on counting from a checkpoint."""

@@ -2,19 +2,30 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 from transformers import PreTrainedTokenizerBase
 
+from actors.checkpoint.checkpointer import Checkpointer
+from actors.checkpoint.cut import Cut, Progress
+from actors.checkpoint.resume import Resume
+from actors.checkpoint.store import CheckpointStore
 from actors.data.examples import ExampleStream
+from actors.errors import RunError, StoppedError
+from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import SftRecipe
 from actors.run.folder import RunFolder
 from actors.run.plot import plot_loss
 from actors.run.progress import RunProgress
+from actors.run.signals import on_signal
 from actors.run.tracker import Tracker
 from actors.settings import ModelSource
 from actors.workers import policy_group
 from algorithms.packing import pack
+from algorithms.slots import PacerState
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample
 from placement.groups import ReservedPools
 
@@ -27,55 +38,123 @@ async def run_sft(
     pools: ReservedPools,
     folder: RunFolder,
     progress: RunProgress,
+    resume: Resume | None = None,
 ) -> None:
-    """Train; raises what stopped the run, after the workers are gone."""
-    started = time.monotonic()
+    """Train, from the beginning or from a cut; raises what stopped the run, after the workers are gone."""
     progress.say("starting the policy")
     config = recipe.model_dump(mode="json")
     async with policy_group(recipe, model, pools, folder.path) as policy:
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
-            losses, num_trained = await _learn(recipe, examples, policy, folder, progress, tracker)
+            learner = Learner(recipe, examples, policy, folder, progress, tracker)
+            if resume is not None:
+                await learner.restore(resume)
+            checkpointer = Checkpointer(
+                store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
+                config=recipe.checkpoint,
+                num_steps=recipe.steps,
+                policy=policy,
+                tokenizer=tokenizer,
+                moment=learner.moment,
+                metrics=lambda: learner.metrics,
+                say=progress.say,
+                healthy=lambda: True,  # the rules of health are about rollouts
+                cut_version=None if resume is None else learner.version,
+            )
+            with on_signal(learner.stop, progress.say):
+                await learner.run(checkpointer)
+            await checkpointer.finish()
         await policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)
     plot_loss(folder.read_metrics(), folder.path / "loss.png")
-    tenth = max(1, len(losses) // 10)
-    folder.write_summary(
-        {
-            "steps": recipe.steps,
-            "seed": recipe.seed,
-            "loss_first": sum(losses[:tenth]) / tenth,
-            "loss_last": sum(losses[-tenth:]) / tenth,
-            "weight_version": recipe.steps,
-            "tokens_trained": num_trained,
-            "wall_s": time.monotonic() - started,
-        }
-    )
+    folder.write_summary(learner.summary() | {"checkpoint_stall_s": checkpointer.stall_s})
 
 
-async def _learn(
-    recipe: SftRecipe,
-    examples: ExampleStream,
-    policy: PolicyGroup,
-    folder: RunFolder,
-    progress: RunProgress,
-    tracker: Tracker,
-) -> tuple[list[float], int]:
-    """The losses of all steps, and how many tokens were trained."""
-    losses: list[float] = []
-    num_trained = 0
-    for step in range(recipe.steps):
+@dataclass(slots=True)
+class Learner:
+    """Step n trains on the n-th batch of the examples, whenever and however often the run goes on."""
+
+    recipe: SftRecipe
+    examples: ExampleStream
+    policy: PolicyGroup
+    folder: RunFolder
+    progress: RunProgress
+    tracker: Tracker
+    version: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last step."""
+    _totals: Progress = field(default_factory=Progress)
+    _started: float = field(default_factory=time.monotonic)
+    _stopping: bool = False
+
+    async def restore(self, resume: Resume) -> None:
+        await self.policy.restore(resume.path)
+        self.version, self._totals = resume.cut.version, resume.cut.progress
+        self._totals.num_resumed += 1
+
+    async def run(self, checkpointer: Checkpointer) -> None:
+        num_steps = self.recipe.steps
+        while self.version < num_steps:
+            if self._stopping:
+                await checkpointer.last(self.version)
+                raise StoppedError(f"stopped after {self.version} of {num_steps} steps; the same command goes on")
+            await self._step()
+            await checkpointer.after(self.version)
+
+    async def stop(self) -> None:
+        """No further step; the one under way is finished."""
+        self._stopping = True
+
+    async def _step(self) -> None:
+        recipe, step = self.recipe, self.version
         first = step * recipe.batch_size
-        rollouts = [examples.example(first + index) for index in range(recipe.batch_size)]
-        batch = _batch(rollouts, step, len(policy.ranks), recipe.policy.max_tokens_per_micro_batch)
-        update = await policy.step(batch, [_group(first + index, r) for index, r in enumerate(rollouts)])
-        losses.append(update.metrics["loss"])
-        num_trained += batch.num_loss_tokens
-        metrics = {**update.metrics, "num_tokens": float(num_trained)}
-        folder.write_metrics(step, metrics)
-        tracker.log(step, metrics)
-        speed = f"{metrics['policy_tok_per_s']:.0f} tok/s"
-        progress.step(step + 1, {"loss": f"{metrics['loss']:.4f}", "policy": speed})
-    return losses, num_trained
+        rollouts = _examples(self.examples, first, recipe.batch_size)
+        batch = _batch(rollouts, step, len(self.policy.ranks), recipe.policy.max_tokens_per_micro_batch)
+        update = await self.policy.step(batch, [_group(first + index, r) for index, r in enumerate(rollouts)])
+        if update.skipped:
+            raise RunError(
+                f"the loss or the gradient of step {step} is not finite, and the weights were left as they were; lower "
+                "optimizer.learning_rate, or look for an example that is out of the ordinary"
+            )
+        self.version = update.version
+        self._totals.losses.append(update.metrics["loss"])
+        self._totals.tokens_trained += batch.num_loss_tokens
+        self.metrics = {**update.metrics, "num_tokens": float(self._totals.tokens_trained)}
+        self.folder.write_metrics(step, self.metrics)
+        self.tracker.log(step, self.metrics)
+        speed = f"{self.metrics['policy_tok_per_s']:.0f} tok/s"
+        self.progress.step(update.version, {"loss": f"{self.metrics['loss']:.4f}", "policy": speed})
+
+    def moment(self, version: int) -> tuple[Cut, list[ReadyGroup]]:
+        """Examples are a pure function of the step, so the cut holds little more than its number."""
+        next_ordinal = version * self.recipe.batch_size
+        pacer = PacerState(version, self.recipe.steps - version, next_ordinal, unfinished=(), ready=())
+        return Cut(version, 0, pacer, self._so_far()), []
+
+    def _so_far(self) -> Progress:
+        wall_s = self._totals.wall_s + time.monotonic() - self._started
+        return msgspec.structs.replace(self._totals, losses=list(self._totals.losses), wall_s=wall_s)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the whole run."""
+        totals = self._so_far()
+        tenth = max(1, len(totals.losses) // 10)
+        return {
+            "steps": self.recipe.steps,
+            "seed": self.recipe.seed,
+            "loss_first": sum(totals.losses[:tenth]) / tenth,
+            "loss_last": sum(totals.losses[-tenth:]) / tenth,
+            "weight_version": self.version,
+            "tokens_trained": totals.tokens_trained,
+            "resumed": totals.num_resumed,
+            "wall_s": totals.wall_s,
+        }
+
+
+def _examples(examples: ExampleStream, first: int, count: int) -> list[Rollout]:
+    try:
+        return [examples.example(first + index) for index in range(count)]
+    except ValueError as error:  # a row behind those that were looked at before the run
+        raise RunError(str(error)) from error
 
 
 def _batch(rollouts: Sequence[Rollout], version: int, num_ranks: int, max_tokens: int) -> Batch:

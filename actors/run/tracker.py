@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+_FINISH_TIMEOUT_S = 120.0
+"""A run does not wait longer for its last metrics to be uploaded; `wandb sync` can do that later."""
+
 
 def check_tracker(project: str | None) -> None:
     """ValueError when a project is asked for and there is no key to reach it with."""
@@ -28,7 +31,8 @@ class Tracker:
         if project is not None:
             import wandb
 
-            self._run = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
+            settings = wandb.Settings(finish_timeout=_FINISH_TIMEOUT_S)
+            self._run = wandb.init(project=project, name=name, dir=str(folder), config=dict(config), settings=settings)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._run is not None:

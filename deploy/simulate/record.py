@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.fates import NON_FINITE
 from actors.recipe.file import load_recipe
 from actors.recipe.schema import GrpoRecipe
 
 Line = Mapping[str, Any]
 
-_NOT_NEEDED = ("stale", "surplus")
-"""The pacer's causes for leaving a group out; the others are about its rewards."""
+_NOT_NEEDED = ("stale", "surplus", NON_FINITE)
+"""The causes of the pacer and the policy for leaving a group out; the others are about its rewards."""
 _AGAIN = "it is of an older Paceline; make the run again"
 
 
@@ -60,7 +61,8 @@ def read_run(folder: Path) -> RunRecord:
     scored = [line for line in ledger if line.get("event") == "scored"]
     filtered = sum(line.get("event") == "filtered" and line.get("cause") not in _NOT_NEEDED for line in ledger)
     groups = _groups(path, ledger, scored)
-    committed = {line["version"]: _required(path, line, "t") for line in ledger if line.get("event") == "trained"}
+    stepped = [line for line in ledger if line.get("event") == "trained" or line.get("cause") == NON_FINITE]
+    committed = {line["version"]: _required(path, line, "t") for line in stepped}
     if not groups or min(len(steps), len(committed)) < 2:
         raise ValueError(f"{folder}: at least 2 steps are needed to learn how long things take, it holds {len(steps)}")
     return RunRecord(

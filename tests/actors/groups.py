@@ -7,7 +7,7 @@ from algorithms.slots import Slot
 from algorithms.types import GroupSummary
 
 
-def ready(slot: Slot, version: int, rewards: tuple[float, float] = (0.0, 1.0)) -> ReadyGroup:
+def ready(slot: Slot, version: int, rewards: tuple[float | None, float | None] = (0.0, 1.0)) -> ReadyGroup:
     summary = GroupSummary(
         ordinal=slot.ordinal,
         epoch=0,

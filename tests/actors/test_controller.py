@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +14,18 @@ import pytest
 
 from actors.attempts import Attempts, Limits
 from actors.controller import Controller
-from actors.errors import ReplicaDeadError, RunError, StoppedError, first_cause
+from actors.errors import ReplicaDeadError, RollBackError, RunError, StoppedError, first_cause
 from actors.fleet import Fleet
+from actors.health import Health
+from actors.journal import fates, read
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
-from actors.rollout import Interrupted
 from actors.router import Router
+from actors.sampled import Interrupted
+from algorithms.budgets import RewardBudget
 from algorithms.config import AdaptDepthConfig, FilterConfig, GrpoConfig, StalenessConfig, ZeroStdFilter
 from algorithms.depth import DepthController
+from algorithms.health.config import HealthConfig
 from algorithms.pacing import Pacer
 from algorithms.slots import Slot
 from algorithms.types import Batch, Prompt, Update
@@ -31,9 +36,17 @@ Answer = Callable[[Slot], int | float]
 
 
 class Prompts:
+    """A data set of 1000 rows, of which some are bad."""
+
+    def __init__(self) -> None:
+        self.bad: set[int] = set()
+
+    def row(self, ordinal: int) -> int:
+        return ordinal % 1000
+
     def prompt(self, ordinal: int) -> Prompt:
-        if ordinal == 1000:
-            raise ValueError("rows.jsonl: row 7: the prompt is empty")
+        if self.row(ordinal) in self.bad:
+            raise ValueError(f"rows.jsonl: row {self.row(ordinal)}: the prompt is empty")
         return Prompt(ordinal, 0, (1, 2), "", {})
 
 
@@ -63,7 +76,9 @@ class Replica:
         try:
             await asyncio.wait_for(stop.wait(), pause_s)
         except TimeoutError:
-            return ready(slot, int(self.answer(slot)), self.bench.rewards(slot)).summary
+            summary = ready(slot, int(self.answer(slot)), self.bench.rewards(slot)).summary
+            details = tuple(f"reward function f: {cause}: no" for cause in self.bench.failures)
+            return replace(summary, failures=self.bench.failures, details=details)
         return Interrupted(
             ordinal=slot.ordinal, attempt=slot.attempt, replica=0, num_loss_tokens_G=(5, 6),
             oldest_version=slot.version, newest_version=slot.version, generate_s=0.5,
@@ -85,13 +100,22 @@ class Bench:
         staleness: StalenessConfig = StalenessConfig(),  # noqa: B008
         dynamic_sampling: FilterConfig | None = None,
         depth: DepthController | None = None,
+        health: HealthConfig = HealthConfig(),  # noqa: B008
+        num_roll_backs: int = 0,
+        max_bad_rows: int = 0,
     ) -> None:
         self.events: list[str] = []
         self.committed = 0
         self.ranks = (None,)
         self.step_error: Exception | None = None
+        self.skipped: set[int] = set()
+        self.learning_rate_factor = 1.0
+        self.metrics: Callable[[int], dict[str, float]] = lambda version: {}
         self.pauses: dict[tuple[int, int], float] = {}
-        self.rewards: Callable[[Slot], tuple[float, float]] = lambda slot: (0.0, 1.0)
+        self.failures: dict[str, int] = {}
+        self.batches: list[Batch] = []
+        self.rewards: Callable[[Slot], tuple[float | None, float | None]] = lambda slot: (0.0, 1.0)
+        folder.mkdir(exist_ok=True)
         self.path = folder / "ledger.jsonl"
         self.ledger = Ledger(self.path)
         self.replicas: list[Replica] = []
@@ -106,23 +130,28 @@ class Bench:
         self.pacer = AsyncPacer(pacer, stall_timeout_s=10.0)
         stand_in: Any = self
         prompts: Any = Prompts()
+        self.prompts: Prompts = prompts
         self.router = Router(max_groups_per_replica=8, num_generations=2, max_completion_length=8)
         self.said: list[str] = []
         self.fleet = Fleet(self.spawn, 2, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append)
         self.exclusive = asyncio.Lock()
-        limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1)
+        self.health = Health(health, self.pacer, stand_in, self.said.append, num_roll_backs)
+        limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1, max_bad_rows=max_bad_rows)
+        budget = RewardBudget(max_failed_share=0.1)
+        attempts = Attempts(limits, dynamic_sampling, budget, prompts, self.pacer, self.router, self.fleet, self.ledger)
         self.controller = Controller(
             num_steps=num_steps,
             staleness=staleness,
             algorithm=GrpoConfig(),
             max_tokens_per_micro_batch=64,
             pacer=self.pacer,
-            attempts=Attempts(limits, dynamic_sampling, prompts, self.pacer, self.router, self.fleet, self.ledger),
+            attempts=attempts,
             policy=stand_in,
             publisher=stand_in,
             ledger=self.ledger,
             depth=depth,
             report=self.report,
+            health=self.health.after,
             settled=self.settled,
             stopped=self.stopped,
         )
@@ -146,17 +175,25 @@ class Bench:
 
     async def step(self, batch: Batch, groups: list[Any]) -> Update:
         self.events.append(f"step {batch.version}")
+        self.batches.append(batch)
         if self.step_error is not None:
             raise self.step_error
-        return Update(batch.version, batch.version + 1, {"sampling/ess": 0.1})
+        skipped = batch.version in self.skipped
+        metrics = {"sampling/ess": 0.1, "policy/skipped": float(skipped), "step_time": 1.0}
+        metrics |= {"policy/learning_rate_factor": self.learning_rate_factor} | self.metrics(batch.version)
+        return Update(batch.version, batch.version + 1, metrics, skipped)
+
+    async def scale_learning_rate(self, factor: float) -> None:
+        self.learning_rate_factor *= factor
 
     async def publish(self, version: int) -> None:
         self.events.append(f"publish {version}")
         self.committed = version
         self.fleet.serve(self.fleet.members)
 
-    async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> None:
+    async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> Mapping[str, float]:
         self.events.append(f"report {update.version}")
+        return update.metrics
 
     async def settled(self, version: int) -> None:
         self.events.append(f"settled {version}")
@@ -267,9 +304,54 @@ async def test_an_error_in_the_step_stops_everything(tmp_path: Path) -> None:
 
 async def test_a_row_that_cannot_be_a_prompt_stops_the_run_and_is_named(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    bench.pacer._pacer._next_ordinal = 1000
-    with pytest.raises(RunError, match="row 7"):
+    bench.prompts.bad = {7}
+    with pytest.raises(RunError, match=r"rows.jsonl: row 7: the prompt is empty; dataset.max_bad_rows allows 0"):
         await bench.run()
+
+
+async def test_bad_rows_are_set_aside_within_their_budget(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_bad_rows=2)
+    bench.prompts.bad = {1, 4}
+    await bench.run()
+    assert bench.ledger.num_trained == 8
+    assert [(line["ordinal"], line["row"], line["cause"]) for line in bench.lines("quarantined")] == [
+        (1, 1, "rows.jsonl: row 1: the prompt is empty"), (4, 4, "rows.jsonl: row 4: the prompt is empty"),
+    ]  # fmt: skip
+    assert list(fates(read(bench.path)).problems()) == []
+
+
+async def test_a_bad_row_counts_once_however_often_it_comes(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_bad_rows=1)
+    bench.pacer._pacer._next_ordinal = 997
+    bench.prompts.bad = {998}
+    bench.prompts.row = lambda ordinal: 998 if ordinal in (998, 1001) else ordinal  # type: ignore[method-assign]
+    await bench.run()
+    assert bench.ledger.num_quarantined == 2
+    assert bench.ledger.num_bad_rows == 1
+
+
+async def test_one_bad_row_too_many_stops_the_run(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_bad_rows=1)
+    bench.prompts.bad = {1, 4}
+    with pytest.raises(RunError, match=r"row [14]: the prompt is empty; dataset.max_bad_rows allows 1 such rows"):
+        await bench.run()
+
+
+async def test_a_reward_that_always_fails_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=30)
+    bench.failures = {"exception": 1}
+    with pytest.raises(RunError, match=r"rewards failed in 11 of the last 11 groups \(exception 11\).*function f: "):
+        await bench.run()
+
+
+async def test_a_group_without_any_reward_is_trained_without_advantage(tmp_path: Path) -> None:
+    """As in TRL: it takes its place in the batch, moves no baseline, and is counted as unscorable."""
+    bench = Bench(tmp_path)
+    bench.rewards = lambda slot: (None, None) if slot.ordinal == 2 else (0.0, 1.0)
+    await bench.run()
+    assert bench.ledger.num_trained == 8
+    samples = [sample for batch in bench.batches for rank in batch.ranks for micro in rank for sample in micro.samples]
+    assert sum(sample.advantage == 0.0 for sample in samples) == 2
 
 
 async def test_a_straggler_is_requeued_and_counted_as_waste(tmp_path: Path) -> None:
@@ -342,3 +424,99 @@ async def test_a_run_that_is_asked_to_stop_ends_between_two_steps(tmp_path: Path
     with pytest.raises(StoppedError, match="stopped after 2 of 50 steps"):
         await bench.run()
     assert bench.events[-2:] == ["settled 2", "stopped 2"]
+
+
+async def test_a_skipped_step_is_published_and_its_groups_are_not_trained(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=4)
+    bench.skipped = {1, 2}
+    await bench.run()
+    assert bench.committed == 4
+    assert bench.ledger.num_trained == 4
+    assert bench.ledger.num_left_out("non_finite") == 4
+    assert bench.ledger.num_skipped == 2
+    assert bench.ledger.waste["non_finite"].tokens == 16
+    assert list(fates(read(bench.path)).problems()) == []
+
+
+async def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=9)
+    bench.skipped = {1, 2, 4, 5, 6, 7}
+    with pytest.raises(RunError, match=r"last 4 steps, up to version 8, were not finite.*max_skipped_in_a_row"):
+        await bench.run()
+
+
+def health(action: str, **settings: Any) -> HealthConfig:
+    """One rule, which finds an entropy of 0 in the last two steps."""
+    return HealthConfig.model_validate({"rules": [{"kind": "entropy", "window": 2, "action": action}], **settings})
+
+
+def collapsed(since: int) -> Callable[[int], dict[str, float]]:
+    return lambda version: {"entropy": 0.001 if version >= since else 1.0}
+
+
+async def test_a_warning_is_said_once(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=8, health=health("warn"))
+    bench.metrics = collapsed(2)
+    await bench.run()
+    assert len(bench.said) == 1
+    assert bench.said[0].startswith("warning: entropy was 0.001 nats a token over the last 2 steps, under 0.02")
+
+
+async def test_a_pause_stops_in_order_and_says_why(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=8, health=health("pause"))
+    bench.metrics = collapsed(2)
+    with pytest.raises(StoppedError, match=r"stopped after 4 of 8 steps: entropy was .*; the same command goes on"):
+        await bench.run()
+    assert bench.events[-2:] == ["settled 4", "stopped 4"]
+
+
+async def test_the_learning_rate_is_lowered_as_often_as_allowed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=12, health=health("lower_learning_rate", max_lowerings=2))
+    bench.metrics = collapsed(0)
+    await bench.run()
+    assert bench.learning_rate_factor == 0.25
+    assert "entropy lowers the learning rate to 0.5 of its schedule" in bench.said[0]
+    assert "entropy lowers the learning rate to 0.25 of its schedule" in bench.said[1]
+    assert "as often as health.max_lowerings allows (2)" in bench.said[2]
+
+
+async def test_lowerings_before_a_resumption_count(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=4, health=health("lower_learning_rate", max_lowerings=2))
+    bench.metrics = collapsed(0)
+    bench.learning_rate_factor = 0.25
+    await bench.run()
+    assert bench.learning_rate_factor == 0.25
+
+
+async def test_a_roll_back_is_asked_for_within_its_budget(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=8, health=health("roll_back"))
+    bench.metrics = collapsed(2)
+    with pytest.raises(RollBackError, match=r"entropy was .*goes back to the last good checkpoint, 1 of 1 times"):
+        await bench.run()
+    assert bench.events[-1] == "report 4", "nothing is cut of the step that went wrong"
+    again = Bench(tmp_path / "again", num_steps=8, health=health("roll_back"), num_roll_backs=1)
+    again.metrics = collapsed(2)
+    with pytest.raises(RunError, match=r"gone back 1 times already, and health.max_roll_backs allows 1") as caught:
+        await again.run()
+    assert not isinstance(caught.value, RollBackError)
+
+
+async def test_no_cut_is_good_from_the_first_step_that_looks_wrong_to_a_rule_that_goes_back(tmp_path: Path) -> None:
+    for action, expected in (("roll_back", [True, True, False]), ("warn", [True, True, True])):
+        bench = Bench(tmp_path / action, num_steps=3, health=health(action))
+        bench.metrics = collapsed(2)
+        seen: list[bool] = []
+
+        async def settled(version: int, bench: Bench = bench, seen: list[bool] = seen) -> None:
+            seen.append(bench.health.healthy())
+
+        bench.controller.settled = settled
+        await bench.run()
+        assert seen == expected
+
+
+async def test_skipped_steps_tell_the_rules_nothing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, num_steps=3, health=health("pause"))
+    bench.metrics = collapsed(0)
+    bench.skipped = {1, 2}
+    await bench.run()

@@ -30,7 +30,7 @@ def test_every_fate_is_written_and_counted(tmp_path: Path) -> None:
     again = Slot(1, 1, 0)
     ledger.dispatched(again, replica=1)
     ledger.late(second, 4)
-    ledger.quarantined(third, "too long")
+    ledger.quarantined(third, "too long", row=7)
     assert ledger.lost() == {0, 1}
     trained(ledger, [ready(first, 0), ready(again, 0)], step=0)
     assert ledger.lost() == set()

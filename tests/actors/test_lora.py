@@ -11,11 +11,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
+from actors.errors import RunError
 from actors.model.lora import adapt, merged, sources
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import LoraConfig
 from algorithms.types import Prompt, Rollout, ScoredGroup, Update
-from tests.actors.test_policy import batch, settings_of, train, train_plainly, with_policy
+from tests.actors.test_policy import (
+    batch,
+    check_is_a_model,
+    rollouts,
+    settings_of,
+    train,
+    train_plainly,
+    with_policy,
+)
 from tests.actors.test_publication import AGREEMENT, PROBE, Bench, one_step
 from tests.prove import ONLY_PROVE
 
@@ -187,21 +196,31 @@ def test_a_policy_goes_on_from_a_checkpoint_of_its_adapters(
     """Written by two ranks under ZeRO-3, read by one under ZeRO-1; the model below is in no checkpoint."""
     path = tiny_models["untied"]
 
-    async def first(group: PolicyGroup) -> None:
+    async def first(group: PolicyGroup) -> list[list[float]]:
         await group.step(*batch(2, 20, 0, 0))
+        logprobs = await asyncio.gather(*(rank.logprobs.remote(rollouts()) for rank in group.ranks))
         await group.snapshot()
         await group.write_snapshot(tmp_path, 60.0)
+        return logprobs[0]
 
     async def second(group: PolicyGroup) -> Update:
         await group.restore(tmp_path)
         update = await group.step(*batch(1, 20, 1, 0))
-        await group.save(tmp_path / "model")
+        await group.save(tmp_path / "after")
         return update
 
-    with_policy(settings_of(path, tmp_path, 2, 3, "float32", LORA), first)
+    logprobs = with_policy(settings_of(path, tmp_path, 2, 3, "float32", LORA), first)
+    files = tmp_path / "model"
+    assert sum(tensor.nbytes for tensor in load_file(files / "adapter_model.safetensors").values()) == NUM_BYTES
+    check_is_a_model(files, logprobs, tolerance=1e-4)  # transformers finds the base by the adapter's config
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = torch.tensor([PROBE])
+    read, named = peft.PeftModel.from_pretrained(base, files).eval(), AutoModelForCausalLM.from_pretrained(files)
+    assert torch.equal(read(ids).logits, named(ids).logits)
     update = with_policy(settings_of(path, tmp_path, 1, 1, "float32", LORA), second)
-    assert sum(tensor.nbytes for tensor in load_file(tmp_path / "weights.safetensors").values()) == NUM_BYTES
     assert update.metrics["loss"] == pytest.approx(expected[1][1].metrics["loss"], rel=1e-4)
-    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights = load_file(tmp_path / "after" / "model.safetensors")
     for name, tensor in expected[0].items():
         assert torch.allclose(weights[name], tensor, atol=5e-6), name
+    with pytest.raises(RunError, match=r"the adapter was trained on other weights than those of .*/other"):
+        with_policy(settings_of(tiny_models["other"], tmp_path, 1, 1, "float32", LORA), second)

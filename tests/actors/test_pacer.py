@@ -1,10 +1,12 @@
 """The waits around the pacer: order of events, deadlines, and who is said to have waited for what."""
 
 import asyncio
+from itertools import pairwise
 
 import pytest
 
 from actors.deadline import DeadlineError
+from actors.errors import RunError
 from actors.pacer import AsyncPacer
 from algorithms.pacing import Pacer
 from algorithms.slots import Slot
@@ -59,6 +61,27 @@ async def test_a_group_that_never_ends_is_named() -> None:
     await pacer.finished(first, ready(first, 0))
     with pytest.raises(DeadlineError, match=rf"no group finished .* in flight: {second.ordinal} \(attempt 0\)"):
         await asyncio.wait_for(pacer.take(), timeout=5.0)
+
+
+async def test_who_is_asked_about_a_stall_may_let_the_run_wait_on_or_end_it() -> None:
+    """It waits as long again after each answer, and then asks again."""
+    pacer = AsyncPacer(Pacer(groups_per_batch=2, max_staleness=0, num_batches=1), stall_timeout_s=0.1)
+    answers: list[RunError | None] = [RunError("the suspect"), None, None]
+    asked: list[float] = []
+
+    async def on_stall(reason: str) -> RunError | None:
+        assert reason.startswith("no group finished for")
+        asked.append(asyncio.get_running_loop().time())
+        return answers.pop()
+
+    pacer.on_stall = on_stall
+    await pacer.published(0)
+    await anext(pacer.slots())
+    with pytest.raises(RunError, match="the suspect"):
+        await asyncio.wait_for(pacer.take(), timeout=5.0)
+    assert len(asked) == 3
+    assert all(later - earlier >= 0.09 for earlier, later in pairwise(asked))
+    assert pacer.facts()["the policy waits for"] == "groups"
 
 
 async def test_nothing_is_dispatched_before_the_first_committed_version() -> None:

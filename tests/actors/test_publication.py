@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.model.tiny import make_tiny_model
+from actors.model.tiny import byte_tokenizer, make_tiny_model
 from actors.policy import Objective, PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
@@ -198,3 +198,35 @@ def test_tokens_carry_the_version_that_sampled_them(local_ray: None, tiny_models
     assert mixed == (update != "finish")
     last = {span.version for rollout in groups[-1].group.rollouts for span in rollout.spans}
     assert last == {bench.publisher.committed}, "after a commit no older version samples"
+
+
+@pytest.mark.cluster
+def test_a_checkpoint_is_a_model_that_vllm_loads(local_ray: None, tmp_path: Path) -> None:
+    """The replica starts from it, and no version is published."""
+    import ray
+
+    config = TinyModel(kind="tiny", hidden_size=64, num_layers=2, num_heads=1, tie_word_embeddings=True)
+    make_tiny_model(config, tmp_path / "policy", 5)
+    rank: Any = policy_actor().options(num_cpus=0.5).remote(0, policy_settings(tmp_path / "policy", 1))
+    group = PolicyGroup((rank,), 160, 120.0)
+
+    async def first() -> list[float]:
+        await group.start(120.0)
+        await group.step(*one_step(0))
+        await group.snapshot()
+        await group.write_snapshot(tmp_path, 60.0)
+        logprobs: list[list[float]] = await rank.logprobs.remote([probe()])
+        return logprobs[0]
+
+    ours = asyncio.run(first())
+    ray.kill(rank)
+    byte_tokenizer(256).save_pretrained(tmp_path / "model")
+    settings = rollout_settings(tmp_path / "model", "keep")
+    replica: Any = ray.remote(num_cpus=1)(RolloutActor).remote(0, settings, [], [])
+    try:
+        ray.get(replica.start.remote(), timeout=200)
+        theirs = ray.get(replica.score_tokens.remote(PROBE), timeout=60)
+    finally:
+        ray.get(replica.close.remote(), timeout=60)
+        ray.kill(replica)
+    assert np.abs(np.array(ours) - np.array(theirs)).max() < AGREEMENT

@@ -182,3 +182,23 @@ def test_the_sample_is_of_the_whole_run() -> None:
 
 def test_the_same_seed_gives_the_same_report() -> None:
     assert audited(is_long, "stale").report() == audited(is_long, "stale").report()
+
+
+def test_an_audit_goes_on_from_its_state() -> None:
+    """What is kept of the rest of the run is the same, the choice among too many values included."""
+
+    def add(audit: SelectionAudit, numbers: range) -> None:
+        for number in numbers:
+            audit.trained([number, 2 * number], [0.1 * number, None])
+            audit.left_out("stale", [3 * number], [1.0])
+
+    whole, first, second = (SelectionAudit(capacity=20) for _ in range(3))
+    add(whole, range(200))
+    add(first, range(90))
+    state = first.state()
+    add(first, range(5))
+    second.restore(state)
+    add(second, range(90, 200))
+    assert second.state() == whole.state()
+    assert second.report() == whole.report()
+    assert first.state() != state

@@ -3,6 +3,7 @@
 import math
 from collections import deque
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,3 +94,18 @@ def test_it_settles_inside_the_band(start: int, smoothing: float) -> None:
     assert len(set(depths[-100:])) == 1, "it stands still"
     assert all(config.ess_low <= ess <= config.ess_high for ess in measured[-100:])
     assert 8 < depths[-1] < 64
+
+
+def test_a_controller_goes_on_from_its_state() -> None:
+    """In the middle of a body of evidence, and nothing that happens later changes the state."""
+    random, config = np.random.default_rng(0), AdaptDepthConfig(smoothing=0.9, kl_max=0.5)
+    measured = [(float(ess), float(kl)) for ess, kl in random.uniform(0.0, 1.0, (200, 2))]
+    whole, first, second = (DepthController(config, 4, 40, 20) for _ in range(3))
+    depths = [whole.update(*values) for values in measured]
+    assert len(set(depths)) > 3
+    for values in measured[:101]:
+        first.update(*values)
+    state = first.state()
+    first.update(*measured[0])
+    second.restore(state)
+    assert [second.update(*values) for values in measured[101:]] == depths[101:]

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.deploy.canaries import found_in_files, planted, watched
 from tests.prove import ONLY_PROVE
 
 SFT = """
@@ -98,11 +100,24 @@ def check_ledger(path: Path, num_groups: int) -> None:
 
 @pytest.mark.cluster
 def test_a_chain_of_recipes_with_every_kind_of_worker(tmp_path: Path) -> None:
-    """SFT, then GRPO on two ranks and two replicas, with a reference and two rewards, one of them partly unscorable."""
+    """SFT, then GRPO on two ranks and two replicas, with a reference and two rewards, one of them partly unscorable.
+
+    The secrets in its environment are in nothing that it leaves or says, and in no argument of its processes, and none
+    of these can be reached from another machine.
+    """
     for name, text in (("first.yaml", SFT), ("second.yaml", GRPO), ("reward.py", REWARD)):
         (tmp_path / name).write_text(text.format(folder=tmp_path) if name.endswith("yaml") else text)
-    result = deploy("train", str(tmp_path / "second.yaml"))
-    assert result.returncode == 0, result.stdout + result.stderr
+    secrets = planted()
+    with tempfile.TemporaryDirectory(prefix="ray-") as session:  # a short path, for Ray's sockets
+        with watched(secrets) as seen:
+            result = deploy("train", str(tmp_path / "second.yaml"), RAY_TMPDIR=session, **secrets)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert found_in_files(secrets, tmp_path, Path(session)) == []
+    assert len(seen.processes) > 10
+    assert seen.told == set()
+    # gloo listens for the policy's own ranks on the address that the host's name has.
+    assert {name for name, _ in seen.listening if not name.startswith("ray::PolicyActor")} == set()
+    assert not any(value in result.stdout + result.stderr for value in secrets.values())
     assert "second  4/4" in result.stdout
     run = tmp_path / "second"
     summary = json.loads((run / "summary.json").read_text())

@@ -1,19 +1,22 @@
 """A cut that cannot be written is told and does not end the run; the last one must be."""
 
 import asyncio
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from actors.checkpoint.checkpointer import Checkpointer
-from actors.checkpoint.cut import Progress
+from actors.checkpoint.config import BestConfig, CheckpointConfig
+from actors.checkpoint.cut import Cut, Progress
 from actors.checkpoint.store import CheckpointStore
 from actors.errors import RunError
-from actors.ledger import Ledger
-from actors.pacer import AsyncPacer
-from algorithms.pacing import Pacer
+from actors.model.tiny import byte_tokenizer
+from actors.pacer import ReadyGroup
+from algorithms.slots import PacerState
 
 
 class StandIn:
@@ -22,6 +25,8 @@ class StandIn:
     def __init__(self) -> None:
         self.write: Callable[[Path], object] = lambda folder: (folder / "weights").write_bytes(b"w")
         self.num_snapshots = 0
+        self.healthy = True
+        self.version = 0
 
     async def snapshot(self) -> None:
         self.num_snapshots += 1
@@ -31,19 +36,26 @@ class StandIn:
         self.write(folder)
 
 
-def make(folder: Path, every: int = 2) -> tuple[Checkpointer, StandIn, list[str]]:
+def cut_of(version: int) -> tuple[Cut, list[ReadyGroup]]:
+    return Cut(version, 0, PacerState(version, 9 - version, 2 * version, (), ()), Progress()), []
+
+
+def make(
+    folder: Path, every: int = 2, rewards: Mapping[int, float] | None = None, **best: Any
+) -> tuple[Checkpointer, StandIn, list[str]]:
     policy: Any = StandIn()
     said: list[str] = []
-    pacer = AsyncPacer(Pacer(groups_per_batch=2, max_staleness=1, num_batches=9), stall_timeout_s=5.0)
+    config = CheckpointConfig(every=every, timeout_s=5.0, best=BestConfig(**best) if best else None)
     checkpointer = Checkpointer(
-        store=CheckpointStore(folder / "checkpoints"),
-        every=every,
-        timeout_s=5.0,
-        pacer=pacer,
+        store=CheckpointStore(folder / "checkpoints", config.keep, config.best),
+        config=config,
+        num_steps=9,
         policy=policy,
-        ledger=Ledger(folder / "ledger.jsonl"),
-        progress=Progress,
+        tokenizer=byte_tokenizer(64),
+        moment=cut_of,
+        metrics=lambda: {"loss": 1.0} | ({} if rewards is None else {"reward": rewards.get(policy.version, math.nan)}),
         say=said.append,
+        healthy=lambda: policy.healthy,
     )
     return checkpointer, policy, said
 
@@ -55,6 +67,15 @@ async def test_cuts_are_taken_when_due(tmp_path: Path) -> None:
     await checkpointer.finish()
     assert checkpointer.store.versions() == [2, 4]
     assert (policy.num_snapshots, said) == (2, [])
+
+
+async def test_a_cut_that_is_due_waits_until_all_is_well(tmp_path: Path) -> None:
+    checkpointer, policy, _ = make(tmp_path, every=3)
+    for version in range(1, 8):
+        policy.healthy = version not in (3, 4)
+        await checkpointer.after(version)
+    await checkpointer.finish()
+    assert checkpointer.store.versions() == [5, 6]
 
 
 async def test_one_that_fails_is_told_and_the_next_is_written(tmp_path: Path) -> None:
@@ -87,3 +108,66 @@ async def test_a_version_is_cut_once(tmp_path: Path) -> None:
     await checkpointer.last(2)
     assert policy.num_snapshots == 1
     assert checkpointer.store.versions() == [2]
+
+
+REWARDS = {1: 0.1, 2: 0.3, 3: 0.8, 4: 0.6, 5: 0.2, 6: 0.4, 7: 0.1, 8: 0.0}
+"""Of the step that makes each version: 0.2, 0.7, 0.3 and 0.05 on average for the cuts of 2, 4, 6 and 8."""
+
+
+async def run_to(checkpointer: Checkpointer, policy: StandIn, first: int, last: int) -> None:
+    for version in range(first, last + 1):
+        policy.version = version
+        await checkpointer.after(version)
+    await checkpointer.finish()
+
+
+def best_json(checkpointer: Checkpointer) -> Any:
+    return json.loads((checkpointer.store.path / "best.json").read_text())
+
+
+@pytest.mark.parametrize(("mode", "kept", "value"), [("max", [4, 6, 8], 0.7), ("min", [6, 8], 0.05)])
+async def test_the_best_is_kept_besides_the_newest(tmp_path: Path, mode: str, kept: list[int], value: float) -> None:
+    checkpointer, policy, said = make(tmp_path, rewards=REWARDS, metric="reward", mode=mode)
+    await run_to(checkpointer, policy, 1, 8)
+    assert checkpointer.store.versions() == kept
+    best = best_json(checkpointer)
+    assert (best["version"], best["metric"], best["mode"]) == (4 if mode == "max" else 8, "reward", mode)
+    assert best["value"] == pytest.approx(value)
+    assert said == []
+
+
+async def test_the_best_is_kept_when_another_process_goes_on(tmp_path: Path) -> None:
+    """Nothing is remembered but what lies in the checkpoints; `best.json` itself is not needed."""
+    first, policy, _ = make(tmp_path, rewards=REWARDS, metric="reward")
+    await run_to(first, policy, 1, 6)
+    (first.store.path / "best.json").unlink()
+    again, policy, _ = make(tmp_path, rewards=REWARDS, metric="reward")
+    again.store.discard_after(6)
+    await run_to(again, policy, 7, 8)
+    assert again.store.versions() == [4, 6, 8]
+    again.store.discard_after(2)
+    assert not (again.store.path / "best.json").exists()
+
+
+async def test_a_process_killed_before_it_prunes_leaves_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer, policy, said = make(tmp_path, rewards=REWARDS, metric="reward")
+    await run_to(checkpointer, policy, 1, 4)
+    with monkeypatch.context() as killed:
+        killed.setattr(CheckpointStore, "_prune", lambda store: (_ for _ in ()).throw(OSError("killed")))
+        await run_to(checkpointer, policy, 5, 6)
+    assert checkpointer.store.versions() == [2, 4, 6]
+    assert "killed" in said[0]
+    await run_to(checkpointer, policy, 7, 8)
+    assert checkpointer.store.versions() == [4, 6, 8]
+
+
+async def test_a_metric_that_is_not_logged_is_told_at_the_first_step(tmp_path: Path) -> None:
+    checkpointer, policy, said = make(tmp_path, rewards=REWARDS, metric="rewards")
+    await run_to(checkpointer, policy, 1, 6)
+    assert len(said) == 1
+    assert "checkpoint.best.metric: the step has logged no 'rewards'" in said[0]
+    assert "did you mean 'reward'?" in said[0]
+    assert checkpointer.store.versions() == [4, 6]
+    assert not (checkpointer.store.path / "best.json").exists()

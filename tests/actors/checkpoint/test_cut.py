@@ -1,13 +1,18 @@
 """What a cut holds comes back as it was."""
 
+import math
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
-from actors.checkpoint.cut import Cut, Progress
+from actors.checkpoint.best import Score
+from actors.checkpoint.cut import Cut, Failures, Measured, Progress
 from actors.checkpoint.groups import SavedGroup, decode, encode
+from algorithms.bias import SelectionAudit
+from algorithms.config import AdaptDepthConfig
+from algorithms.depth import DepthController
 from algorithms.slots import PacerState, Ready, Slot
 from algorithms.types import Group, Prompt, Rollout, ScoredGroup, VersionSpan, summarize
 
@@ -29,7 +34,19 @@ def saved(ordinal: int) -> SavedGroup:
 
 def test_a_cut_comes_back(tmp_path: Path) -> None:
     slots = (Slot(4, 0, 3), Slot(5, 2, 3, resumed=True))
-    cut = Cut(7, 123, PacerState(7, 93, 60, slots, (Ready(Slot(6, 1, 3), 3, 4),)), Progress(rewards=[0.5]))
+    audit, depth = SelectionAudit(), DepthController(AdaptDepthConfig(smoothing=0.9), 2, 8, 6)
+    audit.trained([3, 4], [0.1, None])
+    audit.left_out("stale", [5], [1 / 3])
+    depth.update(math.inf, None)
+    cut = Cut(
+        7,
+        123,
+        PacerState(7, 93, 60, slots, (Ready(Slot(6, 1, 3), 3, 4),)),
+        Progress(rewards=[0.5]),
+        failures=Failures({4: 2}, filtered_in_a_row=3),
+        measured=Measured(audit.state(), depth.state()),
+        score=Score("reward", 1 / 3, 5),
+    )
     groups = [saved(6), saved(8)]
     cut.write(tmp_path, groups)
     again, groups_again = Cut.read(tmp_path)

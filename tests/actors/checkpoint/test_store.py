@@ -1,5 +1,7 @@
 """A checkpoint is whole, or it is not there, or it is named as damaged; never anything else."""
 
+import json
+import os
 import random
 from pathlib import Path
 
@@ -33,7 +35,7 @@ def test_what_was_staged_and_never_committed_is_not_there(tmp_path: Path) -> Non
     (store.stage(2) / "weights").write_bytes(b"half")
     assert store.versions() == [1]
     make(store, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["version-00000001", "version-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_id", "version-00000001", "version-00000003"]
 
 
 def test_any_damage_is_found(tmp_path: Path) -> None:
@@ -70,3 +72,66 @@ def test_links_are_refused(tmp_path: Path) -> None:
     (folder / "weights").symlink_to(secret)
     with pytest.raises(DamagedError, match="no links"):
         store.open(1)
+
+
+def test_a_listing_that_leads_outside_is_refused(tmp_path: Path) -> None:
+    """With the right size and digest of a file outside, added to the listing or in the place of one of its names."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=9)
+    for version, outside in enumerate(["../x", "../../x", str(tmp_path / "x"), "inner/../../x", "./weights"], 1):
+        folder = make(store, version)
+        (tmp_path / "x").write_bytes((folder / "weights").read_bytes())
+        (tmp_path / "checkpoints" / "x").write_bytes((folder / "weights").read_bytes())
+        listing = json.loads((folder / "COMPLETE.json").read_text())
+        told = listing["files"]["weights"]
+        for files in (listing["files"] | {outside: told}, {"inner/facts.json": told, outside: told}):
+            (folder / "COMPLETE.json").write_text(json.dumps(listing | {"files": files}))
+            with pytest.raises(DamagedError, match="its files are not those"):
+                store.open(version)
+
+
+@pytest.mark.parametrize("place", [".", "inner"])
+def test_linked_folders_are_refused(place: str, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    folder = make(store, 1)
+    (folder / place).rename(tmp_path / "elsewhere")
+    (folder / place).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(DamagedError, match=r"is no link|holds no links"):
+        store.open(1)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    folder = make(store, 1)
+    (folder / "weights").unlink()
+    os.mkfifo(folder / "weights")
+    with pytest.raises(DamagedError, match="nothing else"):
+        store.open(1)
+
+
+@pytest.mark.parametrize("files", ["null", "[]", "3", '"weights"', '[["weights"]]', '{"weights": null}'])
+def test_a_listing_of_another_form_is_refused(files: str, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    folder = make(store, 1)
+    (folder / "COMPLETE.json").write_text(f'{{"version": 1, "files": {files}}}')
+    with pytest.raises(DamagedError, match="version-00000001"):
+        store.open(1)
+
+
+def test_one_that_is_being_removed_is_gone_or_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is killed after it has removed one file of it."""
+    store = CheckpointStore(tmp_path, keep=1)
+    make(store, 1)
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "weights").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("actors.checkpoint.store.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(store, 2)
+    assert store.versions() == [2]
+    store.open(2)
+    make(store, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_id", "version-00000003"]

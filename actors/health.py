@@ -1,0 +1,96 @@
+"""Every step is looked at: what is wrong with a run is said, or acted on, before more steps are spent on it."""
+
+from collections.abc import Callable, Mapping
+from typing import assert_never
+
+from actors.errors import RollBackError, RunError
+from actors.pacer import AsyncPacer
+from actors.policy_group import PolicyGroup
+from algorithms.health.config import HealthConfig, Rule
+from algorithms.health.rules import Watch
+
+
+class Health:
+    """`after` every step; what it finds wrong is `algorithms/health/rules.py`, what it does about it is here."""
+
+    def __init__(
+        self, config: HealthConfig, pacer: AsyncPacer, policy: PolicyGroup, say: Callable[[str], None],
+        num_roll_backs: int = 0,
+    ) -> None:  # fmt: skip
+        """`num_roll_backs`: how often this run has gone back already."""
+        self._config = config
+        self._pacer = pacer
+        self._policy = policy
+        self._say = say
+        self._watches = [Watch(rule) for rule in config.rules]
+        self._num_skipped_in_a_row = 0
+        self.num_roll_backs = num_roll_backs
+
+    def healthy(self) -> bool:
+        """Whether a cut of this moment is one to go back to.
+
+        It is not when a rule that would go back finds something wrong, or begins to. The other rules do not hold up
+        cuts: what they find may last, and a run without cuts loses all when it is killed.
+        """
+        return not any(watch.suspicious for watch in self._watches if watch.rule.action == "roll_back")
+
+    async def after(self, version: int, metrics: Mapping[str, float]) -> None:
+        """The step that made `version` measured `metrics`; RunError when the run cannot go on like this."""
+        skipped = metrics["policy/skipped"] > 0
+        self._count_skipped(version, skipped)
+        if skipped:  # what it measured is of weights that have not moved
+            return
+        found = [(watch.rule, sentence) for watch in self._watches if (sentence := watch.after(metrics)) is not None]
+        for rule, sentence in found:
+            await self._act(rule, sentence, metrics)
+
+    def _count_skipped(self, version: int, skipped: bool) -> None:
+        self._num_skipped_in_a_row = self._num_skipped_in_a_row + 1 if skipped else 0
+        if self._num_skipped_in_a_row > self._config.max_skipped_in_a_row:
+            raise RunError(
+                f"loss or gradient of the last {self._num_skipped_in_a_row} steps, up to version {version}, were not "
+                f"finite, more than health.max_skipped_in_a_row allows ({self._config.max_skipped_in_a_row}); the "
+                "weights are those of before; lower optimizer.learning_rate, or look for a reward or a logit that is "
+                "out of range"
+            )
+
+    async def _act(self, rule: Rule, sentence: str, metrics: Mapping[str, float]) -> None:
+        match rule.action:
+            case "warn":
+                self._say(f"warning: {sentence}")
+            case "pause":
+                await self._pacer.stop(f"{sentence} (health.rules: {rule.kind} pauses the run)")
+            case "lower_learning_rate":
+                await self._lower_learning_rate(rule, sentence, metrics["policy/learning_rate_factor"])
+            case "roll_back":
+                self._roll_back(rule, sentence)
+            case _:
+                assert_never(rule.action)
+
+    async def _lower_learning_rate(self, rule: Rule, sentence: str, factor: float) -> None:
+        """The factor says how often it was lowered, in this process or in one before."""
+        config = self._config
+        lower = factor * config.learning_rate_factor
+        if lower < 0.999 * config.learning_rate_factor**config.max_lowerings:
+            self._say(
+                f"warning: {sentence}; the learning rate was lowered to {factor:g} of its schedule already, as often "
+                f"as health.max_lowerings allows ({config.max_lowerings})"
+            )
+            return
+        await self._policy.scale_learning_rate(config.learning_rate_factor)
+        self._say(
+            f"warning: {sentence} (health.rules: {rule.kind} lowers the learning rate to {lower:g} of its schedule)"
+        )
+
+    def _roll_back(self, rule: Rule, sentence: str) -> None:
+        allowed = self._config.max_roll_backs
+        if self.num_roll_backs >= allowed:
+            raise RunError(
+                f"{sentence}; the run has gone back {self.num_roll_backs} times already, and health.max_roll_backs "
+                f"allows {allowed}"
+            )
+        self.num_roll_backs += 1
+        raise RollBackError(
+            f"{sentence} (health.rules: {rule.kind} goes back to the last good checkpoint, {self.num_roll_backs} of "
+            f"{allowed} times that health.max_roll_backs allows)"
+        )

@@ -1,0 +1,99 @@
+"""A supervised run that was killed, and stopped, ends with the weights of one that was not, to the bit."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.checkpoint.store import CheckpointStore
+from tests.deploy.test_faults import wait_for_steps
+from tests.deploy.test_resume import environment, train
+from tests.prove import ONLY_PROVE
+
+NUM_STEPS, EVERY = 240, 20
+RECIPE = """
+kind: sft
+name: resumed
+steps: {steps}
+batch_size: 8
+max_length: 96
+run_dir: {folder}/run
+model: {{kind: tiny, hidden_size: 64, num_layers: 2, num_heads: 1, tie_word_embeddings: true}}
+dataset: {{path: "reasoning_gym:spell_backward", size: 100, task: {{min_word_len: 3, max_word_len: 4}}}}
+optimizer: {{learning_rate: 1.0e-3, lr_scheduler_type: cosine, warmup_steps: 10}}
+policy: {policy}
+checkpoint: {{every: {every}, best: {{metric: loss, mode: min}}}}
+pools: {{policy: {{cpus_per_worker: 0.5}}}}
+"""
+
+ADAPTERS = "{lora: {r: 4, lora_alpha: 8, lora_dropout: 0.1}, num_threads: 1}"
+"""With dropout, so that torch's random state matters."""
+
+
+def begin(folder: Path) -> psutil.Popen:
+    return psutil.Popen(train(folder), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def train_whole(folder: Path) -> None:
+    done = subprocess.run(train(folder), env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(ADAPTERS, id="adapters"), pytest.param("{num_threads: 1}", marks=ONLY_PROVE, id="whole model")],
+)
+def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path, policy: str) -> None:
+    """With a learning rate that depends on the step."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=NUM_STEPS, every=EVERY, policy=policy))
+    train_whole(whole)
+    run = broken / "run"
+
+    killed = begin(broken)
+    wait_for_steps(run, 3 * EVERY, killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=30)
+    store = CheckpointStore(run / "checkpoints")
+    first = store.versions()[-1]
+    check_is_a_model(store.open(first) / "model")
+
+    stopped = begin(broken)
+    wait_for_steps(run, first + EVERY, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    said, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 75, said
+    assert f"going on from step {first} of {NUM_STEPS}" in said
+    at = store.versions()[-1]
+    assert f"stopped after {at} of {NUM_STEPS} steps; the same command goes on" in said
+    assert first < at == len(lines(run)) < NUM_STEPS
+
+    train_whole(broken)
+    for name in ("model.safetensors", *(["adapter/adapter_model.safetensors"] if policy == ADAPTERS else [])):
+        assert (run / "model" / name).read_bytes() == (whole / "run" / "model" / name).read_bytes(), name
+    for mine, other in zip(lines(run), lines(whole / "run"), strict=True):
+        for metric in ("step", "loss", "grad_norm", "learning_rate", "num_tokens"):
+            assert mine[metric] == other[metric], metric
+    mine, other = (json.loads((folder / "run" / "summary.json").read_text()) for folder in (broken, whole))
+    for figure in ("loss_first", "loss_last", "tokens_trained", "weight_version"):
+        assert mine[figure] == other[figure], figure
+    assert (mine["resumed"], other["resumed"]) == (2, 0)
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert best["version"] in store.versions()
+
+
+def check_is_a_model(folder: Path) -> None:
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype.is_floating_point
+    assert AutoTokenizer.from_pretrained(folder).decode([104, 105]) == "hi"

@@ -1,0 +1,101 @@
+"""A Ray that we start listens on this machine alone and refuses whoever has no token; an open cluster is told."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from deploy.session import is_open, shut_in
+
+
+def test_a_local_ray_gets_a_token_of_its_own_each_time() -> None:
+    first: dict[str, str] = {}
+    second: dict[str, str] = {}
+    shut_in(first)
+    shut_in(second)
+    assert first["RAY_AUTH_MODE"] == "token"
+    assert len(first["RAY_AUTH_TOKEN"]) == 64
+    assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
+
+
+@pytest.mark.parametrize(
+    "env", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "mine"}, {"RAY_AUTH_TOKEN_PATH": "/a/file"}]
+)
+def test_what_the_user_has_set_stays(env: dict[str, str]) -> None:
+    after = dict(env)
+    shut_in(after)
+    assert {**after, **env} == after
+    assert set(after) & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} == set(env) - {"RAY_AUTH_MODE"}
+
+
+@pytest.mark.parametrize(
+    ("address", "env", "told"),
+    [
+        ("10.0.0.2:6379", {}, True),
+        ("10.0.0.2:6379", {"RAY_AUTH_MODE": "disabled"}, True),
+        ("[fd00::2]:6379", {}, True),
+        ("head.cluster:6379", {}, True),
+        ("10.0.0.2:6379", {"RAY_AUTH_MODE": "token"}, False),
+        ("127.0.0.1:6379", {}, False),
+        ("[::1]:6379", {}, False),
+    ],
+)
+def test_a_cluster_is_open_when_it_asks_for_no_token_and_is_reached_from_elsewhere(
+    address: str, env: dict[str, str], told: bool
+) -> None:
+    assert is_open(address, env) is told
+
+
+SESSION = """
+import json, os, psutil, subprocess, sys, time
+from deploy.session import ray_session, shut_in
+shut_in(os.environ)
+started = time.monotonic()
+with ray_session(None, print):
+    import ray
+    from sync.transport import open_wire
+    from actors.policy import node_ip
+
+    @ray.remote
+    class Wire:
+        def open(self):
+            self.opened = open_wire("gloo", node_ip(), 10.0)
+            return self.opened.ticket.address
+
+    wire = Wire.remote()
+    address = ray.get(wire.open.remote(), timeout=60)
+    seconds = time.monotonic() - started
+    ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = [(process.name(), found.laddr.ip)
+                 for process in ours for found in process.net_connections("inet") if found.status == "LISTEN"]
+    told = [word for process in ours for word in process.cmdline() if os.environ["RAY_AUTH_TOKEN"] in word]
+    session = ray._private.worker._global_node.get_session_dir_path()
+    written = subprocess.run(["grep", "-rlaF", os.environ["RAY_AUTH_TOKEN"], session], capture_output=True, text=True)
+    gcs = ray.get_runtime_context().gcs_address
+    knock = f"import ray; ray.init('{gcs}', logging_level='CRITICAL'); print('LET IN')"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    for mode in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}):
+        stranger = subprocess.run([sys.executable, "-c", knock], env=env | mode, capture_output=True, text=True)
+        told += ["a stranger was let in"] * ("LET IN" in stranger.stdout)
+print(json.dumps({"listening": listening, "told": told, "written": written.stdout, "wire": address, "s": seconds}))
+"""
+
+
+@pytest.mark.cluster
+def test_a_local_ray_listens_on_this_machine_alone_and_lets_no_stranger_in() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", SESSION], env=env, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    print(seen)
+    assert seen["told"] == [], "no argument of any process holds the token, and no stranger was let in"
+    assert seen["written"] == "", "Ray's session folder does not hold the token"
+    assert seen["wire"].startswith("127.")
+    here = ("127.", "::1", "::ffff:127.")
+    outside = {name for name, ip in seen["listening"] if not ip.startswith(here)}
+    assert seen["listening"]
+    assert outside == set(), "these listen on other addresses than this machine's own"
