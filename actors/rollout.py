@@ -100,6 +100,7 @@ class RolloutActor:
         self._adapter: Any = None  # what a request must bear to be served with it
         self._is_staged = True
         self._stopped: float | None = None  # since when generation is paused
+        self._swap_s = 0.0  # what the last swap took
         self._dead_engine: tuple[type[Exception], ...] = ()  # what an engine raises that is dead
 
     async def start(self) -> str:
@@ -310,21 +311,29 @@ class RolloutActor:
         """Every worker of this replica holds `version` whole."""
         await self.engine.collective_rpc("verify", args=(version, list(digests)))
 
-    async def swap(self, version: int, timeout_s: float) -> Swapped:
-        """Serve `version` from the next token on; without in-flight updates, once the running requests are done."""
-        return await within(timeout_s, self._swap(version), f"swapping replica {self.replica} to version {version}")
+    async def swap(self, version: int, timeout_s: float, hold: bool) -> Swapped | None:
+        """Serve `version` from the next token on; without in-flight updates, once the running requests are done.
 
-    async def _swap(self, version: int) -> Swapped:
+        With `hold` no token is sampled before `resume`.
+        """
+        swapping = self._swap(version, hold)
+        return await within(timeout_s, swapping, f"swapping replica {self.replica} to version {version}")
+
+    async def _swap(self, version: int, hold: bool) -> Swapped | None:
         await self._pause()
         loading = time.perf_counter()
         await self.engine.collective_rpc("swap")
         await self.engine.update_weight_version(str(version))
         self.version = version
-        swapped = time.perf_counter()
+        self._swap_s = time.perf_counter() - loading
+        return None if hold else await self.resume()
+
+    async def resume(self) -> Swapped:
+        """Go on sampling after a swap."""
         await self.engine.resume_generation()
         stopped, self._stopped = self._stopped, None
         assert stopped is not None, "it was paused"
-        return Swapped(pause_s=time.perf_counter() - stopped, swap_s=swapped - loading)
+        return Swapped(pause_s=time.perf_counter() - stopped, swap_s=self._swap_s)
 
     async def _pause(self) -> None:
         """No token is sampled from here on; running requests are kept, or finish first without in-flight updates."""
