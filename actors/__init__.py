@@ -9,8 +9,10 @@ The record   fates.py        what the journal's events say       journal.py     
 The actors   policy.py       one DeepSpeed rank                   policy_group.py  all ranks as one
              policy_state.py what its next step depends on
              rollout.py      one vLLM replica                     reference.py     frozen log-probabilities
+             sampled.py      a rollout as far as it is sampled
              reward.py       scores, in a killable child          workers.py       starts and stops all of them
-             health.py       what is done about a run that goes wrong
+             settings.py     what each is told of the recipe      scorers.py       who scores and hangs is started again
+Looks on     health.py       what is done about a run that goes wrong
 Waits        deadline.py     every wait has a deadline and a name errors.py        what stops a run
 Around it    recipe/  what a run is told     data/  prompts and examples     model/  load and forward
              rewards/ the child process      run/   from recipe to run folder    checkpoint/  cuts to go on from

@@ -17,8 +17,8 @@ from actors.errors import ReplicaDeadError, RunError, last_line
 from actors.fleet import Fleet
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup, TakenGroups
-from actors.rollout import Interrupted
 from actors.router import Router
+from actors.sampled import Interrupted
 from algorithms.budgets import RewardBudget
 from algorithms.config import FilterConfig
 from algorithms.filters import verdict

@@ -106,12 +106,13 @@ class PolicyActor:
         self._wire: Transport | None = None
         self._snapshot: PolicyState | None = None
         self._meeting: TCPStore | None = None
-
-    def ping(self) -> None:
-        """The process answers; asked beside its work, under CONTROL."""
         self._spare: PolicyState | None = None
         """The last snapshot that was written: the next one takes its memory."""
         self._base: str | None = None
+        """Digest of the frozen weights below an adapter."""
+
+    def ping(self) -> None:
+        """The process answers; asked beside its work, under CONTROL."""
 
     def address(self) -> tuple[str, int]:
         """This process's address and the port at which it serves the ranks' rendezvous, there and nowhere else."""

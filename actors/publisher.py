@@ -158,9 +158,14 @@ class Publisher:
         calls = [replica.handle.verify.remote(version, sent.digests) for replica in here]
         whole = [replica for replica, _ in await self._phase(f"verifying version {version}", here, calls)]
         swap_timeout_s = self.config.timeout_s + self.drain_timeout_s
-        calls = [replica.handle.swap.remote(version, swap_timeout_s) for replica in whole]
+        hold = self._is_to_be_compared(version, whole)
+        calls = [replica.handle.swap.remote(version, swap_timeout_s, hold) for replica in whole]
         swapped = await self._phase(f"swapping to version {version}", whole, calls, self.drain_timeout_s)
-        serving = await self._compared(version, [replica for replica, _ in swapped])
+        if hold:
+            right = await self._compared(version, [replica for replica, _ in swapped])
+            calls = [replica.handle.resume.remote() for replica in right]
+            swapped = await self._phase(f"resuming with version {version}", right, calls)
+        serving = [replica for replica, _ in swapped]
         if not serving:
             raise _IncompleteError
         if len(serving) < len(replicas):
@@ -186,13 +191,17 @@ class Publisher:
         assert sent.version == version, f"the policy sent version {sent.version} for {version}"
         return sent
 
-    async def _compared(self, version: int, replicas: list[Replica]) -> list[Replica]:
-        """Those whose weights are what most hold, by vLLM's own checksums, when the version is one to be compared.
-
-        Where no checksum is that of most, nobody knows who is right, and none serves.
-        """
+    def _is_to_be_compared(self, version: int, replicas: Sequence[Replica]) -> bool:
+        """Then no replica samples a token between its swap and the verdict."""
         every = self.config.checksum_every
-        if not every or version % every or len(replicas) < 2:
+        return bool(every) and version % every == 0 and len(replicas) >= 2
+
+    async def _compared(self, version: int, replicas: list[Replica]) -> list[Replica]:
+        """Those whose weights are what most hold, by vLLM's own checksums.
+
+        Where no checksum is that of most, nobody knows who is right, and none serves; one alone is not compared.
+        """
+        if len(replicas) < 2:
             return replicas
         phase = f"comparing checksums of version {version}"
         answers = await self._phase(phase, replicas, [replica.handle.checksum.remote() for replica in replicas])

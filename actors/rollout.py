@@ -13,28 +13,24 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
-from ray.exceptions import ActorUnavailableError
 
 from actors.deadline import within
 from actors.errors import ReplicaDeadError
 from actors.policy import node_ip
 from actors.recipe.schema import GenerationConfig, LoraConfig, RolloutConfig
-from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, VersionSpan, summarize
+from actors.sampled import INTERRUPTED, Interrupted, at_limit, continued, interrupted, unsampled
+from actors.scorers import scored_by
+from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, summarize
 from sync.adapters import adapter_request
 from sync.member import Membership
-
-INTERRUPTED = "interrupted"
-"""Finish reason of a rollout that is not finished."""
 
 _READY_FIRST_S, _READY_LAST_S, _READY_GROWTH = 0.005, 0.1, 1.5
 # An abort is a message to the engine, which answers nothing; only a dead engine keeps it waiting.
 _ABORT_TIMEOUT_S = 30.0
-_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +62,6 @@ class Swapped:
     """From the pause to the resumption; running requests that are let finish first do not count."""
     swap_s: float
     """The loading of the weights, inside the pause."""
-
-
-@dataclass(frozen=True, slots=True)
-class Interrupted:
-    """A group came back before its end; no token that it had sampled is lost, and none was sampled after."""
-
-    ordinal: int
-    attempt: int
-    replica: int
-    num_loss_tokens_G: tuple[int, ...]
-    """Sampled so far, earlier replicas included."""
-    oldest_version: int | None
-    """None when nothing was sampled yet."""
-    newest_version: int | None
-    generate_s: float
-    """On this replica; what earlier ones spent is not in it."""
 
 
 @dataclass(slots=True)
@@ -120,6 +100,7 @@ class RolloutActor:
         self._adapter: Any = None  # what a request must bear to be served with it
         self._is_staged = True
         self._stopped: float | None = None  # since when generation is paused
+        self._swap_s = 0.0  # what the last swap took
         self._dead_engine: tuple[type[Exception], ...] = ()  # what an engine raises that is dead
 
     async def start(self) -> str:
@@ -187,12 +168,12 @@ class RolloutActor:
         that is interrupted returns what it has, unscored, and says so.
         """
         started = time.perf_counter()
-        rollouts = partial.rollouts if partial else (_unsampled(prompt),) * self.settings.num_generations
+        rollouts = partial.rollouts if partial else (unsampled(prompt),) * self.settings.num_generations
         generating = self._generate(prompt, attempt, rollouts)
         group = await within(self.settings.generation.timeout_s, generating, "generating a group")
         generated = time.perf_counter()
         if any(rollout.finish_reason == INTERRUPTED for rollout in group.rollouts):
-            return _interrupted(group, generated - started), group
+            return interrupted(group, generated - started), group
         scored = await within(self.settings.score_timeout_s, self._score(group), "scoring a group")
         done = time.perf_counter()
         return summarize(scored, generate_s=generated - started, score_s=done - generated), scored
@@ -234,7 +215,7 @@ class RolloutActor:
     async def _sample(self, generation: _Generation, rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
         """Every unfinished rollout goes on from its last token; rollouts at the same tokens are one request."""
         limit = self.settings.generation.max_completion_length
-        done = [_at_limit(rollout, limit) for rollout in rollouts]
+        done = [at_limit(rollout, limit) for rollout in rollouts]
         alike: dict[tuple[int, ...], list[int]] = {}
         for index, rollout in enumerate(done):
             if rollout.finish_reason == INTERRUPTED:
@@ -256,15 +237,15 @@ class RolloutActor:
             output: Any = await collector.get()
             assert output.finished, "vLLM sends nothing before the final output"
             for index, completion in zip(indices, output.outputs, strict=True):
-                done[index] = _continued(done[index], completion)
+                done[index] = continued(done[index], completion)
         return tuple(done)
 
     async def _score(self, group: Group) -> ScoredGroup:
         ordinal = group.prompt.ordinal
         if self._references:
-            group = await _scored_by(self._references[ordinal % len(self._references)], group)
+            group = await scored_by(self._references[ordinal % len(self._references)], group)
         texts = [self._tokenizer.decode(r.completion_ids, skip_special_tokens=True) for r in group.rollouts]
-        scored: ScoredGroup = await _scored_by(self._rewards[ordinal % len(self._rewards)], group, texts)
+        scored: ScoredGroup = await scored_by(self._rewards[ordinal % len(self._rewards)], group, texts)
         return scored
 
     @staticmethod
@@ -330,21 +311,29 @@ class RolloutActor:
         """Every worker of this replica holds `version` whole."""
         await self.engine.collective_rpc("verify", args=(version, list(digests)))
 
-    async def swap(self, version: int, timeout_s: float) -> Swapped:
-        """Serve `version` from the next token on; without in-flight updates, once the running requests are done."""
-        return await within(timeout_s, self._swap(version), f"swapping replica {self.replica} to version {version}")
+    async def swap(self, version: int, timeout_s: float, hold: bool) -> Swapped | None:
+        """Serve `version` from the next token on; without in-flight updates, once the running requests are done.
 
-    async def _swap(self, version: int) -> Swapped:
+        With `hold` no token is sampled before `resume`.
+        """
+        swapping = self._swap(version, hold)
+        return await within(timeout_s, swapping, f"swapping replica {self.replica} to version {version}")
+
+    async def _swap(self, version: int, hold: bool) -> Swapped | None:
         await self._pause()
         loading = time.perf_counter()
         await self.engine.collective_rpc("swap")
         await self.engine.update_weight_version(str(version))
         self.version = version
-        swapped = time.perf_counter()
+        self._swap_s = time.perf_counter() - loading
+        return None if hold else await self.resume()
+
+    async def resume(self) -> Swapped:
+        """Go on sampling after a swap."""
         await self.engine.resume_generation()
         stopped, self._stopped = self._stopped, None
         assert stopped is not None, "it was paused"
-        return Swapped(pause_s=time.perf_counter() - stopped, swap_s=swapped - loading)
+        return Swapped(pause_s=time.perf_counter() - stopped, swap_s=self._swap_s)
 
     async def _pause(self) -> None:
         """No token is sampled from here on; running requests are kept, or finish first without in-flight updates."""
@@ -383,18 +372,6 @@ class RolloutActor:
         await asyncio.to_thread(self.engine.shutdown)
 
 
-async def _scored_by(worker: ray.actor.ActorHandle, *arguments: Any) -> Any:
-    """The answer of a reward or reference worker; one that has died is being started again, and is asked again.
-
-    Scoring leaves no trace in the worker, so it may be done twice. The caller keeps the deadline.
-    """
-    while True:
-        try:
-            return await worker.score.remote(*arguments)
-        except ActorUnavailableError:
-            await asyncio.sleep(_AGAIN_S)
-
-
 async def received(engine: Any) -> None:
     """Returns when the engine's workers have what they are being sent, or know that they will not.
 
@@ -404,68 +381,3 @@ async def received(engine: Any) -> None:
     while not all(await engine.collective_rpc("ready")):
         await asyncio.sleep(pause_s)
         pause_s = min(_READY_LAST_S, pause_s * _READY_GROWTH)
-
-
-def _unsampled(prompt: Prompt) -> Rollout:
-    """A rollout of which nothing is sampled: the prompt alone."""
-    num_prompt = len(prompt.token_ids)
-    return Rollout(
-        token_ids_T=np.array(prompt.token_ids, np.int32),
-        loss_mask_T=np.zeros(num_prompt, np.bool_),
-        logprobs_T=np.zeros(num_prompt, np.float32),
-        spans=(),
-        finish_reason=INTERRUPTED,
-    )
-
-
-def _at_limit(rollout: Rollout, limit: int) -> Rollout:
-    """The rollout, finished by `length` if it has no token left to sample."""
-    if rollout.finish_reason == INTERRUPTED and rollout.num_loss_tokens >= limit:
-        return replace(rollout, finish_reason="length")
-    return rollout
-
-
-def _continued(rollout: Rollout, completion: Any) -> Rollout:
-    """The rollout and, behind it, what vLLM sampled from there: one version span wherever the weights stayed."""
-    num_before, num_sampled = rollout.num_tokens, len(completion.token_ids)
-    pairs = zip(completion.token_ids, completion.logprobs, strict=True)
-    spans = [
-        VersionSpan(int(span.version), num_before + span.start, num_before + span.end)
-        for span in completion.weight_versions
-    ]
-    assert sum(span.stop - span.start for span in spans) == num_sampled, "every sampled token has a version"
-    if completion.finish_reason == "error":
-        raise RuntimeError("vLLM could not finish a request")
-    return Rollout(
-        token_ids_T=np.concatenate([rollout.token_ids_T, np.fromiter(completion.token_ids, np.int32)]),
-        loss_mask_T=np.concatenate([rollout.loss_mask_T, np.ones(num_sampled, np.bool_)]),
-        logprobs_T=np.concatenate(
-            [rollout.logprobs_T, np.fromiter((entry[token].logprob for token, entry in pairs), np.float32)]
-        ),
-        spans=_merged([*rollout.spans, *spans]),
-        finish_reason=INTERRUPTED if completion.finish_reason == "abort" else str(completion.finish_reason),
-    )
-
-
-def _merged(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
-    """The same tokens in the fewest spans: those of one version that touch become one."""
-    merged: list[VersionSpan] = []
-    for span in spans:
-        if merged and merged[-1].version == span.version and merged[-1].stop == span.start:
-            merged[-1] = replace(merged[-1], stop=span.stop)
-        else:
-            merged.append(span)
-    return tuple(merged)
-
-
-def _interrupted(group: Group, generate_s: float) -> Interrupted:
-    versions = [span.version for rollout in group.rollouts for span in rollout.spans]
-    return Interrupted(
-        ordinal=group.prompt.ordinal,
-        attempt=group.attempt,
-        replica=group.replica,
-        num_loss_tokens_G=tuple(rollout.num_loss_tokens for rollout in group.rollouts),
-        oldest_version=min(versions, default=None),
-        newest_version=max(versions, default=None),
-        generate_s=generate_s,
-    )

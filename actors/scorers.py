@@ -1,13 +1,14 @@
 """A reward or reference worker that dies or stops answering is started again, and what it was asked is asked again.
 
 Ray starts them again, on their bundle, under the same handle (`max_restarts`); the replicas repeat the calls that were
-lost (`actors/rollout.py`), which they may because scoring leaves no trace in a worker. Here somebody notices.
+lost, which they may because scoring leaves no trace in a worker; and here somebody notices.
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -16,6 +17,8 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from actors.deadline import DeadlineError, within
 from actors.errors import RunError, last_line
 from actors.recipe.schema import LivenessConfig
+
+_AGAIN_S = 0.5
 
 
 @dataclass(slots=True)
@@ -67,3 +70,15 @@ async def _ping(worker: ActorHandle) -> int:
     """The number of the process that answers."""
     process: int = await worker.ping.remote()
     return process
+
+
+async def scored_by(worker: ray.actor.ActorHandle, *arguments: Any) -> Any:
+    """The answer of a reward or reference worker; one that has died is being started again, and is asked again.
+
+    Scoring leaves no trace in the worker, so it may be done twice. The caller keeps the deadline.
+    """
+    while True:
+        try:
+            return await worker.score.remote(*arguments)
+        except ActorUnavailableError:
+            await asyncio.sleep(_AGAIN_S)

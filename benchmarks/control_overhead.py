@@ -23,7 +23,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -39,6 +39,7 @@ from actors.fleet import Fleet
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.router import Router
+from algorithms.budgets import RewardBudget
 from algorithms.config import GrpoConfig, StalenessConfig
 from algorithms.pacing import Pacer
 from algorithms.types import Batch, GroupSummary, Prompt, Update
@@ -158,8 +159,12 @@ class SleepingPolicy:
     async def settled(self, version: int) -> None:
         """There are no checkpoints."""
 
-    async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> None:
+    async def report(self, groups: list[ReadyGroup], batch: Batch, update: Update) -> Mapping[str, float]:
         self.done_at.append(time.perf_counter())
+        return update.metrics
+
+    async def health(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Nothing is learned, so nothing goes wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,20 +212,20 @@ async def run(folder: Path, num_steps: int) -> Overhead:
     )
     started = time.perf_counter()
     with Ledger(folder / "ledger.jsonl") as ledger:
-        limits = Limits(group_timeout_s=60.0, max_attempts=3, max_quarantined=0)
+        limits = Limits(group_timeout_s=60.0, max_attempts=3, max_quarantined=0, max_bad_rows=0)
         controller = Controller(
             num_steps=num_steps,
             staleness=StalenessConfig(max_staleness=MAX_STALENESS),
             algorithm=GrpoConfig(),
             max_tokens_per_micro_batch=4096,
             pacer=pacer,
-            attempts=Attempts(limits, None, prompts, pacer, router, fleet, ledger),
-            fleet=fleet,
+            attempts=Attempts(limits, None, RewardBudget(1.0), prompts, pacer, router, fleet, ledger),
             policy=policy,
             publisher=policy,
             ledger=ledger,
             depth=None,
             report=policy.report,
+            health=policy.health,
             settled=policy.settled,
             stopped=policy.settled,
         )

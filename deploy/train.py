@@ -38,7 +38,7 @@ from deploy.session import ray_session
 from deploy.trust import trusted_code
 from placement.cluster import from_ray, this_machine
 from placement.groups import ReservedPools, reserve
-from placement.plan import plan
+from placement.plan import PlacementError, plan
 
 _RESERVE_TIMEOUT_S = 120.0
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -129,7 +129,7 @@ def _run(job: Job, console: Console) -> None:
             raise RunError(
                 f"run_dir: another process has trained in {job.folder.path} meanwhile; give the command again"
             )
-        pools = reserve(plan(used_pools(job.recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
+        pools = _reserved(job.recipe)
         try:
             _begin(job, console)
             _train(job, pools, console)
@@ -138,6 +138,14 @@ def _run(job: Job, console: Console) -> None:
         finally:
             pools.release()
     _conclude(job.folder, console)
+
+
+def _reserved(recipe: Recipe) -> ReservedPools:
+    """All pools on the live cluster; RunError when it is too small or too busy."""
+    try:
+        return reserve(plan(used_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
+    except PlacementError as error:
+        raise RunError(str(error)) from None
 
 
 def _told(error: BaseException, folder: RunFolder) -> BaseException:

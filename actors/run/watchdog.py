@@ -118,7 +118,10 @@ class Watchdog:
         members = list(self._members())
         workers = await _seen(members)
         facts = self.pacer.facts() | {"the committed version is": str(self.publisher.committed)}
-        self.path.write_text(report(reason, workers, pending, facts), encoding="utf-8")
+        try:
+            self.path.write_text(report(reason, workers, pending, facts), encoding="utf-8")
+        except OSError as error:  # a disk that is full may be why it stalls
+            self.say(f"warning: {self.path} could not be written: {error}")
         return workers, pending
 
     def _members(self) -> Iterator[_Member]:

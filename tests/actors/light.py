@@ -121,6 +121,7 @@ class LightReplica:
         self.version: int | None = None
         self.model: dict[str, Tensor] = {}
         self._staging: Staging | None = None
+        self.sampling = False
 
     async def start(self) -> str:
         """There is no engine to build."""
@@ -156,7 +157,7 @@ class LightReplica:
         self._strike("verify")
         await asyncio.to_thread(self._staging.verify, version, list(digests), 1.0)
 
-    async def swap(self, version: int, timeout_s: float) -> Swapped:
+    async def swap(self, version: int, timeout_s: float, hold: bool) -> Swapped:
         assert self._staging is not None
         self._strike("swap")
         self.model = {name: tensor.clone() for name, tensor in self._staging.tensors()}
@@ -164,6 +165,12 @@ class LightReplica:
             self.model["layer.3"][0, 0] += 1.0  # after all digests were found right
         self._staging.commit()
         self.version = version
+        self.sampling = not hold
+        return Swapped(0.0, 0.0)
+
+    async def resume(self) -> Swapped:
+        assert not self.sampling, "only a swap that was held is resumed"
+        self.sampling = True
         return Swapped(0.0, 0.0)
 
     async def checksum(self) -> str:
@@ -177,7 +184,7 @@ class LightReplica:
         if self.version is None:
             return None, not self.model
         expected: Any = weights(self.version)
-        return self.version, all(torch.equal(self.model[name], expected[name]) for name in SHAPES)
+        return self.version, self.sampling and all(torch.equal(self.model[name], expected[name]) for name in SHAPES)
 
     async def close(self) -> None:
         if self._staging is not None:

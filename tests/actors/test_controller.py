@@ -20,8 +20,8 @@ from actors.health import Health
 from actors.journal import fates, read
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
-from actors.rollout import Interrupted
 from actors.router import Router
+from actors.sampled import Interrupted
 from algorithms.budgets import RewardBudget
 from algorithms.config import AdaptDepthConfig, FilterConfig, GrpoConfig, StalenessConfig, ZeroStdFilter
 from algorithms.depth import DepthController

@@ -19,7 +19,8 @@ from actors.policy import Objective, PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
 from actors.recipe.schema import GenerationConfig, PolicyConfig, RolloutConfig, TinyModel
-from actors.rollout import INTERRUPTED, Interrupted, RolloutActor, RolloutSettings
+from actors.rollout import RolloutActor, RolloutSettings
+from actors.sampled import INTERRUPTED, Interrupted
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.types import (
     Batch,

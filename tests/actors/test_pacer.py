@@ -1,7 +1,7 @@
 """The waits around the pacer: order of events, deadlines, and who is said to have waited for what."""
 
 import asyncio
-import itertools
+from itertools import pairwise
 
 import pytest
 
@@ -80,7 +80,7 @@ async def test_who_is_asked_about_a_stall_may_let_the_run_wait_on_or_end_it() ->
     with pytest.raises(RunError, match="the suspect"):
         await asyncio.wait_for(pacer.take(), timeout=5.0)
     assert len(asked) == 3
-    assert all(later - earlier >= 0.09 for earlier, later in itertools.pairwise(asked))
+    assert all(later - earlier >= 0.09 for earlier, later in pairwise(asked))
     assert pacer.facts()["the policy waits for"] == "groups"
 
 

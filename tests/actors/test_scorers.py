@@ -13,8 +13,7 @@ from ray.exceptions import RayActorError
 
 from actors.errors import RunError, first_cause
 from actors.recipe.schema import LivenessConfig
-from actors.rollout import _scored_by
-from actors.scorers import Scorers
+from actors.scorers import Scorers, scored_by
 
 LIVENESS = LivenessConfig(every_s=0.2, timeout_s=8.0, max_restarts=2)
 
@@ -54,7 +53,7 @@ async def asked(of: Scorers, worker: Any, value: int) -> int:
     """What the worker answers in the end, when it is known that it was started again."""
     async with of.watched(), asyncio.timeout(60.0):
         await asyncio.sleep(3 * LIVENESS.every_s)  # until it is known which process it was
-        answer: int = await _scored_by(worker, value)
+        answer: int = await scored_by(worker, value)
         while of.num_restarted == 0:  # noqa: ASYNC110  nobody is told
             await asyncio.sleep(0.05)
         return answer
@@ -74,7 +73,7 @@ async def test_a_worker_that_dies_or_hangs_answers_in_its_next_life(workers: lis
 async def dying_again_and_again(of: Scorers, worker: Any) -> None:
     async with of.watched(), asyncio.timeout(60.0):
         with contextlib.suppress(RayActorError):
-            await _scored_by(worker, -1)
+            await scored_by(worker, -1)
         await asyncio.Event().wait()
 
 

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import math
+import signal
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ from tests.chaos.run import GROUPS_PER_BATCH, ChaosRun, Outcome, forget, leaked,
 
 _END_S = 40.0
 """Ray's own processes take their time to end after the driver was killed."""
-_STEPS_PER_FAULT = 8
+_STEPS_PER_FAULT = 4
 _FAULTS_PER_RUN = 60
 _MAX_RUNS = 6
 
@@ -225,6 +226,7 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so the run under way is ended, too
     counts = main()
     good = {"faults", "classes", "recovery_steps_max"}
     sys.exit(any(value for name, value in counts.items() if name not in good))

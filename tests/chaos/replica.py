@@ -14,7 +14,8 @@ import ray
 from torch import Tensor
 
 from actors.policy import node_ip
-from actors.rollout import Interrupted, RolloutActor
+from actors.rollout import RolloutActor
+from actors.sampled import Interrupted
 from algorithms.types import Group, GroupSummary, Prompt, ScoredGroup
 from sync.receiver import WeightReceiver
 from sync.staging import CPU

@@ -82,10 +82,14 @@ class ChaosRun:
         )
         prepare(self.folder / "faults")
         journal = Journal(self.folder / "run" / "ledger.jsonl")
-        while not self.complete and self._vain < _MAX_LIVES_IN_VAIN:
-            before = journal.trained
-            self._live(recipe, journal)
-            self._vain = 0 if journal.trained > before else self._vain + 1
+        try:
+            while not self.complete and self._vain < _MAX_LIVES_IN_VAIN:
+                before = journal.trained
+                self._live(recipe, journal)
+                self._vain = 0 if journal.trained > before else self._vain + 1
+        finally:
+            if self.lives and self.lives[-1].exit_code is None:  # we are being ended
+                self.lives[-1].kill()
         if not self.complete:
             self.hangs += 1
             self.notes.append(f"{self.folder}: {_MAX_LIVES_IN_VAIN} lives without a step; see the last log")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from actors.rollout import _continued, _unsampled
+from actors.sampled import continued, unsampled
 from algorithms.types import Prompt, Rollout
 from tests.chaos.replica import LightEngine
 from tests.chaos.tokens import wrong_tokens
@@ -29,7 +29,7 @@ async def sample(swap: bool) -> list[Rollout]:
         await engine.update_weight_version("1")
         await engine.resume_generation()
     output = await request.get()
-    return [_continued(_unsampled(PROMPT), completion) for completion in output.outputs]
+    return [continued(unsampled(PROMPT), completion) for completion in output.outputs]
 
 
 @pytest.mark.parametrize("swap", [False, True])

@@ -44,7 +44,7 @@ ALLOWED = {
     "actors/rewards/pipe.py: _wait: select.poll()": "no wait: it makes the poller",
     "actors/rewards/pipe.py: _wait: poller.poll()": "a child waits for its parent; it ends with it (EOF, and a signal)",
     "actors/rollout.py: RolloutActor._sample: *": GROUP,
-    "actors/rollout.py: _scored_by: *": GROUP,
+    "actors/scorers.py: scored_by: *": GROUP,
     "actors/rollout.py: RolloutActor._final: outputs": "`score_tokens` gives it its deadline",
     "actors/rollout.py: RolloutActor.ping: *": PHASE,
     "actors/rollout.py: RolloutActor.begin_receive: *": PHASE,
