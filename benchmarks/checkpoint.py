@@ -17,7 +17,6 @@ and syncs, is done in a process of its own, as in a run. Everything is measured 
 
 import json
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -117,11 +116,8 @@ def policy(folder: Path) -> PolicyActor:
         objective=Objective(None, 1.0, LENGTH),
         run_dir=str(folder),
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     rank = PolicyActor(0, settings)
-    rank.start("127.0.0.1", port)
+    rank.start(*rank.address())
     return rank
 
 
