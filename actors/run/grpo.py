@@ -101,7 +101,8 @@ class Lives:
 
     async def _recovered(self, error: PolicyLostError | RollBackError) -> Resume | None:
         """Where the run goes on from, with a new policy and replicas that hold no version."""
-        recipe, folder, store = self.run.recipe, self.run.folder, CheckpointStore(self.run.folder.checkpoints)
+        recipe, folder = self.run.recipe, self.run.folder
+        store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best)
         try:
             finding = aside(find, store, folder.recipe, recipe, ())
             resume = await within(recipe.checkpoint.timeout_s, finding, "reading the newest checkpoint")
