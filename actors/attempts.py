@@ -32,6 +32,8 @@ class Limits:
 
     group_timeout_s: float
     """Deadline of one group: generation, reference and reward."""
+    start_timeout_s: float
+    """Of a replica, which may be the only one."""
     max_attempts: int
     max_quarantined: int
     max_bad_rows: int
@@ -71,7 +73,8 @@ class Attempts:
             await self._unusable(slot, error)
             return
         partial = self._partial.pop(slot.ordinal, None)
-        sent = await within(timeout_s, self.router.dispatch(prompt, slot, partial), f"{name}: finding a replica")
+        dispatching = self.router.dispatch(prompt, slot, partial)
+        sent = await within(timeout_s + self.limits.start_timeout_s, dispatching, f"{name}: finding a replica")
         self.ledger.dispatched(slot, sent.replica)
         try:
             answer = await within(timeout_s, sent.answer, name)

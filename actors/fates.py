@@ -103,6 +103,11 @@ class Fates:
         """Ordinals without a fate; empty when the run is over."""
         return set(self.dispatched) - set(self.trained) - set(self.left_out)
 
+    def passed_over(self) -> list[int]:
+        """Ordinals that were neither dispatched nor left out, though later ones were; empty when the run is over."""
+        known = {*self.dispatched, *self.left_out}
+        return sorted(set(range(max(known, default=-1) + 1)) - known)
+
     def problems(self) -> Iterator[str]:
         """What must never be: an ordinal with two fates, or a fate without a dispatch, or steps of unequal size."""
         for ordinal, count in sorted(self.trained.items()):

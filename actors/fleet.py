@@ -25,7 +25,7 @@ from actors.recipe.schema import LivenessConfig
 from actors.router import Router
 
 _CLOSE_TIMEOUT_S = 10.0
-_FORGET_TIMEOUT_S = 40.0
+_FORGET_TIMEOUT_S = 100.0
 
 
 class State(Enum):

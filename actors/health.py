@@ -41,8 +41,9 @@ class Health:
         if skipped:  # what it measured is of weights that have not moved
             return
         found = [(watch.rule, sentence) for watch in self._watches if (sentence := watch.after(metrics)) is not None]
+        factor = metrics["policy/learning_rate_factor"]
         for rule, sentence in found:
-            await self._act(rule, sentence, metrics)
+            factor = await self._act(rule, sentence, factor)
 
     def _count_skipped(self, version: int, skipped: bool) -> None:
         self._num_skipped_in_a_row = self._num_skipped_in_a_row + 1 if skipped else 0
@@ -54,20 +55,22 @@ class Health:
                 "out of range"
             )
 
-    async def _act(self, rule: Rule, sentence: str, metrics: Mapping[str, float]) -> None:
+    async def _act(self, rule: Rule, sentence: str, factor: float) -> float:
+        """`factor` is what the schedule's learning rate is multiplied by; returns what it is multiplied by then."""
         match rule.action:
             case "warn":
                 self._say(f"warning: {sentence}")
             case "pause":
                 await self._pacer.stop(f"{sentence} (health.rules: {rule.kind} pauses the run)")
             case "lower_learning_rate":
-                await self._lower_learning_rate(rule, sentence, metrics["policy/learning_rate_factor"])
+                return await self._lower_learning_rate(rule, sentence, factor)
             case "roll_back":
                 self._roll_back(rule, sentence)
             case _:
                 assert_never(rule.action)
+        return factor
 
-    async def _lower_learning_rate(self, rule: Rule, sentence: str, factor: float) -> None:
+    async def _lower_learning_rate(self, rule: Rule, sentence: str, factor: float) -> float:
         """The factor says how often it was lowered, in this process or in one before."""
         config = self._config
         lower = factor * config.learning_rate_factor
@@ -76,11 +79,12 @@ class Health:
                 f"warning: {sentence}; the learning rate was lowered to {factor:g} of its schedule already, as often "
                 f"as health.max_lowerings allows ({config.max_lowerings})"
             )
-            return
+            return factor
         await self._policy.scale_learning_rate(config.learning_rate_factor)
         self._say(
             f"warning: {sentence} (health.rules: {rule.kind} lowers the learning rate to {lower:g} of its schedule)"
         )
+        return lower
 
     def _roll_back(self, rule: Rule, sentence: str) -> None:
         allowed = self._config.max_roll_backs

@@ -31,7 +31,12 @@ def check(path: Path, lines: int) -> None:
     """The journal holds the `lines` lines that a cut counts on; ValueError when it does not."""
     if not path.is_file():
         raise ValueError(f"{path}: is gone, and without it nobody knows what was trained; begin anew with --overwrite")
-    found = len(read(path))
+    events = read(path)
+    try:
+        fates(events)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; put the whole file back, or begin anew with --overwrite") from error
+    found = len(events)
     if found < lines:
         raise ValueError(
             f"{path}: has {found} lines where the checkpoint counts on {lines}: somebody has cut it off; put the whole "
@@ -61,8 +66,11 @@ def fates(events: Iterable[Event]) -> Fates:
         else:
             standing.append((number, event))
     result = Fates(num_cuts=num_cuts)
-    for _, event in standing:
-        result.apply(event)
-    for event in undone:
-        result._wasted("rolled back", sum(event["lengths"]), event["generate_s"])
+    try:
+        for _, event in standing:
+            result.apply(event)
+        for event in undone:
+            result._wasted("rolled back", sum(event["lengths"]), event["generate_s"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a journal has no such event: {event} ({type(error).__name__}: {error})") from error
     return result

@@ -1,10 +1,11 @@
 """The policy as one: every call goes to all ranks, and all must answer within the deadline."""
 
 import asyncio
+import contextlib
 import itertools
 import math
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,10 +52,8 @@ class PolicyGroup:
             share = RankBatch(_renumbered(micro_batches, needed), normalizer, batch.oldest_version)
             calls.append(rank.step.remote(share, *(groups[index] for index in needed)))
         what = f"the policy step at version {batch.version}"
-        try:
+        with _lost():
             updates: list[RankUpdate] = await _answer(self.timeout_s, asyncio.gather(*calls), what)
-        except RunError as error:  # in the middle of a step no rank is where it was
-            raise PolicyLostError(str(error)) from error
         assert {update.version for update in updates} == {batch.version + 1}, "only the policy counts versions, by one"
         assert len({update.skipped for update in updates}) == 1, "all ranks step, or none does"
         return _merge(batch, updates, time.perf_counter() - started)
@@ -63,8 +62,15 @@ class PolicyGroup:
         """From the next step on, on every rank, whatever the schedule; kept in checkpoints."""
         await self._all("scale_learning_rate", factor, timeout_s=self.timeout_s)
 
-    async def watch(self, config: LivenessConfig) -> NoReturn:
-        """Never returns; PolicyLostError when a rank gives no sign of life."""
+    @contextlib.asynccontextmanager
+    async def watched(self, config: LivenessConfig) -> AsyncIterator[None]:
+        """PolicyLostError, in a group, when a rank gives no sign of life while the context is open."""
+        async with asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(self._watch(config), name="watch the policy")
+            yield
+            watch.cancel()
+
+    async def _watch(self, config: LivenessConfig) -> NoReturn:
         for rank in itertools.cycle(range(len(self.ranks))):
             if rank == 0:
                 await asyncio.sleep(config.every_s)
@@ -82,7 +88,8 @@ class PolicyGroup:
     async def open_wire(self, config: SyncConfig) -> Ticket:
         """The rendezvous of a broadcast group, at rank 0."""
         opening: Any = self.ranks[0].open_wire.remote(config.transport, config.timeout_s)
-        ticket: Ticket = await _answer(config.timeout_s, opening, "opening the weight wire")
+        with _lost():
+            ticket: Ticket = await _answer(config.timeout_s, opening, "opening the weight wire")
         return ticket
 
     async def join_weights(self, membership: Membership) -> None:
@@ -100,7 +107,8 @@ class PolicyGroup:
 
     async def snapshot(self) -> None:
         """Copy all that the next step depends on to rank 0's host; training stands still for that alone."""
-        await self._all("snapshot", timeout_s=self.timeout_s)
+        with _lost():
+            await self._all("snapshot", timeout_s=self.timeout_s)
 
     async def write_snapshot(self, folder: Path, timeout_s: float) -> None:
         """Write the snapshot while training goes on."""
@@ -118,6 +126,15 @@ class PolicyGroup:
         calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
         answers: list[Any] = await _answer(timeout_s, asyncio.gather(*calls), f"policy {method}")
         return answers
+
+
+@contextlib.contextmanager
+def _lost() -> Iterator[None]:
+    """Ranks that fail in the middle of what they do together are not where they were, nor at one place."""
+    try:
+        yield
+    except RunError as error:
+        raise PolicyLostError(str(error)) from error
 
 
 async def _answer(timeout_s: float, call: Awaitable[Any], what: str) -> Any:

@@ -163,7 +163,7 @@ class Publisher:
         swapped = await self._phase(f"swapping to version {version}", whole, calls, self.drain_timeout_s)
         if hold:
             right = await self._compared(version, [replica for replica, _ in swapped])
-            calls = [replica.handle.resume.remote() for replica in right]
+            calls = [replica.handle.resume_generation.remote() for replica in right]
             swapped = await self._phase(f"resuming with version {version}", right, calls)
         serving = [replica for replica, _ in swapped]
         if not serving:

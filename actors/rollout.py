@@ -96,6 +96,7 @@ class RolloutActor:
         self._idle = asyncio.Event()
         """No group is in the engine."""
         self._idle.set()
+        self._swapping = asyncio.Lock()
         self._num_fills = itertools.count()
         self._adapter: Any = None  # what a request must bear to be served with it
         self._is_staged = True
@@ -287,7 +288,9 @@ class RolloutActor:
         """What is being sampled ends now, and nothing is served before a version comes; the engine stays."""
         await self.interrupt(None)
         await within(_ABORT_TIMEOUT_S, self._idle.wait(), "ending what is being sampled")
+        await within(_ABORT_TIMEOUT_S, self._swapping.acquire(), "ending a swap")
         self.version = None
+        self._swapping.release()
 
     async def ping(self) -> None:
         """The engine and its workers answer."""
@@ -320,15 +323,16 @@ class RolloutActor:
         return await within(timeout_s, swapping, f"swapping replica {self.replica} to version {version}")
 
     async def _swap(self, version: int, hold: bool) -> Swapped | None:
-        await self._pause()
-        loading = time.perf_counter()
-        await self.engine.collective_rpc("swap")
-        await self.engine.update_weight_version(str(version))
-        self.version = version
-        self._swap_s = time.perf_counter() - loading
-        return None if hold else await self.resume()
+        async with self._swapping:
+            await self._pause()
+            loading = time.perf_counter()
+            await self.engine.collective_rpc("swap")
+            await self.engine.update_weight_version(str(version))
+            self.version = version
+            self._swap_s = time.perf_counter() - loading
+            return None if hold else await self.resume_generation()
 
-    async def resume(self) -> Swapped:
+    async def resume_generation(self) -> Swapped:
         """Go on sampling after a swap."""
         await self.engine.resume_generation()
         stopped, self._stopped = self._stopped, None

@@ -6,6 +6,7 @@ lost, which they may because scoring leaves no trace in a worker; and here someb
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from actors.errors import RunError, last_line
 from actors.recipe.schema import LivenessConfig
 
 _AGAIN_S = 0.5
+_START_TIMEOUT_S = 600.0
 
 
 @dataclass(slots=True)
@@ -42,13 +44,15 @@ class Scorers:
     async def _watch(self, name: str) -> None:
         worker = self.workers[name]
         process: int | None = None  # which one answered last
-        gone = False
+        gone, since = False, time.monotonic()
         while True:
             await asyncio.sleep(self.liveness.every_s)
             try:
                 answered = await within(self.liveness.timeout_s, _ping(worker), f"a sign of life of {name}")
             except ActorUnavailableError:
                 gone = True  # Ray is starting it again
+                if time.monotonic() - since > _START_TIMEOUT_S:
+                    raise RunError(f"{name} died and could not be started again in {_START_TIMEOUT_S:g} s") from None
                 continue
             except DeadlineError as error:
                 self.say(f"warning: {error}; it is killed and started again")
@@ -63,7 +67,7 @@ class Scorers:
             if gone or process not in (None, answered):
                 self.num_restarted += 1
                 self.say(f"warning: {name} had died and was started again")
-            process, gone = answered, False
+            process, gone, since = answered, False, time.monotonic()
 
 
 async def _ping(worker: ActorHandle) -> int:

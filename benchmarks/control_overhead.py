@@ -212,7 +212,7 @@ async def run(folder: Path, num_steps: int) -> Overhead:
     )
     started = time.perf_counter()
     with Ledger(folder / "ledger.jsonl") as ledger:
-        limits = Limits(group_timeout_s=60.0, max_attempts=3, max_quarantined=0, max_bad_rows=0)
+        limits = Limits(group_timeout_s=60.0, start_timeout_s=1.0, max_attempts=3, max_quarantined=0, max_bad_rows=0)
         controller = Controller(
             num_steps=num_steps,
             staleness=StalenessConfig(max_staleness=MAX_STALENESS),

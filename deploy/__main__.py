@@ -1,6 +1,7 @@
 """The command line: a user's error ends in one message and exit code 2, never in a traceback.
 
-Exit codes: 0 done, 1 the run failed, 2 the input must be mended, 75 stopped by a signal with a checkpoint left.
+Exit codes: 0 done, 1 the run failed, 2 the input must be mended, 75 stopped by a signal or a rule of health with
+a checkpoint left.
 """
 
 import os
@@ -50,6 +51,8 @@ def train(
     with _user_errors():
         loaded = load_recipe(recipe, overrides or ())
     address = address or os.environ.get("RAY_ADDRESS")
+    if address == "local":  # Ray's word for a Ray of one's own
+        address = None
     if address is None:
         shut_in(os.environ)  # before Ray is loaded, which reads it then
     # After the recipe is known to be good: these load Ray and torch, which takes seconds.

@@ -20,6 +20,7 @@ def show(run_dir: Path) -> bool:
     problems = list(found.problems())
     if folder.finished:
         problems += [f"ordinal {ordinal} has no fate, and the run is finished" for ordinal in sorted(found.lost())]
+        problems += [f"ordinal {ordinal} was passed over: it was never dispatched" for ordinal in found.passed_over()]
     console = Console()
     console.print(_fates(found), _waste(found))
     if found.quarantined:

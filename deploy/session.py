@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from actors.errors import RunError, last_line
+
 # Ray binds to loopback alone where it does not mean to form clusters, which this says on Linux as well.
 _NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
@@ -28,6 +30,25 @@ def shut_in(env: MutableMapping[str, str]) -> None:
 @contextlib.contextmanager
 def ray_session(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
     """Join the cluster at `address`, else start a local Ray; a Ray started here ends here."""
+    import ray
+
+    try:
+        _init(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there, or it does not let us in
+        where = "the local Ray did not start" if address is None else f"--address {address}"
+        raise RunError(f"{where}: {last_line(error)}") from None
+    try:
+        if address is not None and is_open(ray.get_runtime_context().gcs_address, os.environ):
+            say(
+                f"warning: the Ray cluster at {ray.get_runtime_context().gcs_address} asks for no token: whoever "
+                "reaches its ports can run code there (SECURITY.md says how to set one)"
+            )
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init(address: str | None) -> None:
     import logging
 
     import ray
@@ -42,15 +63,6 @@ def ray_session(address: str | None, say: Callable[[str], None]) -> Iterator[Non
         ray.init(address, **quiet)  # a submitted job has brought its working directory already
     else:
         ray.init(address, runtime_env={"working_dir": here}, **quiet)
-    try:
-        if address is not None and is_open(ray.get_runtime_context().gcs_address, os.environ):
-            say(
-                f"warning: the Ray cluster at {ray.get_runtime_context().gcs_address} asks for no token: whoever "
-                "reaches its ports can run code there (SECURITY.md says how to set one)"
-            )
-        yield
-    finally:
-        ray.shutdown()
 
 
 def is_open(gcs_address: str, env: MutableMapping[str, str]) -> bool:

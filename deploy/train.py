@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -18,7 +19,7 @@ from actors.checkpoint.store import CheckpointStore
 from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.examples import ExampleStream
 from actors.data.prompts import PromptStream
-from actors.errors import RunError, first_cause
+from actors.errors import RunError, first_cause, last_line
 from actors.journal import check
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
@@ -133,7 +134,7 @@ def _run(job: Job, console: Console) -> None:
         try:
             _begin(job, console)
             _train(job, pools, console)
-        except (BaseExceptionGroup, OSError) as errors:
+        except (BaseExceptionGroup, OSError, RayError) as errors:
             raise _told(first_cause(errors), job.folder) from None
         finally:
             pools.release()
@@ -153,6 +154,8 @@ def _told(error: BaseException, folder: RunFolder) -> BaseException:
     if isinstance(error, OSError) and error.errno in _DISK:
         where = error.filename or folder.path
         return RunError(f"run_dir: {where} cannot be written: {error.strerror}; make room, and give the command again")
+    if isinstance(error, RayError):
+        return RunError(last_line(error))
     return error
 
 

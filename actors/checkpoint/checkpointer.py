@@ -19,12 +19,17 @@ from actors.checkpoint.cut import Cut
 from actors.checkpoint.groups import SavedGroup
 from actors.checkpoint.store import CheckpointStore
 from actors.deadline import aside, within
-from actors.errors import RunError
+from actors.errors import PolicyLostError, RunError
 from actors.model.files import MODEL
 from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
 
 _FETCH_TIMEOUT_S = 60.0
+# Of Ray, the disk, or a column of the data set that is no JSON.
+_WORTH_NO_RUN = (
+    OSError, RunError, RayError, msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError,
+    NotImplementedError,
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -70,7 +75,11 @@ class Checkpointer:
         """The run stops here: a cut, on the disk when this returns; RunError when it could not be written."""
         if version != self.cut_version:
             await self.cut(version)
-        await self._written()
+        try:
+            await self._written()
+        except RunError as error:
+            lost = error.__cause__
+            raise lost if isinstance(lost, PolicyLostError) else error from None
 
     async def cut(self, version: int) -> None:
         """Take one; the one before must have been written."""
@@ -97,8 +106,7 @@ class Checkpointer:
             return
         try:
             await within(timeout_s or self.config.timeout_s, writing, "writing it")
-        except (OSError, RunError, RayError, ValueError, TypeError, OverflowError, NotImplementedError) as error:
-            # Of Ray, the disk, or a column of the data set that is no JSON: none of them is worth the run.
+        except _WORTH_NO_RUN as error:
             raise RunError(f"the checkpoint of version {self.cut_version} could not be written: {error}") from error
 
     async def _write(self, cut: Cut, ready: list[ReadyGroup]) -> None:

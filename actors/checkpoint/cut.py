@@ -59,7 +59,8 @@ class Cut(msgspec.Struct, frozen=True):
     """A run goes on at weight version `version`. Of a supervised run nothing is in flight, and there is no journal.
 
     Not in it, and begun anew: how many replicas were rebuilt, the mean length by which the router balances, what an
-    interrupted attempt had sampled, the failures of rewards in a row, and what the rules of health have seen.
+    interrupted attempt had sampled, the failures of rewards in a row, how
+    often the policy was lost or rolled back, and what the rules of health have seen.
     """
 
     version: int

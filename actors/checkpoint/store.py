@@ -19,6 +19,7 @@ import xxhash
 
 from actors.checkpoint.best import best_of, score_of
 from actors.checkpoint.config import BestConfig
+from actors.errors import RunError
 
 _COMPLETE = "COMPLETE.json"
 _COMMITTED = re.compile(r"version-(\d{8,18})")
@@ -51,8 +52,7 @@ class CheckpointStore:
 
     def stage(self, version: int) -> Path:
         """An empty folder for the files of a checkpoint."""
-        for left_behind in self.path.glob(".staged-*"):
-            shutil.rmtree(left_behind)
+        self._clear()
         folder = self.path / f".staged-{version:08d}"
         folder.mkdir(parents=True)
         return folder
@@ -60,6 +60,13 @@ class CheckpointStore:
     def commit(self, version: int) -> Path:
         """What was staged is a checkpoint when this returns, whatever happens to the machine then."""
         staged = self.path / f".staged-{version:08d}"
+        held = os.open(staged, os.O_RDONLY)  # while it is open, no other folder can have its number
+        try:
+            return self._commit(version, staged, os.fstat(held).st_ino)
+        finally:
+            os.close(held)
+
+    def _commit(self, version: int, staged: Path, number: int) -> Path:
         files = {name: _describe(staged / name) for name in _files(staged)}
         listing = _Listing(version, self._run_id() or self._name_run(), files)
         (staged / _COMPLETE).write_bytes(msgspec.json.format(msgspec.json.encode(listing), indent=1) + b"\n")
@@ -68,7 +75,8 @@ class CheckpointStore:
                 _sync(Path(folder) / name)
             _sync(Path(folder))
         committed = self._folder(version)
-        assert not committed.exists(), f"version {version} is cut once; going back discards what came later"
+        if committed.exists() or staged.stat().st_ino != number:
+            raise RunError(f"{staged}: the run has gone back meanwhile, and this checkpoint is given up")
         staged.rename(committed)
         _sync(self.path)
         self._prune()
@@ -106,7 +114,11 @@ class CheckpointStore:
         return folder
 
     def discard_after(self, version: int) -> None:
-        """The run goes back to `version`; what came later belongs to a history that is given up."""
+        """The run goes back to `version`; what came later belongs to a history that is given up.
+
+        So does what is being written: whoever still writes it finds nothing to commit.
+        """
+        self._clear()
         for later in self.versions():
             if later > version:
                 _remove(self._folder(later))
@@ -118,6 +130,13 @@ class CheckpointStore:
         if self.best is None:
             return None
         return best_of({version: score_of(self._folder(version)) for version in self.versions()}, self.best)
+
+    def _clear(self) -> None:
+        """Nothing is staged; a thread that was given up may still write to what it had opened."""
+        for left_behind in self.path.glob(".staged-*"):
+            doomed = self.path / f".staged-gone-{uuid.uuid4().hex}"
+            left_behind.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def _folder(self, version: int) -> Path:
         return self.path / f"version-{version:08d}"

@@ -9,7 +9,7 @@ from actors.checkpoint.resume import Resume, find
 from actors.checkpoint.store import CheckpointStore
 from actors.data.prompts import PromptStream
 from actors.deadline import aside, within
-from actors.errors import PolicyLostError, RollBackError, RunError, first_cause
+from actors.errors import PolicyLostError, RollBackError, RunError, StoppedError, first_cause
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
@@ -50,7 +50,6 @@ async def run_grpo(
             async with workers.fleet.supervised(recipe.liveness), workers.scorers.watched():
                 with on_signal(lives.stop, progress.say):
                     summary = await lives.live(resume)
-        await lives.policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)
     plot_run(folder.read_metrics(), recipe.staleness.max_staleness, folder.plot)
     folder.write_summary(summary)
@@ -64,24 +63,41 @@ class Lives:
     policy: PolicyGroup
     num_lost: int = 0
     num_roll_backs: int = 0
+    checkpoint_stall_s: float = 0.0
     _life: Life | None = None
     _stopped: bool = False
 
     async def live(self, resume: Resume | None) -> dict[str, object]:
-        """To the last step; the summary. Raises what stopped the run."""
+        """To the last step, and to the model that it leaves; the summary. Raises what stopped the run."""
+        lost: PolicyLostError | RollBackError | None = None
         while True:
             try:
-                self._life = await begin(self.run, self.policy, resume, self.num_roll_backs)
-                if self._stopped:
-                    await self._life.pacer.stop()
-                await self._life.live()
-                return self._life.summary() | {"policy_restarts": self.num_lost, "roll_backs": self.num_roll_backs}
+                if lost is not None:
+                    resume = await self._recovered(lost)
+                return await self._lived(resume)
             except (BaseExceptionGroup, PolicyLostError) as errors:
                 error = first_cause(errors)
-                if not isinstance(error, PolicyLostError | RollBackError):
+                task = asyncio.current_task()
+                if not isinstance(error, PolicyLostError | RollBackError) or (task and task.cancelling()):
                     raise
-            self._count(error)
-            resume = await self._recovered(error)
+            lost = error
+            self._count(lost)
+
+    async def _lived(self, resume: Resume | None) -> dict[str, object]:
+        """One life, to its end."""
+        life = self._life = await begin(self.run, self.policy, resume, self.num_roll_backs)
+        if self._stopped:
+            await life.pacer.stop()
+        try:
+            await life.live()
+        finally:
+            self.checkpoint_stall_s += life.checkpointer.stall_s
+        await self.policy.save(self.run.folder.model)
+        return life.summary() | {
+            "checkpoint_stall_s": self.checkpoint_stall_s,
+            "policy_restarts": self.num_lost,
+            "roll_backs": self.num_roll_backs,
+        }
 
     async def stop(self) -> None:
         """The run ends in order after the step under way, also when that is in a life to come."""
@@ -103,9 +119,12 @@ class Lives:
         """Where the run goes on from, with a new policy and replicas that hold no version."""
         recipe, folder = self.run.recipe, self.run.folder
         store = CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best)
+        if self._stopped and store.versions():
+            raise StoppedError(f"stopped, and the policy was lost meanwhile ({error}); the same command goes on")
+        timeout_s = recipe.checkpoint.timeout_s
         try:
             finding = aside(find, store, folder.recipe, recipe, ())
-            resume = await within(recipe.checkpoint.timeout_s, finding, "reading the newest checkpoint")
+            resume = await within(timeout_s, finding, "reading the newest checkpoint")
         except ValueError as damaged:
             raise RunError(f"{error}, and there is nothing to go on from: {damaged}") from error
         version = 0 if resume is None else resume.cut.version
@@ -113,9 +132,16 @@ class Lives:
         for note in (f"warning: {error}; the policy is built again and goes on from step {version}", *notes):
             self.run.progress.say(note)
         folder.rewind(recipe, version)
-        store.discard_after(version)
+        await within(timeout_s, aside(store.discard_after, version), "removing what came later")
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.run.workers.fleet.forget())
-            started = tasks.create_task(self.run.workers.ranks.start())
+            started = tasks.create_task(self._started())
         self.policy = started.result()
         return resume
+
+    async def _started(self) -> PolicyGroup:
+        """New ranks; that they do not start is one loss more."""
+        try:
+            return await self.run.workers.ranks.start()
+        except RunError as error:
+            raise PolicyLostError(str(error)) from error

@@ -4,7 +4,6 @@ A run has one life, unless its policy fails. Then another begins at the newest c
 is left but the engines and the journal: what happened since the cut happened to weights that are gone.
 """
 
-import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
 from actors.data.prompts import PromptStream
+from actors.errors import PolicyLostError, first_cause
 from actors.health import Health
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
@@ -71,13 +71,12 @@ class Life:
         liveness = self.run.recipe.liveness
         with self.ledger:
             try:
-                await self.publisher.connect()
-                async with self.watchdog.watching(), asyncio.TaskGroup() as tasks:
-                    watch = tasks.create_task(self.policy.watch(liveness), name="watch the policy")
+                async with self.watchdog.watching(), self.policy.watched(liveness):
+                    await self.publisher.connect()
                     await self.controller.run()
-                    watch.cancel()
-            except BaseException:
-                await self.checkpointer.finish(liveness.timeout_s)  # the policy that writes may be what has failed
+            except BaseException as error:
+                lost = isinstance(first_cause(error), PolicyLostError)  # and it is the policy that writes
+                await self.checkpointer.finish(liveness.timeout_s if lost else None)
                 raise
             await self.checkpointer.finish()
 
@@ -85,7 +84,6 @@ class Life:
         """The figures of the whole run."""
         workers = self.run.workers
         return self.reporter.summary() | {
-            "checkpoint_stall_s": self.checkpointer.stall_s,
             "replicas_rebuilt": workers.fleet.num_rebuilt,
             "scorers_restarted": workers.scorers.num_restarted,
         }
@@ -102,7 +100,8 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, num_roll_b
     version = 0
     if resume is not None:
         version = resume.cut.version
-        await policy.restore(resume.path)
+        async with policy.watched(recipe.liveness):
+            await policy.restore(resume.path)
         waiting.restore(replace(resume.cut.pacer, batches_left=recipe.steps - version), _ready(resume))
     publisher = _publisher(run, policy)
     ledger = _ledger(folder, resume)
@@ -225,6 +224,7 @@ def _publisher(run: Run, policy: PolicyGroup) -> Publisher:
 def _limits(recipe: GrpoRecipe) -> Limits:
     return Limits(
         group_timeout_s=group_timeout_s(recipe),
+        start_timeout_s=recipe.rollout.start_timeout_s,
         max_attempts=recipe.rollout.max_attempts,
         max_quarantined=recipe.rollout.max_quarantined,
         max_bad_rows=recipe.dataset.max_bad_rows,

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 import msgspec
+from ray.exceptions import RayError
 
 from actors.checkpoint.cut import Progress
 from actors.deadline import within
+from actors.errors import RunError, last_line
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.publisher import Publisher
@@ -55,7 +57,7 @@ class Reporter:
         self._warn_of_quarantine()
         logging = self._recipe.logging
         if update.step % logging.completions_every == 0 and logging.num_completions:
-            self._folder.write_completions(update.step, await self._sample(groups, batch))
+            await self._write_sample(groups, batch)
         self._progress.step(update.version, _figures(metrics))
         return metrics
 
@@ -139,6 +141,12 @@ class Reporter:
             "time/score_s": _mean([group.summary.score_s for group in groups]),
             **{f"wait/{name}_s": seconds for name, seconds in waits.items()},
         }
+
+    async def _write_sample(self, groups: list[ReadyGroup], batch: Batch) -> None:
+        try:
+            self._folder.write_completions(batch.version, await self._sample(groups, batch))
+        except (RayError, RunError) as error:  # the machine that held them may be gone
+            self._progress.say(f"warning: no completions of step {batch.version}: {last_line(error)}")
 
     async def _sample(self, groups: list[ReadyGroup], batch: Batch) -> list[dict[str, Any]]:
         """The first rollout of the first groups, with what was said, what it earned and which weights said it."""

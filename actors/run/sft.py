@@ -60,9 +60,11 @@ async def run_sft(
                 healthy=lambda: True,  # the rules of health are about rollouts
                 cut_version=None if resume is None else learner.version,
             )
-            with on_signal(learner.stop, progress.say):
-                await learner.run(checkpointer)
-            await checkpointer.finish()
+            try:
+                with on_signal(learner.stop, progress.say):
+                    await learner.run(checkpointer)
+            finally:
+                await checkpointer.finish()
         await policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)
     plot_loss(folder.read_metrics(), folder.path / "loss.png")

@@ -168,7 +168,7 @@ class LightReplica:
         self.sampling = not hold
         return Swapped(0.0, 0.0)
 
-    async def resume(self) -> Swapped:
+    async def resume_generation(self) -> Swapped:
         assert not self.sampling, "only a swap that was held is resumed"
         self.sampling = True
         return Swapped(0.0, 0.0)

@@ -136,7 +136,9 @@ class Bench:
         self.fleet = Fleet(self.spawn, 2, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append)
         self.exclusive = asyncio.Lock()
         self.health = Health(health, self.pacer, stand_in, self.said.append, num_roll_backs)
-        limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1, max_bad_rows=max_bad_rows)
+        limits = Limits(
+            group_timeout_s=5.0, start_timeout_s=1.0, max_attempts=3, max_quarantined=1, max_bad_rows=max_bad_rows
+        )
         budget = RewardBudget(max_failed_share=0.1)
         attempts = Attempts(limits, dynamic_sampling, budget, prompts, self.pacer, self.router, self.fleet, self.ledger)
         self.controller = Controller(

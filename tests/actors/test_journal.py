@@ -93,3 +93,12 @@ def test_a_journal_that_lacks_what_a_cut_counts_on_is_refused(tmp_path: Path) ->
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="lines where the checkpoint counts on 8"):
         journal.check(path, 8)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"event": "trained", "ordinal": 1, "t": 0}', '{"event": "sung", "ordinal": 1, "t": 0}']
+)
+def test_an_event_of_no_journal_is_told(line: str, tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"ledger\.jsonl: .*--overwrite"):
+        journal.check(tmp_path / "ledger.jsonl", 1)

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import signal
 import sys
 import tempfile
@@ -122,6 +123,7 @@ def inject(batch: Batch, how: How) -> Result:
         while names and number < _MAX_RUNS + batch.faults // 10:
             share = min(len(names), _FAULTS_PER_RUN)
             folder = how.work / f"run-{batch.seed}-{number}"
+            shutil.rmtree(folder, ignore_errors=True)  # of a campaign that was stopped here
             steps = _STEPS_PER_FAULT * share + 6
             run = ChaosRun(batch.engine, folder, batch.seed + number, steps, names[:share], tick, how.deadline)
             run.drive()

@@ -45,7 +45,7 @@ def rewards(folder: Path) -> list[tuple[int, float, float]]:
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     preload()
     run(tmp_path / "whole", None)
-    killed_at = random.Random(time.time_ns()).randrange(6, STEPS - 3)
+    killed_at = random.Random().randrange(11, STEPS - 3)  # a checkpoint at 5 was written long before
     print(f"killed at step {killed_at}")
     run(tmp_path / "killed", killed_at)
     journal = (tmp_path / "killed" / "run" / "ledger.jsonl").read_text()

@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
+import ray
 
 from actors.errors import RunError
 from actors.run.folder import RunFolder
@@ -16,6 +17,12 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     assert str(told).startswith(f"run_dir: {tmp_path} cannot be written: No space left on device; make room")
     told = _told(OSError(errno.EROFS, "Read-only file system", "/there/ledger.jsonl"), RunFolder(tmp_path))
     assert "/there/ledger.jsonl cannot be written" in str(told)
+
+
+def test_a_lost_object_is_told_in_a_line(tmp_path: Path) -> None:
+    told = _told(ray.exceptions.ObjectLostError("ab", "there", "in a step"), RunFolder(tmp_path))
+    assert isinstance(told, RunError)
+    assert "\n" not in str(told)
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "reset"), KeyError("ours")])

@@ -50,7 +50,7 @@ def journal_says(run: Path, event: str) -> bool:
 def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
     (tmp_path / "reward.py").write_text(REWARD)
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path) + "checkpoint: {every: 3}\n")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
     run = tmp_path / "run"
     log = (tmp_path / "log").open("w")
     process = psutil.Popen(train(tmp_path), env=environment(), stdout=log, stderr=subprocess.STDOUT)

@@ -15,7 +15,7 @@ from tests.deploy.test_faults import wait_for_steps
 from tests.deploy.test_resume import environment, train
 from tests.prove import ONLY_PROVE
 
-NUM_STEPS, EVERY = 240, 20
+NUM_STEPS, EVERY = 400, 20
 RECIPE = """
 kind: sft
 name: resumed
@@ -71,7 +71,7 @@ def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path, policy
     check_is_a_model(store.open(first) / "model")
 
     stopped = begin(broken)
-    wait_for_steps(run, first + EVERY, stopped)
+    wait_for_steps(run, len(lines(run)) + EVERY, stopped)  # more than there were before it went back
     stopped.send_signal(signal.SIGTERM)
     said, _ = stopped.communicate(timeout=60)
     assert stopped.returncode == 75, said

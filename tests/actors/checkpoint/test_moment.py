@@ -22,7 +22,7 @@ def make(folder: Path) -> GrpoMoment:
     rows: Any = SimpleNamespace(row=str)
     pacer = AsyncPacer(Pacer(groups_per_batch=2, max_staleness=4, num_batches=9), stall_timeout_s=5.0)
     ledger = Ledger(folder / "ledger.jsonl")
-    limits = Limits(group_timeout_s=5.0, max_attempts=3, max_quarantined=1, max_bad_rows=0)
+    limits = Limits(group_timeout_s=5.0, start_timeout_s=1.0, max_attempts=3, max_quarantined=1, max_bad_rows=0)
     attempts = Attempts(limits, None, RewardBudget(1.0), rows, pacer, nobody, nobody, ledger)
     depth = DepthController(AdaptDepthConfig(smoothing=0.0), 2, pacer.pipeline_depth, pacer.pipeline_depth)
     return GrpoMoment(pacer, ledger, attempts, depth, Progress)

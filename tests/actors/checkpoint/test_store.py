@@ -4,10 +4,13 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from actors.checkpoint import store as store_module
 from actors.checkpoint.store import CheckpointStore, DamagedError
+from actors.errors import RunError
 
 
 def make(store: CheckpointStore, version: int) -> Path:
@@ -135,3 +138,25 @@ def test_one_that_is_being_removed_is_gone_or_whole(tmp_path: Path, monkeypatch:
     store.open(2)
     make(store, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run_id", "version-00000003"]
+
+
+def test_a_write_that_was_given_up_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread is still reading the files when the run goes back, and perhaps has come to the same version again."""
+    store = CheckpointStore(tmp_path, keep=9)
+    make(store, 2)
+    for again in (False, True):
+        (store.stage(4) / "weights").write_bytes(b"of weights that are gone")
+        described = store_module._describe
+
+        def slow(path: Path, again: bool = again, described: Any = described) -> Any:
+            found = described(path)
+            CheckpointStore(tmp_path, keep=9).discard_after(2)
+            if again:
+                (CheckpointStore(tmp_path, keep=9).stage(4) / "weights").write_bytes(b"half of the n")
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "_describe", slow)
+            with pytest.raises((RunError, OSError)):
+                store.commit(4)
+        assert store.versions() == [2]

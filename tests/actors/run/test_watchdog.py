@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -124,7 +125,7 @@ async def test_a_reward_function_that_hangs_is_named_with_its_line(local_ray: No
         told = await run.end()
     finally:
         run.close()
-    assert told.startswith("no group finished for 3 s while the policy waits: reward worker 0 (pid ")
+    assert re.match(r"no group finished for \d+ s while the policy waits: reward worker 0 \(pid ", told)
     assert f"is in slow, {tmp_path}/reward.py:5; the same command goes on from step 5; see {tmp_path}" in told
     assert run.left == [5], "a checkpoint is left"
     text = (tmp_path / "stall.txt").read_text()
