@@ -317,7 +317,7 @@ class RolloutActor:
     async def swap(self, version: int, timeout_s: float, hold: bool) -> Swapped | None:
         """Serve `version` from the next token on; without in-flight updates, once the running requests are done.
 
-        With `hold` no token is sampled before `resume`.
+        With `hold` no token is sampled before `resume_generation`.
         """
         swapping = self._swap(version, hold)
         return await within(timeout_s, swapping, f"swapping replica {self.replica} to version {version}")

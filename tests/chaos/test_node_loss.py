@@ -20,6 +20,7 @@ from tests.chaos.faults import FOLDER, prepare
 from tests.chaos.recipe import write_recipe
 from tests.chaos.run import GROUPS_PER_BATCH
 from tests.deploy.test_job_submit import BIN, ROOT, free_port
+from tests.prove import ONLY_PROVE
 
 STEPS = 150
 
@@ -74,6 +75,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
     machines.close()
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
 def test_a_lost_machine_costs_its_replica_alone(machines: Machines, tmp_path: Path) -> None:
     machines.head()

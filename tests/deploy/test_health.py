@@ -8,6 +8,7 @@ import pytest
 
 from tests.deploy.test_faults import RECIPE, REWARD
 from tests.deploy.test_train import deploy
+from tests.prove import ONLY_PROVE
 
 FAILING = """
 def digits(completions, **kwargs):
@@ -24,6 +25,7 @@ def write(folder: Path, reward: str) -> str:
     return str(folder / "recipe.yaml")
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
 def test_a_run_with_a_bad_row_pauses_itself_and_goes_on(tmp_path: Path) -> None:
     recipe = write(tmp_path, REWARD)
@@ -49,6 +51,7 @@ def test_a_run_with_a_bad_row_pauses_itself_and_goes_on(tmp_path: Path) -> None:
     assert "What was set aside" in told.stdout
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
 def test_a_reward_that_always_fails_ends_the_run_and_is_named(tmp_path: Path) -> None:
     failed = deploy("train", write(tmp_path, FAILING), "steps=20", "dataset.max_bad_rows=1")

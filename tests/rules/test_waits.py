@@ -50,7 +50,6 @@ ALLOWED = {
     "actors/rollout.py: RolloutActor.verify: *": PHASE,
     "actors/rollout.py: RolloutActor._swap: *": "`swap` gives it its deadline",
     "actors/rollout.py: RolloutActor._pause: *": PHASE,
-    "actors/rollout.py: RolloutActor.resume_generation: *": PHASE,
     "actors/rollout.py: RolloutActor.checksum: *": PHASE,
     "actors/rollout.py: RolloutActor.close: *": "Fleet._end gives it 10 s and kills the actor",
     "actors/rollout.py: received: *": "`receive` gives it its deadline",

@@ -26,6 +26,7 @@ from algorithms.types import Prompt
 from sync.config import SyncConfig
 from tests.actors.fleets import fleet_of
 from tests.actors.test_reward import group
+from tests.prove import ONLY_PROVE
 
 pytestmark = pytest.mark.cluster
 
@@ -135,7 +136,7 @@ async def test_a_reward_function_that_hangs_is_named_with_its_line(local_ray: No
     assert "no stack" not in text
 
 
-@pytest.mark.parametrize("who", ["reward", "replica"])
+@pytest.mark.parametrize("who", ["reward", pytest.param("replica", marks=ONLY_PROVE)])
 async def test_an_actor_that_is_stopped_is_named(who: str, local_ray: None, tmp_path: Path) -> None:
     run = Run(tmp_path)
     await run.begin()
@@ -210,7 +211,7 @@ async def step(policy: Any, goes_on: bool) -> None:
         raise (PolicyLostError(str(error)) if goes_on else error) from error
 
 
-@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("goes_on", [pytest.param(False, marks=ONLY_PROVE), True])
 async def test_a_policy_that_is_late_is_named(goes_on: bool, local_ray: None, tmp_path: Path) -> None:
     """Whether its deadline ends the run, or the run goes on with another policy."""
     policy: Any = ray.remote(PolicyStandIn).options(num_cpus=0.1).remote()
