@@ -148,11 +148,8 @@ class PolicyActor:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.set_num_threads(settings.policy.num_threads or max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         set_seed(settings.seed)
-        self._meeting = self._meeting or reach_store(host, port, self.rank, _MEET_TIMEOUT.total_seconds())
         backend = "nccl" if settings.use_gpu else "gloo"
-        torch.distributed.init_process_group(
-            backend, timeout=_MEET_TIMEOUT, store=self._meeting, rank=self.rank, world_size=settings.num_ranks
-        )
+        self._meet(host, port, backend)
         deepspeed.init_distributed(backend, verbose=False)  # takes the group that is there
         model = load_causal_lm(
             settings.model_path,
@@ -184,6 +181,14 @@ class PolicyActor:
         )
         self.engine.train()
         self._parameters: dict[str, Any] = trained_parameters(self.engine.module)
+
+    def _meet(self, host: str, port: int, backend: str) -> None:
+        """All ranks are one process group when this returns."""
+        self._meeting = self._meeting or reach_store(host, port, self.rank, _MEET_TIMEOUT.total_seconds())
+        num_ranks = self.settings.num_ranks
+        torch.distributed.init_process_group(
+            backend, timeout=_MEET_TIMEOUT, store=self._meeting, rank=self.rank, world_size=num_ranks
+        )
 
     def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
         """Train on this rank's share of one batch; the version grows by one, and so does the schedule's.

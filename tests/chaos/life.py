@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from deploy.session import shut_in
+
 _FORKS = multiprocessing.get_context("forkserver")
 _SAMPLE_S = 1.0
 
@@ -19,6 +21,7 @@ def preload() -> None:
     """Processes are forked from one that has loaded everything; it looks at the environment once, now."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.pop("RAY_ADDRESS", None)
+    shut_in(os.environ)  # Ray reads it when it is imported
     _FORKS.set_forkserver_preload(["tests.chaos.driver"])
 
 

@@ -42,9 +42,7 @@ class LightPolicy(PolicyActor):
         self._trained: list[list[int]] = []
         self._seen: Any = None
         if self.settings.num_ranks > 1:
-            distributed.init_process_group(
-                "gloo", init_method=f"tcp://{host}:{port}", rank=self.rank, world_size=self.settings.num_ranks
-            )
+            self._meet(host, port, "gloo")
 
     def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
         strike("policy", "step")
