@@ -4,6 +4,7 @@ A run has one life, unless its policy fails. Then another begins at the newest c
 is left but the engines and the journal: what happened since the cut happened to weights that are gone.
 """
 
+import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,8 +76,9 @@ class Life:
                     await self.publisher.connect()
                     await self.controller.run()
             except BaseException as error:
-                lost = isinstance(first_cause(error), PolicyLostError)  # and it is the policy that writes
-                await self.checkpointer.finish(liveness.timeout_s if lost else None)
+                # It is the policy that writes; and who presses Ctrl-C twice does not want to wait long.
+                hurried = isinstance(first_cause(error), PolicyLostError | asyncio.CancelledError)
+                await self.checkpointer.finish(liveness.timeout_s if hurried else None)
                 raise
             await self.checkpointer.finish()
 

@@ -63,8 +63,10 @@ async def run_sft(
             try:
                 with on_signal(learner.stop, progress.say):
                     await learner.run(checkpointer)
-            finally:
+            except RunError:
                 await checkpointer.finish()
+                raise
+            await checkpointer.finish()
         await policy.save(folder.model)
     tokenizer.save_pretrained(folder.model)
     plot_loss(folder.read_metrics(), folder.path / "loss.png")

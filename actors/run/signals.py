@@ -1,4 +1,5 @@
-"""SIGTERM and the first Ctrl-C end a run in order; the second Ctrl-C ends it at once."""
+"""SIGTERM and the first Ctrl-C end a run in order; the second Ctrl-C ends it at once, or when a checkpoint
+that is being written is there, in a minute at most."""
 
 import asyncio
 import contextlib
