@@ -296,6 +296,12 @@ class GrpoRecipe(_Recipe):
                 "correction; set algorithm.vllm_importance_sampling_correction to true, algorithm.old_logprobs to "
                 "'sampled', or staleness.max_staleness to 0"
             )
+        rolls_back = any(rule.action == "roll_back" for rule in self.health.rules)
+        if rolls_back and self.checkpoint.every == 0:
+            raise ValueError(
+                "health.rules: there is nothing to roll back to when checkpoint.every is 0; set it to 1 or more, or the "
+                "rule's action to pause"
+            )
         adapt = staleness.adapt_depth
         if adapt is not None and adapt.kl_max is not None and algorithm.beta == 0:
             raise ValueError(
@@ -381,6 +387,12 @@ class SftRecipe(_Recipe):
             raise ValueError(
                 f"dataset.max_bad_rows: {self.dataset.max_bad_rows}, but supervised runs set no row aside; remove it, "
                 "and the bad rows"
+            )
+        best = self.checkpoint.best
+        if best is not None and best.metric.startswith("reward"):
+            raise ValueError(
+                f"checkpoint.best.metric: supervised runs measure no {best.metric!r}; name another, such as "
+                "{metric: loss, mode: min}"
             )
         if self.batch_size < self.pools.policy.num_workers:
             raise ValueError(

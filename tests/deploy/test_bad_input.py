@@ -78,6 +78,11 @@ CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "rule that measures nothing": (["health.rules=[{{kind: kl}}]"], {}, ["health.rules", "algorithm.beta"]),
     "unknown rule": (["health.rules=[{{kind: boredom}}]"], {}, ["health.rules", "boredom", "zero_std"]),
     "rule with a stranger's threshold": (["health.rules=[{{kind: entropy, max: 1}}]"], {}, ["health.rules", "max"]),
+    "nothing to roll back to": (
+        ["health.rules=[{{kind: entropy, action: roll_back}}]", "checkpoint.every=0"],
+        {},
+        ["health.rules", "checkpoint.every"],
+    ),
     "unknown action": (["health.rules=[{{kind: entropy, action: cry}}]"], {}, ["action", "cry", "roll_back"]),
     "more failures than calls": (["rewards.max_failed_share=1.5"], {}, ["rewards.max_failed_share", "1"]),
     "all rows may be bad": (["dataset.max_bad_rows=9"], {}, ["dataset.max_bad_rows", "rows.jsonl", "lower it"]),
@@ -132,6 +137,12 @@ CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
         {"recipe.yaml": "kind: sft\nname: case\nsteps: 1\nbatch_size: 2\nmax_length: 64\n"
          "model: {{kind: pretrained, path: {model}}}\ndataset: {{path: {folder}/rows.jsonl}}\n"},
         ["no column 'completion'"],
+    ),
+    "supervised runs have no reward": (
+        ["checkpoint.best={{}}"],
+        {"recipe.yaml": "kind: sft\nname: case\nsteps: 1\nbatch_size: 2\nmax_length: 64\n"
+         "model: {{kind: pretrained, path: {model}}}\ndataset: {{path: {folder}/rows.jsonl}}\n"},
+        ["checkpoint.best.metric", "metric: loss"],
     ),
 }  # fmt: skip
 
