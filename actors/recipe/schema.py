@@ -299,8 +299,8 @@ class GrpoRecipe(_Recipe):
         rolls_back = any(rule.action == "roll_back" for rule in self.health.rules)
         if rolls_back and self.checkpoint.every == 0:
             raise ValueError(
-                "health.rules: there is nothing to roll back to when checkpoint.every is 0; set it to 1 or more, or the "
-                "rule's action to pause"
+                "health.rules: there is nothing to roll back to when checkpoint.every is 0; set it to 1 or more, or "
+                "the action of the rule to pause"
             )
         adapt = staleness.adapt_depth
         if adapt is not None and adapt.kl_max is not None and algorithm.beta == 0:
