@@ -7,7 +7,9 @@ import re
 import signal
 import time
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 
@@ -19,10 +21,11 @@ _SAMPLE_S = 1.0
 
 def preload() -> None:
     """Processes are forked from one that has loaded everything; it looks at the environment once, now."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.pop("RAY_ADDRESS", None)
-    shut_in(os.environ)  # Ray reads it when it is imported
     _FORKS.set_forkserver_preload(["tests.chaos.driver"])
+    with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):  # ours stays as it is: this Ray has been imported already
+        os.environ.pop("RAY_ADDRESS", None)
+        shut_in(os.environ)
+        forkserver.ensure_running()
 
 
 @dataclass(slots=True)
