@@ -77,8 +77,7 @@ class Lives:
                 return await self._lived(resume)
             except (BaseExceptionGroup, PolicyLostError) as errors:
                 error = first_cause(errors)
-                task = asyncio.current_task()
-                if not isinstance(error, PolicyLostError | RollBackError) or (task and task.cancelling()):
+                if not isinstance(error, PolicyLostError | RollBackError):
                     raise
             lost = error
             self._count(lost)
