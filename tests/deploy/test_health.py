@@ -70,13 +70,17 @@ def digits(completions, **kwargs):
     calls = Path(__file__).with_name("calls")
     with calls.open("a") as file:
         file.write("x")
-    return [0.5, 0.5] if 10 < calls.stat().st_size <= 20 else [0.0, 1.0]
+    return [0.5, 0.5] if 10 < calls.stat().st_size <= 17 else [0.0, 1.0]
 """
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
 def test_a_run_goes_back_to_a_cut_that_was_taken_when_all_was_well(tmp_path: Path) -> None:
-    """The rewards of some ten groups are spoiled: the rule takes three to find it, and no cut is taken meanwhile."""
+    """The rewards of seven groups are spoiled: the rule takes three steps to find it, and no cut is taken meanwhile.
+
+    Those that a cut holds already are too few for the rule to find it once more.
+    """
     recipe = write(tmp_path, SPOILED)
     rule = "health.rules=[{kind: zero_std, window: 3, action: roll_back}]"
     result = deploy("train", recipe, "steps=12", "dataset.max_bad_rows=1", "checkpoint.every=1", rule)
@@ -89,4 +93,4 @@ def test_a_run_goes_back_to_a_cut_that_was_taken_when_all_was_well(tmp_path: Pat
     assert summary["policy_restarts"] == 0
     assert summary["groups_trained"] == 24
     assert summary["groups_lost"] == summary["groups_duplicated"] == 0
-    assert summary["waste"]["rolled back"]["attempts"] >= 6
+    assert summary["waste"]["rolled back"]["attempts"] >= 3

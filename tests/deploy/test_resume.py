@@ -15,7 +15,7 @@ import pytest
 from actors.checkpoint.store import CheckpointStore
 from actors.journal import fates, read
 from tests.deploy.test_faults import RECIPE, REWARD, wait_for_steps
-from tests.prove import PROVING
+from tests.prove import ONLY_PROVE
 
 NUM_STEPS = 12
 
@@ -60,6 +60,7 @@ def stop_in_order(folder: Path, run: Path, first: int) -> None:
     assert f"of {NUM_STEPS} steps; the same command goes on" in said
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
 def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
@@ -89,20 +90,19 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "algorithm.beta was 0.0 when the run began and is 0.1 now" in refused.stderr
 
-    if PROVING:  # one life more
-        stop_in_order(tmp_path, run, first)
+    stop_in_order(tmp_path, run, first)
 
     again = subprocess.run(train(tmp_path), env=environment(), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
     found = fates(read(run / "ledger.jsonl"))
     assert list(found.problems()) == []
     assert found.lost() == set()
-    assert found.num_cuts == 1 + PROVING
+    assert found.num_cuts == 2
     assert found.trained.total() == 2 * NUM_STEPS
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(NUM_STEPS)), "every step is reported once"
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["groups_lost"], summary["groups_duplicated"], summary["resumed"]) == (0, 0, 1 + PROVING)
+    assert (summary["groups_lost"], summary["groups_duplicated"], summary["resumed"]) == (0, 0, 2)
     assert summary["weight_version"] == NUM_STEPS
 
     shown = subprocess.run(

@@ -7,6 +7,7 @@ import pytest
 
 from actors.checkpoint.store import CheckpointStore
 from tests.deploy.test_train import deploy
+from tests.prove import ONLY_PROVE
 
 RECIPE = """
 kind: grpo
@@ -36,6 +37,7 @@ def patient(completions, **kwargs):
 """
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
 def test_a_run_that_stalls_names_the_line_and_leaves_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
