@@ -82,6 +82,9 @@ def plan(
     ] = None,
     cpus_per_node: Annotated[float | None, typer.Option(min=0.0, help="CPUs of each of those nodes [32].")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of each of those nodes [0].")] = None,
+    gpu_memory_gb: Annotated[
+        float | None, typer.Option(min=1.0, help="Memory of each GPU; a live cluster tells it for most kinds.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Plan for the live Ray cluster at this address.")] = None,
 ) -> None:
     """Show what the recipe would run, and where, without starting anything."""
@@ -101,7 +104,7 @@ def plan(
             cluster = uniform(nodes, 32.0 if cpus_per_node is None else cpus_per_node, gpus_per_node or 0)
         else:
             cluster = this_machine() if address is None else live_cluster(address)
-        show(loaded, cluster, recipe, overrides or ())
+        show(loaded, cluster, recipe, overrides or (), gpu_memory_gb)
 
 
 @app.command()
