@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 
 from actors.deadline import within
 from actors.errors import RunError, last_line
-from actors.recipe.schema import LivenessConfig
+from actors.recipe.upkeep import LivenessConfig
 from actors.router import Router
 
 _CLOSE_TIMEOUT_S = 10.0

@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 
 from actors.errors import RunError
 from actors.policy_state import PolicyState, collect, restore
-from actors.recipe.schema import PolicyConfig
+from actors.recipe.policy import PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.losses import Normalizer, grpo_loss, sft_loss
 from algorithms.packed import PackedRow, pack_row

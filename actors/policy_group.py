@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from actors.deadline import DeadlineError, within
 from actors.errors import PolicyLostError, RunError, last_line
 from actors.policy import CONTROL, IO, RankBatch, RankUpdate
-from actors.recipe.schema import LivenessConfig
+from actors.recipe.upkeep import LivenessConfig
 from algorithms.losses import Normalizer
 from algorithms.stats import LossStats, merge
 from algorithms.types import Batch, Group, MicroBatch, Update

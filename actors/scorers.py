@@ -17,7 +17,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors.deadline import DeadlineError, within
 from actors.errors import RunError, last_line
-from actors.recipe.schema import LivenessConfig
+from actors.recipe.upkeep import LivenessConfig
 
 _AGAIN_S = 0.5
 _START_TIMEOUT_S = 600.0

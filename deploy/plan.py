@@ -12,8 +12,9 @@ from rich.table import Table
 
 from actors.model.size import num_elements
 from actors.recipe.file import load_recipe
+from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
 from actors.recipe.pools import used_pools
-from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe, TinyModel
+from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.run.folder import RunFolder
 from actors.run.lineage import trained_before
 from deploy.trust import trusted_code

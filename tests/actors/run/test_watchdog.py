@@ -17,7 +17,7 @@ from actors.fleet import Fleet, State
 from actors.pacer import AsyncPacer
 from actors.policy import node_ip
 from actors.publisher import Publisher
-from actors.recipe.schema import RewardConfig
+from actors.recipe.rewards import RewardConfig
 from actors.reward import RewardActor
 from actors.router import Router
 from actors.run.watchdog import StallError, Watchdog
