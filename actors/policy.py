@@ -150,7 +150,7 @@ class PolicyActor:
         set_seed(settings.seed)
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
-        deepspeed.init_distributed(backend, verbose=False)  # takes the group that is there
+        deepspeed.init_distributed(backend, verbose=False, timeout=_MEET_TIMEOUT)  # takes the group that is there
         model = load_causal_lm(
             settings.model_path,
             settings.revision,

@@ -12,6 +12,8 @@ PHASE = "the publisher keeps the deadline of every phase, fences a replica that 
 GROUP = "`fill` gives generation, and then scoring, its deadline"
 TAKEN = "held over a change of state alone, in which nothing is waited for"
 OWN_WIRE = "the wire's own deadline ends the broadcast; the rest is copying and hashing"
+MET = "the ranks' process group has a time limit (_meet), and the controller's deadline of the call comes before it"
+WIRE = "a wire of ours: it keeps a deadline for every operation"
 IDLE = "there is nothing to do until somebody asks; it is cancelled with the run"
 
 # file: function: the wait itself -> why it ends. `*` stands for any text.
@@ -32,6 +34,8 @@ ALLOWED = {
     "actors/fleet.py: Fleet._watch: True": IDLE,
     "actors/scorers.py: _ping: *": "`_watch` gives it its deadline",
     "actors/run/watchdog.py: Watchdog._checkpoint: *": "Checkpointer.last: deadlines inside",
+    "actors/policy.py: PolicyActor._is_true_anywhere: torch.distributed.all_reduce(*": MET,
+    "actors/policy_state.py: _random_states: torch.distributed.all_gather(*": MET,
     "actors/policy.py: PolicyActor._whole: whole": "a gather of ZeRO-3: the controller's deadline of the call",
     "actors/deadline.py: aside: await asyncio.wrap_future(answer)": "made for `within`, and lint asks callers for it",
     "actors/publisher.py: Publisher._admit: self.exclusive": "held over a step and a publication: deadlines inside",
@@ -59,8 +63,13 @@ ALLOWED = {
     "sync/serving.py: ServingModel.*: self._building": TAKEN,
     "sync/relay.py: RelayGroup.*: self._changed": TAKEN,
     "sync/relay.py: RelayGroup.close: self._threads.shutdown()": "links under way were aborted just before",
+    "sync/relay.py: RelayGroup._move: link.wire.broadcast(part)": WIRE,
+    "sync/staging.py: Staging._take: self._group.broadcast(*": WIRE,
+    "sync/gloo.py: GlooGroup._start: self._group.broadcast(*": "not waited for here; its options have the deadline",
+    "sync/gloo.py: _Sliced.wait: self._done.result(*": "given no limit only when it is done (`_done_within`)",
     "sync/gloo.py: _free_when_done: *": "a daemon thread that keeps what gloo may still write to",
     "sync/gloo.py: _done_within: work.wait()": "the operation is complete: this raises what went wrong",
+    "sync/nccl.py: NcclGroup._join.make: *": "made on a thread that `within` waits for with a deadline",
     "sync/nccl.py: NcclGroup._attempt: *": "the watchdog sets `_failure` at the deadline",
     "sync/sender.py: Sender._stream: wire": OWN_WIRE,
     "sync/sender.py: Sender._stream: digester": OWN_WIRE,
@@ -155,6 +164,47 @@ WAITS = [
     "def f(url): urlopen(url)",
     "def f(x): socket.create_connection(x)",
     "def f(x):\n    while not x.done():\n        time.sleep(0.1)",
+    # A limit that is none.
+    "def f(queue): queue.get(True)",
+    "def f(queue): queue.get(True, None)",
+    "def f(queue): queue.get(True, timeout=None)",
+    "def f(future): future.result(None)",
+    "def f(future): future.exception(None)",
+    "def f(future, limit): future.result(None if limit is None else limit.seconds)",
+    "def f(thread): thread.join(None)",
+    "def f(event): event.wait(None)",
+    "async def f(event): await event.wait(None)",
+    "def f(condition): condition.wait_for(lambda: True, None)",
+    "def f(lock): lock.acquire(True)",
+    "def f(lock): lock.acquire(True, -1)",
+    "def f(lock): lock.acquire(timeout=-1)",
+    "def f(poller): poller.poll(None)",
+    "def f(poller): poller.poll(-1)",
+    "def f(process): process.communicate(b'x', None)",
+    "def f(x): select.select(x, [], [], None)",
+    "def f(x): futures.wait([x], None)",
+    # Groups of processes, and what all of a group must do.
+    "def f(): torch.distributed.init_process_group('nccl')",
+    "def f(): torch.distributed.init_process_group('nccl', timeout=None)",
+    "def f(): torch.distributed.new_group([0, 1])",
+    "def f(): dist.new_group([0, 1], None)",
+    "def f(): deepspeed.init_distributed('gloo', verbose=False)",
+    "def f(): TCPStore('h', 1, 2, True)",
+    "def f(store): ProcessGroupGloo(store, 0, 2)",
+    "def f(nccl, unique): nccl.NcclCommunicator(2, unique, 0)",
+    "def f(): ray.util.collective.init_collective_group(2, 0, 'nccl')",
+    "def f(x): torch.distributed.all_reduce(x)",
+    "def f(x): torch.distributed.all_gather([x], x)",
+    "def f(): torch.distributed.barrier()",
+    "def f(): dist.monitored_barrier()",
+    "from torch.distributed import all_reduce\ndef f(x): all_reduce(x)",
+    "from torch.distributed import send\ndef f(x): send(x, 1)",
+    "import torch.distributed as td\ndef f(x): td.gather(x)",
+    "from torch import distributed\ndef f(x): distributed.reduce(x, 0)",
+    "def f(x): dist.scatter(x)",
+    "def f(group, x): group.broadcast([x], options)",
+    "def f(group, x): group.allreduce([x]).wait()",
+    "def f(communicator, x, stream): communicator.allReduce(x, x, 1, 0, 0, stream)",
 ]
 BOUNDED = [
     "async def f(x): await within(1.0, x.remote(), 'x')",
@@ -176,6 +226,19 @@ BOUNDED = [
     "def f(file): fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
     "def f(x, deadline):\n    while not x.done() and time.monotonic() < deadline: time.sleep(0.1)",
     "def f(path):\n    with open(path) as file: return file.read()",
+    "def f(queue): queue.get(True, 1.0)",
+    "def f(queue): queue.get(False)",
+    "def f(lock): lock.acquire(False)",
+    "def f(lock): lock.acquire(True, 1.0)",
+    "def f(poller): poller.poll(100)",
+    "def f(mapping, key): mapping.get(key, None)",
+    "def f(limit): torch.distributed.init_process_group('nccl', timeout=limit)",
+    "def f(limit): torch.distributed.new_group([0, 1], limit)",
+    "def f(limit): TCPStore('h', 1, 2, True, limit)",
+    "def f(limit): dist.monitored_barrier(timeout=limit)",
+    "def f(x): return dist.all_reduce(x, async_op=True)",
+    "def f(x, index): return x.gather(0, index), x.scatter(0, index, x), functools.reduce(max, x)",
+    "def f(x): x.send('a')",
 ]
 
 
