@@ -358,16 +358,22 @@ class PolicyActor:
         state = collect(self.engine, self._parameters, self.version, keep, self._base, spare)
         self._snapshot = state and replace(state, learning_rate_factor=self._learning_rate_factor)
 
-    def write_snapshot(self, folder: Path) -> None:
-        """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is."""
+    def write_snapshot(self, folder: Path) -> str | None:
+        """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is.
+
+        The name of a tensor that is not finite, when there is one: nothing is written then.
+        """
         from actors.model.files import MODEL, describe
         from actors.model.lora import describe_adapter
 
         assert self._snapshot is not None, "snapshot comes first, and rank 0 keeps it"
         snapshot, self._snapshot = self._snapshot, None
-        snapshot.write(folder)
-        (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
+        spoiled = snapshot.spoiled()
+        if spoiled is None:
+            snapshot.write(folder)
+            (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
         self._spare = snapshot
+        return spoiled
 
     def restore(self, folder: Path) -> None:
         """Go on from what `write_snapshot` has left; every rank is called."""

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.deadline import DeadlineError, within
-from actors.errors import PolicyLostError, RunError, last_line
+from actors.errors import PolicyLostError, RunError, SpoiledError, last_line
 from actors.policy import CONTROL, IO, RankBatch, RankUpdate
 from actors.recipe.upkeep import LivenessConfig
 from algorithms.losses import Normalizer
@@ -111,9 +111,11 @@ class PolicyGroup:
             await self._all("snapshot", timeout_s=self.timeout_s)
 
     async def write_snapshot(self, folder: Path, timeout_s: float) -> None:
-        """Write the snapshot while training goes on."""
+        """Write the snapshot while training goes on; SpoiledError when it is none to go on from."""
         call: Any = self.ranks[0].write_snapshot.options(concurrency_group=IO)
-        await _answer(timeout_s, call.remote(folder), "writing the policy's checkpoint")
+        spoiled = await _answer(timeout_s, call.remote(folder), "writing the policy's checkpoint")
+        if spoiled is not None:
+            raise SpoiledError(f"{spoiled} of the policy is not finite")
 
     async def restore(self, folder: Path) -> None:
         """Go on from a snapshot, whatever number of ranks wrote it."""

@@ -61,8 +61,8 @@ class Watchdog:
     """Where what was seen is written."""
     then: Literal["exit", "retry"]
     say: Callable[[str], None]
-    leave: Callable[[int], Awaitable[None]] | None = None
-    """Takes a last checkpoint at a version."""
+    leave: Callable[[int], Awaitable[int | None]] | None = None
+    """Takes a last checkpoint at a version; of which the newest is then, if there is any."""
 
     async def idle(self, reason: str) -> RunError | None:
         """No group finishes while the policy waits: what ends the run, or None when the suspect is replaced."""
@@ -104,10 +104,10 @@ class Watchdog:
         if self.leave is None or version is None:
             return ""
         try:
-            await self.leave(version)
+            newest = await self.leave(version)
         except (RunError, RayError) as error:
             return f"no checkpoint could be left ({last_line(error)}); "
-        return f"the same command goes on from step {version}; "
+        return "" if newest is None else f"the same command goes on from step {newest}; "
 
     async def _look(self, reason: str) -> tuple[list[Worker], list[Pending]]:
         now = time.monotonic()

@@ -517,6 +517,20 @@ async def test_no_cut_is_good_from_the_first_step_that_looks_wrong_to_a_rule_tha
         assert seen == expected
 
 
+async def test_no_cut_is_good_while_steps_are_skipped(tmp_path: Path) -> None:
+    """The weights have not moved, and may be why the loss is not finite."""
+    bench = Bench(tmp_path, num_steps=4)
+    bench.skipped = {1, 2}
+    seen: list[bool] = []
+
+    async def settled(version: int) -> None:
+        seen.append(bench.health.healthy())
+
+    bench.controller.settled = settled
+    await bench.run()
+    assert seen == [True, False, False, True]
+
+
 async def test_skipped_steps_tell_the_rules_nothing(tmp_path: Path) -> None:
     bench = Bench(tmp_path, num_steps=3, health=health("pause"))
     bench.metrics = collapsed(0)

@@ -90,8 +90,9 @@ class Run:
         )
         self.pacer.on_stall = self.watchdog.idle
 
-    async def leave(self, version: int) -> None:
+    async def leave(self, version: int) -> int:
         self.left.append(version)
+        return version
 
     async def begin(self) -> None:
         await self.fleet.start()
