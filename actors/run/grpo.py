@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from actors.apart import apart
 from actors.checkpoint.resume import Resume, find
 from actors.checkpoint.store import CheckpointStore
 from actors.data.prompts import PromptStream
@@ -22,6 +23,9 @@ from actors.run.tracker import Tracker
 from actors.settings import ModelSource
 from actors.workers import Roles, grpo_workers
 from placement.groups import ReservedPools
+
+_GRACE_S = 120.0
+"""A life that is told to end has so long, for a checkpoint that is being written, before it is told again."""
 
 
 async def run_grpo(
@@ -72,15 +76,17 @@ class Lives:
         lost: PolicyLostError | RollBackError | None = None
         while True:
             try:
-                if lost is not None:
-                    resume = await self._recovered(lost)
-                return await self._lived(resume)
+                # Apart: that a supervisor has failed is not lost when the policy is at the same moment.
+                return await apart(self._next(lost, resume), _GRACE_S)
             except (BaseExceptionGroup, PolicyLostError) as errors:
                 error = first_cause(errors)
                 if not isinstance(error, PolicyLostError | RollBackError):
                     raise
             lost = error
             self._count(lost)
+
+    async def _next(self, lost: PolicyLostError | RollBackError | None, resume: Resume | None) -> dict[str, object]:
+        return await self._lived(resume if lost is None else await self._recovered(lost))
 
     async def _lived(self, resume: Resume | None) -> dict[str, object]:
         """One life, to its end."""
