@@ -73,13 +73,13 @@ class Workers:
 
 
 @contextlib.asynccontextmanager
-async def policy_group(
+async def policy_ranks(
     recipe: Recipe, model: ModelSource, pools: ReservedPools, run_dir: Path
-) -> AsyncIterator[PolicyGroup]:
-    """All policy ranks, with the model loaded."""
+) -> AsyncIterator[tuple[Ranks, PolicyGroup]]:
+    """All policy ranks, with the model loaded, and how they are made anew."""
     ranks = Ranks(policy_actor(), policy_settings(recipe, model, run_dir), pools)
     try:
-        yield await ranks.start()
+        yield ranks, await ranks.start()
     finally:
         ranks.end()
 

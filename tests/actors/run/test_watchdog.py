@@ -20,7 +20,8 @@ from actors.publisher import Publisher
 from actors.recipe.rewards import RewardConfig
 from actors.reward import RewardActor
 from actors.router import Router
-from actors.run.watchdog import StallError, Watchdog
+from actors.run.sight import StallError
+from actors.run.watchdog import Watchdog
 from algorithms.pacing import Pacer
 from algorithms.types import Prompt
 from sync.config import SyncConfig
