@@ -24,6 +24,7 @@ from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
+from actors.recipe.deadlines import group_timeout_s, stall_timeout_s
 from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
 from actors.run.folder import RunFolder
@@ -31,7 +32,6 @@ from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.tracker import Tracker
 from actors.run.watchdog import Watchdog
-from actors.settings import group_timeout_s
 from actors.workers import Workers
 from algorithms.budgets import RewardBudget
 from algorithms.depth import DepthController
@@ -100,7 +100,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, rolled_bac
     recipe, folder = run.recipe, run.folder
     ledger = _ledger(folder, resume, rolled_back)
     pacer = _pacer(recipe)
-    waiting = AsyncPacer(pacer, stall_timeout_s=recipe.stall.timeout_s or 2 * group_timeout_s(recipe))
+    waiting = AsyncPacer(pacer, stall_timeout_s(recipe))
     version = 0
     if resume is not None:
         version = resume.cut.version
@@ -166,6 +166,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, rolled_bac
         then=recipe.stall.then,
         say=run.progress.say,
         leave=checkpointer.last,
+        starting=lambda: run.workers.starting,
     )
     waiting.on_stall = watchdog.idle
     return Life(run, policy, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)

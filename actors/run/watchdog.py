@@ -40,9 +40,17 @@ class Watchdog:
     say: Callable[[str], None]
     leave: Callable[[int], Awaitable[int | None]] | None = None
     """Takes a last checkpoint at a version; of which the newest is then, if there is any."""
+    starting: Callable[[], str] = str
+    """The workers that are being started and without which no group gets on; empty when there are none."""
 
     async def idle(self, reason: str) -> RunError | None:
-        """No group finishes while the policy waits: what ends the run, or None when the suspect is replaced."""
+        """No group finishes while the policy waits: what ends the run, or None when the suspect is replaced.
+
+        None, too, while it waits for workers that are being started: that has deadlines of its own.
+        """
+        if starting := self.starting():
+            self.say(f"warning: {reason}: {starting}, and it waits for that")
+            return None
         sight = await self._look(reason)
         what = sight.sentence(reason)
         found = suspect(sight.workers, sight.pending)
