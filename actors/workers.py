@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 from actors.deadline import DeadlineError, within
 from actors.errors import RunError, last_line
 from actors.fleet import Fleet
+from actors.model.costs import sequence_costs
 from actors.policy import PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe, Recipe
@@ -53,7 +54,9 @@ class Ranks:
         options = (self.pools.options("policy", rank) for rank in range(self.settings.num_ranks))
         self.handles = tuple(self.actor.options(**o).remote(rank, self.settings) for rank, o in enumerate(options))
         longest = self.settings.objective.max_completion_length
-        group = PolicyGroup(self.handles, longest, self.settings.policy.timeout_s)
+        model = (self.settings.model_path, self.settings.revision, self.settings.trust_remote_code)
+        costs = await asyncio.to_thread(sequence_costs, *model)
+        group = PolicyGroup(self.handles, longest, self.settings.policy.timeout_s, costs)
         await group.start(_START_TIMEOUT_S)
         return group
 
