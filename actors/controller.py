@@ -101,6 +101,7 @@ class Controller:
             num_ranks=len(self.policy.ranks),
             max_tokens=self.max_tokens_per_micro_batch,
             mask_truncated=self.algorithm.mask_truncated_completions,
+            costs=self.policy.costs,
         )
 
     async def _publish(self, version: int) -> None:

@@ -140,6 +140,7 @@ class PolicyActor:
 
         from actors.model.files import make_savable
         from actors.model.forward import PACKED_ATTENTION
+        from actors.model.head import put_scoring_head
         from actors.model.load import load_causal_lm
         from actors.model.lora import adapt, base_digest, trained_parameters
 
@@ -159,6 +160,7 @@ class PolicyActor:
             attn_implementation=PACKED_ATTENTION,
         )
         make_savable(model)
+        put_scoring_head(model)
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
