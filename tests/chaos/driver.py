@@ -1,6 +1,8 @@
 """`python -m deploy train` as it is, but for the classes behind the roles of the run."""
 
+import ctypes
 import os
+import signal
 import sys
 from functools import partial
 from typing import Any
@@ -15,6 +17,8 @@ from tests.chaos.faults import FOLDER
 from tests.chaos.policy import light_policy
 from tests.chaos.replica import LightRollout, VllmRollout
 from tests.chaos.scorers import ChaosReward, light_reference
+
+_PR_SET_PDEATHSIG = 1
 
 
 def roles(engine: str) -> Roles:
@@ -32,7 +36,11 @@ def main(engine: str, arguments: list[str]) -> None:
 
 
 def life(engine: str, faults: str, log: str, arguments: list[str]) -> None:
-    """The same in a process that has been forked with all modules loaded, which saves seconds."""
+    """The same in a process that has been forked with all modules loaded, which saves seconds.
+
+    It ends with the process that it was forked from, and so with the campaign, however that ends.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(descriptor, standard)

@@ -14,9 +14,12 @@ from unittest.mock import patch
 import psutil
 
 from deploy.session import shut_in
+from tests.chaos.belongings import shared_memory_of
 
 _FORKS = multiprocessing.get_context("forkserver")
 _SAMPLE_S = 1.0
+HEALTH = {"period_ms": "1000", "timeout_ms": "2000", "failure_threshold": "4", "initial_delay_ms": "0"}
+"""A lost raylet is noticed after seconds, not half a minute."""
 
 
 def preload() -> None:
@@ -24,8 +27,12 @@ def preload() -> None:
     _FORKS.set_forkserver_preload(["tests.chaos.driver"])
     with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):  # ours stays as it is: this Ray has been imported already
         os.environ.pop("RAY_ADDRESS", None)
+        os.environ |= {f"RAY_health_check_{name}": value for name, value in HEALTH.items()}
         shut_in(os.environ)
         forkserver.ensure_running()
+
+
+_VERSION = re.compile(rb'"event": "(?:trained|resumed)".*"version": (\d+)')
 
 
 @dataclass(slots=True)
@@ -34,6 +41,8 @@ class Journal:
 
     path: Path
     trained: int = 0
+    version: int = 0
+    """Steps of the history that stands."""
     lines: int = 0
     _offset: int = 0
 
@@ -51,6 +60,8 @@ class Journal:
         self._offset += whole
         self.trained += data[:whole].count(b'"event": "trained"')
         self.lines += data[:whole].count(b"\n")
+        versions = _VERSION.findall(data[:whole])
+        self.version = int(versions[-1]) if versions else self.version
         return whole > 0
 
 
@@ -67,6 +78,8 @@ class Life:
     asked_to_stop: bool = False
     members: set[psutil.Process] = field(default_factory=set)
     """Every process that was ever seen below it."""
+    shared: set[str] = field(default_factory=set)
+    """Shared memory that they were seen to have, by name."""
     _sampled: float = 0.0
     _process: object = None
 
@@ -93,7 +106,9 @@ class Life:
             return
         self._sampled = time.monotonic()
         with contextlib.suppress(psutil.NoSuchProcess):
-            self.members |= set(psutil.Process(self.pid).children(recursive=True))
+            below = psutil.Process(self.pid).children(recursive=True)
+            self.members |= set(below)
+            self.shared |= shared_memory_of([psutil.Process(self.pid), *below])
 
     def kill(self) -> None:
         self._sampled = 0.0
