@@ -4,6 +4,7 @@ A fault is a file `<role>.<point>.<action>.<number>` in `armed/`; whoever rename
 """
 
 import ctypes
+import json
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 FOLDER = "PACELINE_CHAOS"
 """Environment variable: where the faults of a run are; without it nothing strikes."""
+STARTED = "started.jsonl"
 _LONG_S = 100_000.0
 
 
@@ -85,6 +87,18 @@ def report(text: str) -> None:
     if folder is not None:
         with Path(folder, "findings.txt").open("a", encoding="utf-8") as file:
             file.write(text + "\n")
+
+
+def note_start(replica: int) -> None:
+    """That a replica's engine is there now, and which version the journal has come to; None before the first."""
+    folder = os.environ.get(FOLDER)
+    if folder is None:
+        return
+    journal = Path(folder).parent / "run" / "ledger.jsonl"
+    trained = [line for line in journal.read_text().splitlines() if '"trained"' in line] if journal.exists() else []
+    version = json.loads(trained[-1])["version"] if trained else None
+    with Path(folder, STARTED).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"replica": replica, "version": version}) + "\n")
 
 
 def _claim(prefix: str) -> str | None:
