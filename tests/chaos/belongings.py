@@ -1,8 +1,8 @@
 """What a run's own processes have started and left behind, and nothing of anybody else's.
 
 A process is the run's when its environment names the folder of the run's faults (everything that a driver starts
-inherits that), and shared memory is the run's when one of its processes was seen to have it open or mapped. Another Ray
-on the machine has neither.
+inherits that) or when it was forked for the run (nursery.py), and shared memory is the run's when one of its processes
+was seen to have it open or mapped. Another Ray on the machine has neither.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.faults import FOLDER
+from tests.chaos.nursery import WORKERS
 
 SHARED = "/dev/shm/"
 _AGAIN_S = 0.2
@@ -21,10 +22,23 @@ _AGAIN_S = 0.2
 
 def processes_of(folder: Path) -> set[psutil.Process]:
     """Whatever was started with the faults of this run in its environment, whoever its parent is now."""
-    found = set()
+    found = workers_of(folder)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(FOLDER) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process)
+    return found
+
+
+def workers_of(folder: Path) -> set[psutil.Process]:
+    """Those that were forked, and are there."""
+    found = set()
+    path = folder / WORKERS
+    for line in path.read_text().splitlines() if path.exists() else ():
+        pid, began = line.split()
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(int(pid))
+            if process.create_time() == float(began) and process.status() != psutil.STATUS_ZOMBIE:
                 found.add(process)
     return found
 
