@@ -220,7 +220,7 @@ def tiny_model(
 ) -> None:
     """Write the byte-level model with random weights that demos and tests use."""
     from actors.model.tiny import make_tiny_model
-    from actors.recipe.schema import TinyModel
+    from actors.recipe.model import TinyModel
 
     with _user_errors():
         make_tiny_model(TinyModel(kind="tiny"), out_dir, seed)

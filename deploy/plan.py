@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.model.size import num_elements
+from actors.recipe.deadlines import stall_timeout_s
 from actors.recipe.file import load_recipe
+from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
 from actors.recipe.pools import used_pools
-from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe, TinyModel
+from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.run.folder import RunFolder
 from actors.run.lineage import trained_before
 from deploy.memory import estimate
@@ -44,6 +46,7 @@ def show(
         lines.insert(1, f"{first_path}, which is trained first: {_summarize(first)}")
     if isinstance(recipe, GrpoRecipe):
         lines.append(_describe_fanout(recipe, placed))
+        lines.append(_describe_stall(recipe))
     lines += memory.lines
     lines += trusted_code([recipe, *(first for _, first in trained_before(recipe, path))])
     lines.append(f"submit: {_submit_line(path, overrides)}")
@@ -111,6 +114,13 @@ def _summarize(recipe: Recipe) -> str:
                 f"staleness at most {bound} version{'' if bound == 1 else 's'} ({recipe.staleness.when_stale}), "
                 f"{recipe.max_groups_in_flight} groups in flight at most; leaves {recipe.folder}"
             )
+
+
+def _describe_stall(recipe: GrpoRecipe) -> str:
+    return (
+        f"stall: when no group has finished for {stall_timeout_s(recipe):.0f} s while the policy waits "
+        f"(stall.timeout_s), the run {'ends with' if recipe.stall.then == 'exit' else 'replaces'} its suspect"
+    )
 
 
 def _describe_fanout(recipe: GrpoRecipe, placed: PlacementPlan) -> str:

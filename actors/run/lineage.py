@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from actors.recipe.file import load_recipe
-from actors.recipe.schema import Recipe, RecipeModel
+from actors.recipe.model import RecipeModel
+from actors.recipe.schema import Recipe
 from actors.run.folder import RunFolder
 
 
