@@ -10,8 +10,9 @@ import pytest
 
 from actors.data.dataset import load_rows, reward_column_names
 from actors.recipe.file import load_recipe
+from actors.recipe.model import PretrainedModel
 from actors.recipe.pools import used_pools
-from actors.recipe.schema import GrpoRecipe, PretrainedModel
+from actors.recipe.schema import GrpoRecipe
 from actors.rewards.functions import check_reward
 from deploy.memory import estimate, model_shape
 from placement.cluster import uniform
