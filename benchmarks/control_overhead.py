@@ -139,6 +139,7 @@ class SleepingPolicy:
 
     fleet: Fleet
     ranks: tuple[None] = (None,)
+    max_completion_length: int = COMPLETION_TOKENS
     exclusive: asyncio.Lock = field(default_factory=asyncio.Lock)
     committed: int = 0
     done_at: list[float] = field(default_factory=list)
