@@ -14,7 +14,8 @@ from huggingface_hub.utils import HFValidationError
 from rich.table import Table
 
 from actors.recipe.file import load_recipe
-from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe, TinyModel
+from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
+from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.run.folder import RunFolder
 from placement.cluster import ClusterSpec
 from placement.memory.accelerators import gpu_memory_gb

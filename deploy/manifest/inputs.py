@@ -3,7 +3,8 @@
 import re
 from pathlib import PurePosixPath
 
-from actors.recipe.schema import PretrainedModel, Recipe
+from actors.recipe.model import PretrainedModel
+from actors.recipe.schema import Recipe
 from deploy.manifest.options import APP, Kind
 
 MAX_NAME = {"job": 47, "cluster": 53}

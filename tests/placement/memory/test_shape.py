@@ -6,7 +6,8 @@ import pytest
 
 from actors.model.lora import adapt
 from actors.model.tiny import tiny_skeleton
-from actors.recipe.schema import LoraConfig, TinyModel
+from actors.recipe.model import TinyModel
+from actors.recipe.policy import LoraConfig
 from placement.memory.shape import ModelShape, shape_of
 
 
