@@ -171,6 +171,7 @@ def _merge(batch: Batch, updates: Sequence[RankUpdate], seconds: float) -> Updat
         "learning_rate": updates[0].learning_rate,
         "policy/learning_rate_factor": updates[0].learning_rate_factor,
         "policy/skipped": float(updates[0].skipped),
+        "policy/updates": float(updates[0].num_updates),
         **stats.finish(),
         "time/policy_step_s": seconds,
         "policy_tok_per_s": num_tokens / seconds,

@@ -39,6 +39,7 @@ def build_batch(
     max_tokens: int,
     mask_truncated: bool,
     costs: SequenceCosts = _NO_COSTS,
+    kl_weight: float = 0.0,
 ) -> Batch:
     """Over all ranks each rollout exactly once, with its advantage; the counts are over the global batch.
 
@@ -64,6 +65,7 @@ def build_batch(
         num_sequences=sum(len(group.num_tokens_G) for group in groups),
         num_loss_tokens=num_loss_tokens,
         oldest_version=oldest_version,
+        kl_weight=kl_weight,
     )
 
 

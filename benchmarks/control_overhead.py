@@ -141,6 +141,7 @@ class SleepingPolicy:
     fleet: Fleet
     ranks: tuple[None] = (None,)
     costs: SequenceCosts = field(default_factory=SequenceCosts)
+    max_completion_length: int = COMPLETION_TOKENS
     exclusive: asyncio.Lock = field(default_factory=asyncio.Lock)
     committed: int = 0
     done_at: list[float] = field(default_factory=list)

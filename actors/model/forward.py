@@ -91,7 +91,7 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 def row_logprobs(model: nn.Module, row: PackedRow, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability (with gradient) and entropy (without) of each loss token of the row: two tensors of shape (N,).
+    """Log-probability and entropy of each loss token of the row, both with gradient: two tensors of shape (N,).
 
     `model` was loaded with `attn_implementation=PACKED_ATTENTION`. The output head computes only where a loss token is
     predicted, over the sampling temperature, as the rollout replicas do. A scoring head makes no logits beyond a slab

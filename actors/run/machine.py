@@ -12,7 +12,7 @@ import ray
 
 from actors.deadline import DeadlineError, aside, within
 from actors.errors import RunError
-from actors.recipe.schema import LivenessConfig
+from actors.recipe.upkeep import LivenessConfig
 
 
 @contextlib.asynccontextmanager

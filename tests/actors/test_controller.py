@@ -109,6 +109,7 @@ class Bench:
         self.committed = 0
         self.ranks = (None,)
         self.costs = SequenceCosts()
+        self.max_completion_length = 8
         self.step_error: Exception | None = None
         self.skipped: set[int] = set()
         self.learning_rate_factor = 1.0

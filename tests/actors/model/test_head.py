@@ -22,7 +22,7 @@ from transformers import (
 from actors.model.forward import PACKED_ATTENTION, row_logprobs
 from actors.model.head import ScoringHead, put_scoring_head, scoring_head
 from actors.model.lora import adapt
-from actors.recipe.schema import LoraConfig
+from actors.recipe.policy import LoraConfig
 from algorithms.packed import PackedRow, pack_row
 from algorithms.types import Rollout
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from actors.errors import RunError, first_cause
-from actors.recipe.schema import LivenessConfig
+from actors.recipe.upkeep import LivenessConfig
 from actors.run import machine
 from actors.run.machine import is_given_up, machine_watched
 
