@@ -55,7 +55,5 @@ def test_a_teacher_that_is_there_is_not_trained_again() -> None:
 def test_nobody_learns_from_himself() -> None:
     write("teacher", GRPO, reference="student.yaml")
     path = write("student", GRPO, reference="teacher.yaml")
-    with pytest.raises(
-        ValueError, match="teacher.yaml: reference.recipe: student.yaml would"
-    ):
+    with pytest.raises(ValueError, match=r"teacher\.yaml: reference\.recipe: student\.yaml would"):
         before(path)
