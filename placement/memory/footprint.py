@@ -25,8 +25,8 @@ _SUB_GROUP = 1_000_000_000
 _SLAB = 2**23
 """Logits that exist at once, in three float32 copies; of a token 128 at least."""
 _NARROWEST = 128
-_PADDING = 2.0
-"""Attention runs on sequences padded to the longest of their row: so much more than their tokens."""
+_PADDING = 4 / 3
+"""Attention runs on sequences padded to the longest that they attend beside; each is three quarters of it at least."""
 _ENGINE_TOKENS = 8192
 """Tokens of one pass of vLLM while it fills prompts (max_num_batched_tokens)."""
 
