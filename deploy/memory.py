@@ -152,17 +152,22 @@ def reference_load(recipe: GrpoRecipe) -> ReferenceLoad:
 
 
 def rollout_load(recipe: GrpoRecipe, shape: ModelShape) -> RolloutLoad:
-    """Of one GPU of a replica; what is staged on the device is a whole version, or the adapters of one."""
-    size, lora = _BYTES[recipe.rollout.dtype], recipe.policy.lora
-    version = shape.num_parameters if lora is None else shape.adapter_parameters(lora.r, None)
+    """Of one GPU of a replica, with the version that is staged on the device."""
     return RolloutLoad(
         tensor_parallel=max(1, recipe.pools.rollout.gpus_per_worker),
-        bytes_per_weight=size,
+        bytes_per_weight=_BYTES[recipe.rollout.dtype],
         utilization=recipe.rollout.gpu_memory_utilization,
         max_num_seqs=recipe.rollout.max_num_seqs,
         context=_longest(recipe),
-        staged=float(size * version) if recipe.sync.staging == "device" else 0.0,
+        staged=version_bytes(recipe, shape) if recipe.sync.staging == "device" else 0.0,
     )
+
+
+def version_bytes(recipe: GrpoRecipe, shape: ModelShape) -> float:
+    """Of a version as it travels: the whole model, or the adapters."""
+    lora = recipe.policy.lora
+    elements = shape.num_parameters if lora is None else shape.adapter_parameters(lora.r, None)
+    return float(_BYTES[recipe.rollout.dtype] * elements)
 
 
 def _longest(recipe: Recipe) -> int:

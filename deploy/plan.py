@@ -18,6 +18,7 @@ from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.run.folder import RunFolder
 from actors.run.lineage import trained_before
+from deploy.host_memory import host_lines
 from deploy.memory import estimate
 from deploy.trust import trusted_code
 from placement.cluster import ClusterSpec, from_ray
@@ -47,7 +48,7 @@ def show(
     if isinstance(recipe, GrpoRecipe):
         lines.append(_describe_fanout(recipe, placed))
         lines.append(_describe_stall(recipe))
-    lines += memory.lines
+    lines += [*memory.lines, *host_lines(recipe, placed)]
     lines += trusted_code([recipe, *(first for _, first in trained_before(recipe, path))])
     lines.append(f"submit: {_submit_line(path, overrides)}")
     console = Console()

@@ -9,6 +9,7 @@ import yaml
 
 from actors.recipe.schema import Recipe
 from actors.run.lineage import trained_before
+from deploy.host_memory import check_pods
 from deploy.manifest.groups import PodGroup, bindings, pod_groups
 from deploy.manifest.inputs import check_name, check_paths
 from deploy.manifest.options import APP, ManifestOptions
@@ -61,7 +62,9 @@ def render(
 
 
 def _groups(recipe: Recipe, path: str, options: ManifestOptions) -> tuple[PodGroup, ...]:
-    return pod_groups([*(first for _, first in trained_before(recipe, path)), recipe], options)
+    groups = pod_groups([*(first for _, first in trained_before(recipe, path)), recipe], options)
+    check_pods(recipe, groups, options)
+    return groups
 
 
 def _command(recipe: Recipe, path: str, overrides: Sequence[str], options: ManifestOptions) -> list[str]:

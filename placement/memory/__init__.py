@@ -2,6 +2,7 @@
 
 shape.py         a model's shape, from its config.json
 footprint.py     bytes on one GPU of each pool, part by part
+host.py          bytes in a node's own memory
 fit.py           whether they fit, and which knob makes them fit
 accelerators.py  the memory of a live cluster's GPUs
 """

@@ -1,0 +1,65 @@
+"""What a recipe's workers hold in their nodes' own memory: told by `plan`, and held against the pods of a manifest."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from actors.recipe.pools import used_pools
+from actors.recipe.schema import GrpoRecipe, Recipe
+from deploy.manifest.groups import PodGroup
+from deploy.manifest.options import ManifestOptions
+from deploy.memory import model_shape, policy_load, reference_load, version_bytes
+from placement.memory.footprint import GB
+from placement.memory.host import policy_host_bytes, reference_host_bytes
+from placement.memory.shape import ModelShape
+from placement.plan import PlacementPlan
+
+
+def host_lines(recipe: Recipe, placed: PlacementPlan) -> list[str]:
+    """The node that needs most, where the model's shape is known."""
+    shape = _shape(recipe)
+    if shape is None:
+        return []
+    needs: Counter[str] = Counter()
+    for pool, bundles in placed.bundles.items():
+        for node, count in Counter(bundle.node for bundle in bundles).items():
+            needs[node] += round(host_bytes(recipe, shape, pool, count, node == bundles[0].node))
+    ((node, most),) = needs.most_common(1)
+    return [f"host memory: {most / GB:.0f} GB on {node}, more than on any other node, beside what processes take"]
+
+
+def check_pods(recipe: Recipe, groups: Sequence[PodGroup], options: ManifestOptions) -> None:
+    """ValueError when a pod would be killed for its memory while the run starts or leaves a checkpoint."""
+    shape = _shape(recipe)
+    if shape is None:
+        return
+    for group in groups:
+        workers = -(-used_pools(recipe)[group.pool].num_workers // group.num_pods)
+        needs = host_bytes(recipe, shape, group.pool, workers, holds_first=True) / GB
+        has = group.gpus * options.memory_per_gpu_gb or options.memory_gb
+        if needs > has:
+            each = -(-needs // max(1, group.gpus))
+            option = "--memory-per-gpu-gb" if group.gpus else "--memory-gb"
+            raise ValueError(
+                f"pool {group.pool!r}: {needs:.0f} GB of host memory in each pod, which has {has}; say {option} "
+                f"{1.25 * each:.0f}, which leaves a quarter for the processes"
+            )
+
+
+def host_bytes(recipe: Recipe, shape: ModelShape, pool: str, workers: int, holds_first: bool) -> float:
+    """Of so many workers of a pool on one node; `holds_first`: the first of them is there."""
+    match pool:
+        case "policy":
+            return policy_host_bytes(shape, policy_load(recipe, shape), workers, holds_first)
+        case "reference" if isinstance(recipe, GrpoRecipe):
+            return reference_host_bytes(shape, reference_load(recipe), workers)
+        case "rollout" if isinstance(recipe, GrpoRecipe) and recipe.sync.staging == "host":
+            return version_bytes(recipe, shape) * workers * max(1, recipe.pools.rollout.gpus_per_worker)
+    return 0.0
+
+
+def _shape(recipe: Recipe) -> ModelShape | None:
+    """Where it is known."""
+    try:
+        return model_shape(recipe)
+    except ValueError:
+        return None

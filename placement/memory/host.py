@@ -1,0 +1,16 @@
+"""Bytes that the workers of one node hold in its own memory at the worst moment, beside what any process takes."""
+
+from placement.memory.footprint import PolicyLoad, ReferenceLoad
+from placement.memory.shape import ModelShape
+
+
+def policy_host_bytes(shape: ModelShape, load: PolicyLoad, ranks_here: int, holds_first: bool) -> float:
+    """Each rank loads the model whole before it is sharded; later rank 0 gathers a checkpoint, which it keeps."""
+    loading = float(load.bytes_per_weight * shape.num_parameters * ranks_here)
+    trained = shape.num_parameters if load.num_trained is None else load.num_trained
+    return max(loading, 12.0 * trained if holds_first else 0.0)
+
+
+def reference_host_bytes(shape: ModelShape, load: ReferenceLoad, workers_here: int) -> float:
+    """Each worker loads the model whole, and then moves it."""
+    return float(load.bytes_per_weight * shape.num_parameters * workers_here)
