@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from actors.errors import RunError
 from actors.policy_state import PolicyState, collect, restore
 from actors.recipe.policy import PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig
+from algorithms.corrections import sequence_sum
 from algorithms.losses import Normalizer, grpo_loss, sft_loss
 from algorithms.packed import PackedRow, pack_row
+from algorithms.preference.weigh import weighted_sum
 from algorithms.stats import LossStats, merge
 from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup
 from sync.gloo import open_store, reach_store
@@ -41,11 +43,14 @@ _MEET_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a step minimises: GRPO when `grpo` is given, else the supervised loss."""
+    """What a step minimises: GRPO when `grpo` is given, the weighted sum of `numbers` if those are, else the
+    supervised loss."""
 
     grpo: GrpoConfig | None
     temperature: float
     max_completion_length: int
+    numbers: Literal["logprobs", "scores"] | None = None
+    """What each sequence amounts to: the log-probability of its loss tokens, or a reward model's score at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,7 @@ class PolicyActor:
 
         from actors.model.files import make_savable
         from actors.model.forward import PACKED_ATTENTION
-        from actors.model.load import load_causal_lm
+        from actors.model.load import load_causal_lm, load_scorer
         from actors.model.lora import adapt, base_digest, trained_parameters
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
@@ -151,7 +156,8 @@ class PolicyActor:
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
         deepspeed.init_distributed(backend, verbose=False)  # takes the group that is there
-        model = load_causal_lm(
+        load = load_scorer if settings.objective.numbers == "scores" else load_causal_lm
+        model = load(
             settings.model_path,
             settings.revision,
             settings.trust_remote_code,
@@ -237,11 +243,33 @@ class PolicyActor:
         row = pack_row(rollouts, [sample.advantage for sample in samples], self.pad_id, oldest_version)
         return row.to(self.engine.device)
 
-    def _loss(self, row: PackedRow, normalizer: Normalizer) -> tuple[Tensor, LossStats]:
-        from actors.model.forward import row_logprobs
+    def numbers(self, batch: RankBatch, *groups: ScoredGroup | Group) -> list[list[float]]:
+        """Log-probability, or score, of each sample of each micro-batch, without dropout; every rank is called."""
+        self.engine.eval()
+        numbers = []
+        with torch.no_grad():
+            for micro_batch in batch.micro_batches:
+                row = self._row(micro_batch, groups, batch.oldest_version)
+                values_N, _ = self._values(row)
+                numbers.append(sequence_sum(values_N.double(), row.sequence_N, len(micro_batch.samples)).tolist())
+        self.engine.train()
+        return numbers
+
+    def _values(self, row: PackedRow) -> tuple[Tensor, Tensor | None]:
+        """Log-probability and entropy of each loss token; of a reward model the score there, and no entropy."""
+        from actors.model.forward import row_logprobs, row_scores
 
         objective = self.settings.objective
-        logprobs_N, entropy_N = row_logprobs(self.engine, row, objective.temperature)
+        if objective.numbers == "scores":
+            return row_scores(self.engine, row), None
+        return row_logprobs(self.engine, row, objective.temperature)
+
+    def _loss(self, row: PackedRow, normalizer: Normalizer) -> tuple[Tensor, LossStats]:
+        objective = self.settings.objective
+        logprobs_N, entropy_N = self._values(row)
+        if objective.numbers is not None:
+            return weighted_sum(logprobs_N, entropy_N, row.advantages_N)
+        assert entropy_N is not None, "only scores have none"
         if objective.grpo is None:
             return sft_loss(logprobs_N, entropy_N, normalizer.num_loss_tokens)
         return grpo_loss(

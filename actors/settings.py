@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.policy import Objective, PolicySettings
+from actors.recipe.preference import PreferenceRecipe, RewardRecipe
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.reference import ReferenceSettings
 from actors.rollout import RolloutSettings
@@ -91,3 +92,7 @@ def _objective(recipe: Recipe) -> Objective:
             return Objective(recipe.algorithm, generation.temperature, generation.max_completion_length)
         case SftRecipe():
             return Objective(None, temperature=1.0, max_completion_length=recipe.max_length)
+        case RewardRecipe():
+            return Objective(None, 1.0, recipe.max_length, numbers="scores")
+        case PreferenceRecipe():
+            return Objective(None, 1.0, recipe.max_length, numbers="logprobs")

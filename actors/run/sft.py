@@ -1,7 +1,6 @@
-"""One supervised run from its recipe to its run folder, on the same policy ranks that GRPO uses."""
+"""One run that samples nothing, from its recipe to its run folder, on the same policy ranks that GRPO uses."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,28 +11,27 @@ from actors.checkpoint.checkpointer import Checkpointer
 from actors.checkpoint.cut import Cut, Progress
 from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
-from actors.data.examples import ExampleStream
 from actors.errors import RunError, StoppedError
 from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
-from actors.recipe.schema import SftRecipe
+from actors.recipe.base import OfflineRecipe
+from actors.recipe.schema import OfflineKind
 from actors.run.folder import RunFolder
+from actors.run.lessons import Lesson, Stream, lesson_of
 from actors.run.plot import plot_loss
 from actors.run.progress import RunProgress
 from actors.run.signals import on_signal
 from actors.run.tracker import Tracker
 from actors.settings import ModelSource
 from actors.workers import policy_group
-from algorithms.packing import pack
 from algorithms.slots import PacerState
-from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample
 from placement.groups import ReservedPools
 
 
 async def run_sft(
-    recipe: SftRecipe,
+    recipe: OfflineKind,
     model: ModelSource,
-    examples: ExampleStream,
+    stream: Stream,
     tokenizer: PreTrainedTokenizerBase,
     pools: ReservedPools,
     folder: RunFolder,
@@ -45,7 +43,9 @@ async def run_sft(
     config = recipe.model_dump(mode="json")
     async with policy_group(recipe, model, pools, folder.path) as policy:
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
-            learner = Learner(recipe, examples, policy, folder, progress, tracker)
+            lesson = lesson_of(recipe, stream, policy, folder.path, progress.say)
+            learner = Learner(recipe, lesson, policy, folder, progress, tracker)
+            await lesson.prepare(range(0 if resume is None else resume.cut.version, recipe.steps))
             if resume is not None:
                 await learner.restore(resume)
             checkpointer = Checkpointer(
@@ -77,8 +77,8 @@ async def run_sft(
 class Learner:
     """Step n trains on the n-th batch of the examples, whenever and however often the run goes on."""
 
-    recipe: SftRecipe
-    examples: ExampleStream
+    recipe: OfflineRecipe
+    lesson: Lesson
     policy: PolicyGroup
     folder: RunFolder
     progress: RunProgress
@@ -109,11 +109,8 @@ class Learner:
         self._stopping = True
 
     async def _step(self) -> None:
-        recipe, step = self.recipe, self.version
-        first = step * recipe.batch_size
-        rollouts = _examples(self.examples, first, recipe.batch_size)
-        batch = _batch(rollouts, step, len(self.policy.ranks), recipe.policy.max_tokens_per_micro_batch)
-        update = await self.policy.step(batch, [_group(first + index, r) for index, r in enumerate(rollouts)])
+        step = self.version
+        update, num_tokens = await self.lesson.step(step)
         if update.skipped:
             raise RunError(
                 f"the loss or the gradient of step {step} is not finite, and the weights were left as they were; lower "
@@ -121,7 +118,7 @@ class Learner:
             )
         self.version = update.version
         self._totals.losses.append(update.metrics["loss"])
-        self._totals.tokens_trained += batch.num_loss_tokens
+        self._totals.tokens_trained += num_tokens
         self.metrics = {**update.metrics, "num_tokens": float(self._totals.tokens_trained)}
         self.folder.write_metrics(step, self.metrics)
         self.tracker.log(step, self.metrics)
@@ -152,28 +149,3 @@ class Learner:
             "resumed": totals.num_resumed,
             "wall_s": totals.wall_s,
         }
-
-
-def _examples(examples: ExampleStream, first: int, count: int) -> list[Rollout]:
-    try:
-        return [examples.example(first + index) for index in range(count)]
-    except ValueError as error:  # a row behind those that were looked at before the run
-        raise RunError(str(error)) from error
-
-
-def _batch(rollouts: Sequence[Rollout], version: int, num_ranks: int, max_tokens: int) -> Batch:
-    samples = [Sample(group, 0, rollout.num_tokens, advantage=0.0) for group, rollout in enumerate(rollouts)]
-    packed = pack([rollout.num_tokens for rollout in rollouts], num_ranks, max_tokens)
-    return Batch(
-        version=version,
-        ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed),
-        num_sequences=len(rollouts),
-        num_loss_tokens=sum(rollout.num_loss_tokens for rollout in rollouts),
-        oldest_version=0,
-    )
-
-
-def _group(ordinal: int, example: Rollout) -> Group:
-    """An example as a group of one: nothing was sampled, so there is no replica and no version."""
-    prompt = Prompt(ordinal, epoch=0, token_ids=(), text="", columns={})
-    return Group(prompt, (example,), attempt=0, replica=-1)

@@ -17,6 +17,7 @@ from algorithms.preference.cpo import cpo_loss
 from algorithms.preference.dpo import dpo_loss
 from algorithms.preference.kto import kto_loss
 from algorithms.preference.orpo import log_odds_ratio, orpo_loss
+from algorithms.stats import LossStats
 
 PairConfig = DpoConfig | OrpoConfig | CpoConfig | BradleyTerryConfig
 
@@ -64,6 +65,17 @@ def weigh_judged(judged: Judged, config: KtoConfig) -> Weighed:
         loss = kto_loss(judged, config)
         (gradient_S,) = torch.autograd.grad(loss, judged.logprobs_S)
     return Weighed(loss.item(), tuple((weight,) for weight in gradient_S.tolist()), _judged_metrics(judged, config))
+
+
+def weighted_sum(values_N: Tensor, entropy_N: Tensor | None, weights_N: Tensor) -> tuple[Tensor, LossStats]:
+    """The micro-batch's share of the gradient, as a sum to differentiate: each token has its sequence's weight.
+
+    Its value is not the loss. Without tokens it is 0 and still hangs on the graph of `values_N`.
+    """
+    share = (weights_N * values_N).sum()
+    if entropy_N is None:
+        return share, LossStats(loss=share.item())
+    return share, LossStats(loss=share.item(), entropy=entropy_N.double().sum().item(), num_tokens=len(values_N))
 
 
 @torch.no_grad()
