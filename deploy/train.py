@@ -30,6 +30,7 @@ from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
 from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe
+from actors.rewards.classifier import check_reward_model
 from actors.rewards.functions import check_reward
 from actors.run.folder import RunFolder
 from actors.run.grpo import run_grpo
@@ -76,7 +77,10 @@ def prepare(
         rows = load_rows(run.dataset, needed_columns(run))
         if isinstance(run, GrpoRecipe):
             for reward in run.rewards.functions:
-                check_reward(reward.function, reward_column_names(rows.column_names))
+                if reward.model is not None:
+                    check_reward_model(reward.model)
+                else:
+                    check_reward(reward.source, reward_column_names(rows.column_names))
         if address is None:
             plan(used_pools(run), this_machine())
         check_tracker(run.logging.wandb_project)

@@ -132,9 +132,11 @@ def load_rows(config: DatasetConfig, needed: Sequence[str] = ("prompt",)) -> Row
         rows = _table_rows(config)
     for name in needed:
         if name not in rows.column_names:
+            talks = name == "prompt" and "messages" in rows.column_names
+            hint = "; recipes of kind 'sft' learn whole conversations with assistant_only_loss: true" if talks else ""
             raise ValueError(
                 f"dataset.path: {rows.source} has no column '{name}'{_did_you_mean(name, rows.column_names)}; its "
-                f"columns are {_listed(rows.column_names)}; rename the one that holds the {name} to '{name}'"
+                f"columns are {_listed(rows.column_names)}; rename the one that holds the {name} to '{name}'{hint}"
             )
     if "prompt" not in needed:
         _refuse(

@@ -72,9 +72,14 @@ class Pairing:
             raise RunError(str(error)) from error
 
     def _groups(self, step: int, pairs: Sequence[Pair]) -> list[Group]:
-        end = _end if isinstance(self.recipe, RewardRecipe) else _whole
         first = step * self.recipe.batch_size
-        return [group_of(first + n, (end(pair.chosen), end(pair.rejected))) for n, pair in enumerate(pairs)]
+        return [group_of(first + n, (self._seen(p.chosen), self._seen(p.rejected))) for n, p in enumerate(pairs)]
+
+    def _seen(self, rollout: Rollout) -> Rollout:
+        """A reward model sees the whole sequence and gives its score at the end."""
+        if not isinstance(self.recipe, RewardRecipe):
+            return rollout
+        return _end(rollout, int(self.stream.tokenizer.pad_token_id or 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +158,13 @@ def _sequences(groups: Sequence[Group]) -> list[Rollout]:
     return [rollout for group in groups for rollout in group.rollouts]
 
 
-def _whole(rollout: Rollout) -> Rollout:
-    return rollout
+def _end(rollout: Rollout, pad_id: int) -> Rollout:
+    """The sequence, of which one token alone counts: the last that is not padding.
 
-
-def _end(rollout: Rollout) -> Rollout:
-    """The sequence, of which the last token alone counts: where a reward model gives its score."""
-    return replace(rollout, loss_mask_T=np.arange(rollout.num_tokens) == rollout.num_tokens - 1)
+    There transformers looks for the score, and where EOS is also the padding, that is the token before EOS.
+    """
+    last = int(np.flatnonzero(rollout.token_ids_T != pad_id)[-1])
+    return replace(rollout, loss_mask_T=np.arange(rollout.num_tokens) == last)
 
 
 def _tensor(values: Sequence[float]) -> Tensor:

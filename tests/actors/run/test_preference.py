@@ -229,8 +229,14 @@ async def test_a_loss_that_is_not_finite_reaches_no_weight(folder: Path, tmp_pat
     assert np.isnan(advantages).all(), "every rank sees that the step is to be skipped"
 
 
-async def test_a_reward_model_is_scored_at_its_ends(folder: Path, tmp_path: Path) -> None:
-    """The last token of each sequence, EOS, alone."""
+@pytest.mark.parametrize("padding_is_eos", [False, True])
+async def test_a_reward_model_is_scored_where_transformers_looks(
+    folder: Path, tmp_path: Path, padding_is_eos: bool
+) -> None:
+    """The last token of each sequence that is not padding."""
+    tokenizer = byte_tokenizer(256)
+    if padding_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
     seen: list[Rollout] = []
 
     class Looking(LocalPolicy):
@@ -240,9 +246,10 @@ async def test_a_reward_model_is_scored_at_its_ends(folder: Path, tmp_path: Path
 
     policy: Any = Looking(model_of(folder), 1)
     references = References(policy, tmp_path, 64, print)
-    lesson = Pairing(recipe_of(RewardRecipe), PairStream(ListRows(ROWS), BYTES, 0, False, 60), policy, references)
+    lesson = Pairing(recipe_of(RewardRecipe), PairStream(ListRows(ROWS), tokenizer, 0, False, 60), policy, references)
     await lesson.prepare(range(4))
     await lesson.step(0)
     assert len(seen) == 8
-    assert all(np.flatnonzero(rollout.loss_mask_T).tolist() == [rollout.num_tokens - 1] for rollout in seen)
-    assert all(rollout.token_ids_T[-1] == BYTES.eos_token_id for rollout in seen)
+    place = 2 if padding_is_eos else 1
+    assert all(np.flatnonzero(rollout.loss_mask_T).tolist() == [rollout.num_tokens - place] for rollout in seen)
+    assert all(rollout.token_ids_T[-1] == tokenizer.eos_token_id for rollout in seen)
