@@ -145,7 +145,7 @@ class PolicyActor:
 
         from actors.model.files import make_savable
         from actors.model.forward import PACKED_ATTENTION
-        from actors.model.load import load_causal_lm, load_scorer
+        from actors.model.load import disable_dropout, load_causal_lm, load_scorer
         from actors.model.lora import adapt, base_digest, trained_parameters
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
@@ -165,6 +165,8 @@ class PolicyActor:
             attn_implementation=PACKED_ATTENTION,
         )
         make_savable(model)
+        if settings.objective.numbers is not None:
+            disable_dropout(model)  # a sequence must amount to the same whenever it is asked
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:

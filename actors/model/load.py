@@ -104,6 +104,15 @@ def _load(
     return model
 
 
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Training gives what evaluation gives, whatever dropout the model's config asks for."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # what transformers hands to its kernels
+            module.attention_dropout = 0.0
+
+
 def load_skeleton(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
     """The model without its weights, on the meta device: for what can be known from its config alone."""
     try:

@@ -2,16 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from deploy.__main__ import app
+from tests.deploy.test_faults import wait_for_steps
 from tests.prove import ONLY_PROVE
 
 METHODS = sorted(path.stem for path in Path("recipes/methods").glob("*.yaml"))
@@ -40,10 +43,20 @@ def test_it_is_planned(method: str) -> None:
     assert f"leaves runs/{method.replace('_', '-')}" in planned.output
 
 
-def train(folder: Path, method: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deploy", "train", f"recipes/methods/{method}.yaml", f"run_dir={folder}/run"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, timeout=280)
+ONE_THREAD = ("policy.num_threads=1", "pools.policy.cpus_per_worker=0.5")
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+def command(folder: Path, method: str, *overrides: str) -> list[str]:
+    verb = [sys.executable, "-m", "deploy", "train", f"recipes/methods/{method}.yaml", f"run_dir={folder}/run"]
+    return [*verb, *ONE_THREAD, *overrides]
+
+
+def train(folder: Path, method: str, *overrides: str) -> None:
+    done = subprocess.run(
+        command(folder, method, *overrides), env=ENVIRONMENT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -55,8 +68,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     "method", [pytest.param(method, marks=() if method in IN_EVERY_RUN else ONLY_PROVE) for method in METHODS]
 )
 def test_it_trains(tmp_path: Path, method: str) -> None:
-    done = train(tmp_path, method, "policy.num_threads=1", "pools.policy.cpus_per_worker=0.5")
-    assert done.returncode == 0, done.stdout + done.stderr
+    train(tmp_path, method)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(12))
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -73,3 +85,43 @@ def test_it_trains(tmp_path: Path, method: str) -> None:
     assert not report["unexpected_keys"]
     answers = tokenizer(["Spell abc backward: cba", "Spell abc backward: ab"], padding=True, return_tensors="pt")
     assert loaded(**answers).logits.isfinite().all()
+
+
+@pytest.mark.cluster
+@ONLY_PROVE
+@pytest.mark.parametrize(
+    ("method", "more"), [("kto", []), ("dpo", ["policy.lora={r: 4, lora_alpha: 8}"])], ids=["kto", "dpo, adapters"]
+)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, method: str, more: list[str]) -> None:
+    """To the bit; its reference is that of the first start."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = ["steps=60", "checkpoint.every=5", *more]
+    train(whole, method, *options)
+    stopped = psutil.Popen(
+        command(broken, method, *options), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_steps(broken / "run", 12, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    said, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 75, said
+    assert 12 <= len(metrics(broken)) < 60
+    train(broken, method, *options)
+    weights = [(folder / "run/model/model.safetensors").read_bytes() for folder in (whole, broken)]
+    assert weights[0] == weights[1]
+    for mine, other in zip(metrics(broken), metrics(whole), strict=True):
+        for metric in ("step", "loss", "grad_norm", "rewards/chosen", "logps/chosen"):
+            assert mine[metric] == other[metric], metric
+
+
+@pytest.mark.cluster
+@ONLY_PROVE
+@pytest.mark.parametrize("sharded", ["policy.zero_stage=3", "policy.dtype=bfloat16"])
+def test_two_ranks_learn_what_one_does(tmp_path: Path, sharded: str) -> None:
+    """Pairs and the reward model's new head, sharded; in bfloat16 about the same."""
+    for method in IN_EVERY_RUN:
+        one, two = tmp_path / f"one-{method}", tmp_path / f"two-{method}"
+        train(one, method)
+        train(two, method, "pools.policy.num_workers=2", "policy.max_tokens_per_micro_batch=150", sharded)
+        tolerance = 1e-3 if "zero" in sharded else 0.05
+        for mine, other in zip(metrics(two), metrics(one), strict=True):
+            assert abs(mine["loss"] - other["loss"]) < tolerance, method

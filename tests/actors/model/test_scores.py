@@ -6,15 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    Qwen3Config,
+)
 
-from actors.model.forward import PACKED_ATTENTION, row_scores
-from actors.model.load import load_scorer
+from actors.model.forward import PACKED_ATTENTION, row_logprobs, row_scores
+from actors.model.load import disable_dropout, load_scorer
 from actors.model.tiny import byte_tokenizer, make_tiny_model
 from actors.recipe.model import TinyModel
 from algorithms.packed import pack_row
 from algorithms.types import Rollout
-from tests.actors.model.test_forward import rollouts
+from tests.actors.model.test_forward import SIZES, rollouts
 
 TINY = TinyModel(kind="tiny", hidden_size=64, num_layers=2, num_heads=2, tie_word_embeddings=True)
 
@@ -58,3 +64,19 @@ def test_a_model_without_such_a_head_is_refused(tmp_path: Path) -> None:
     byte_tokenizer(64).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="another head than one linear layer 'score'; choose a decoder"):
         load_scorer(str(tmp_path / "model"), None, False, "float32", "eager")
+
+
+def test_without_dropout_training_gives_what_evaluation_gives(tmp_path: Path) -> None:
+    config = Qwen3Config(**SIZES, attention_dropout=0.5)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION).train()
+    model.model.embed_tokens = torch.nn.Sequential(model.model.embed_tokens, torch.nn.Dropout(0.5))
+    made = rollouts()
+    row = pack_row(made, [0.0] * len(made), pad_id=0)
+
+    def twice() -> list[torch.Tensor]:
+        return [row_logprobs(model, row, 1.0)[0] for _ in range(2)]
+
+    assert not torch.equal(*twice())
+    disable_dropout(model)
+    assert torch.equal(*twice())
+    assert torch.equal(twice()[0], row_logprobs(model.eval(), row, 1.0)[0])
