@@ -17,7 +17,7 @@ from deploy.__main__ import app
 from tests.deploy.test_faults import wait_for_steps
 from tests.prove import ONLY_PROVE
 
-METHODS = sorted(path.stem for path in Path("recipes/methods").glob("*.yaml"))
+METHODS = sorted(path.stem for path in Path("recipes/offline").glob("*.yaml"))
 IN_EVERY_RUN = ("dpo", "reward")
 GROWS = {
     "dpo": "rewards/margins",
@@ -37,7 +37,7 @@ def test_every_method_is_here() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_planned(method: str) -> None:
-    planned = CliRunner().invoke(app, ["plan", f"recipes/methods/{method}.yaml", "--nodes", "1"])
+    planned = CliRunner().invoke(app, ["plan", f"recipes/offline/{method}.yaml", "--nodes", "1"])
     assert planned.exit_code == 0, planned.output
     assert "12 steps of 16" in planned.output
     assert f"leaves runs/{method.replace('_', '-')}" in planned.output
@@ -48,7 +48,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def command(folder: Path, method: str, *overrides: str) -> list[str]:
-    verb = [sys.executable, "-m", "deploy", "train", f"recipes/methods/{method}.yaml", f"run_dir={folder}/run"]
+    verb = [sys.executable, "-m", "deploy", "train", f"recipes/offline/{method}.yaml", f"run_dir={folder}/run"]
     return [*verb, *ONE_THREAD, *overrides]
 
 
