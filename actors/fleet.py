@@ -86,6 +86,12 @@ class Fleet:
     def pending(self) -> list[Replica]:
         return [replica for replica in self._replicas.values() if replica.state is State.PENDING]
 
+    @property
+    def rebuilding(self) -> bool:
+        """Whether no replica serves, and one is about to."""
+        states = {replica.state for replica in self._replicas.values()}
+        return State.SERVING not in states and bool(states & {State.STARTING, State.FENCED})
+
     async def wait_for(self, condition: Callable[[], bool]) -> None:
         """Until a change of some replica's state makes the condition true; the caller sets the deadline, if any."""
         while not condition():

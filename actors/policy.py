@@ -52,6 +52,11 @@ class Objective:
     numbers: Literal["logprobs", "scores"] | None = None
     """What each sequence amounts to: the log-probability of its loss tokens, or a reward model's score at its end."""
 
+    @property
+    def num_iterations(self) -> int:
+        """Updates of the optimizer on each batch."""
+        return 1 if self.grpo is None else self.grpo.num_iterations
+
 
 @dataclass(frozen=True, slots=True)
 class PolicySettings:
@@ -97,6 +102,19 @@ class RankUpdate:
     """What the schedule's learning rate was multiplied by."""
     skipped: bool = False
     """Loss or gradient were not finite: the weights and AdamW's state are as they were; the same on every rank."""
+    num_updates: int = 1
+    """Of the optimizer: `num_iterations`, or fewer when one was not finite, which ends the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One pass over the rank's micro-batches, and the update that it ends with."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    stats: LossStats
+    stepped: bool
 
 
 class PolicyActor:
@@ -145,6 +163,7 @@ class PolicyActor:
 
         from actors.model.files import make_savable
         from actors.model.forward import PACKED_ATTENTION
+        from actors.model.head import put_scoring_head
         from actors.model.load import disable_dropout, load_causal_lm, load_scorer
         from actors.model.lora import adapt, base_digest, trained_parameters
 
@@ -155,7 +174,7 @@ class PolicyActor:
         set_seed(settings.seed)
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
-        deepspeed.init_distributed(backend, verbose=False)  # takes the group that is there
+        deepspeed.init_distributed(backend, verbose=False, timeout=_MEET_TIMEOUT)  # takes the group that is there
         load = load_scorer if settings.objective.numbers == "scores" else load_causal_lm
         model = load(
             settings.model_path,
@@ -167,6 +186,8 @@ class PolicyActor:
         make_savable(model)
         if settings.objective.numbers is not None:
             disable_dropout(model)  # a sequence must amount to the same whenever it is asked
+        if settings.objective.numbers != "scores":
+            put_scoring_head(model)
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
@@ -175,6 +196,7 @@ class PolicyActor:
             if settings.policy.gradient_checkpointing:
                 model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient may give none
         optimizer = _optimizer(model, settings.optimizer)
+        num_iterations = settings.objective.num_iterations
         self.pad_id = int(model.config.pad_token_id or 0)
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -182,8 +204,8 @@ class PolicyActor:
             lr_scheduler=get_scheduler(
                 settings.optimizer.lr_scheduler_type,
                 optimizer,
-                num_warmup_steps=settings.optimizer.warmup_steps,
-                num_training_steps=settings.num_steps,
+                num_warmup_steps=settings.optimizer.warmup_steps * num_iterations,  # it counts updates
+                num_training_steps=settings.num_steps * num_iterations,
             ),
             config=_deepspeed_config(settings),
         )
@@ -199,14 +221,40 @@ class PolicyActor:
         )
 
     def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
-        """Train on this rank's share of one batch; the version grows by one, and so does the schedule's.
+        """Train on this rank's share of one batch, `num_iterations` times over; the version grows by one.
 
         A loss that is not finite on any rank, or a gradient that is not, reaches neither the weights nor AdamW's state.
         """
+        num_iterations = self.settings.objective.num_iterations
+        passes: list[_Pass] = []
+        starts: dict[int, Tensor] = {}
+        while len(passes) < num_iterations and all(one.stepped for one in passes):
+            passes.append(self._pass(batch, groups, starts))
+        done = [one for one in passes if one.stepped]
+        for _ in range(num_iterations - len(done)):
+            self.engine.lr_scheduler.step()  # a completed batch has its place in the schedule
+        self.version += 1
+        counted = done or passes
+        return RankUpdate(
+            version=self.version,
+            loss=sum(one.loss for one in counted) / len(counted),
+            grad_norm=counted[-1].grad_norm,
+            learning_rate=counted[0].learning_rate,
+            stats=merge(one.stats for one in counted).to_dict(),
+            learning_rate_factor=self._learning_rate_factor,
+            skipped=not done,
+            num_updates=len(done),
+        )
+
+    def _pass(self, batch: RankBatch, groups: Sequence[ScoredGroup | Group], starts: dict[int, Tensor]) -> _Pass:
+        """One update of the policy; the first leaves in `starts` the log-probabilities that the step began with."""
         losses, stats = [], []
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batch.micro_batches) - 1)
-            loss, micro_stats = self._loss(self._row(micro_batch, groups, batch.oldest_version), batch.normalizer)
+            row = self._row(micro_batch, groups, batch.oldest_version)
+            logprobs_N, entropy_N = self._values(row)
+            start_logprobs_N = starts.setdefault(index, logprobs_N.detach())
+            loss, micro_stats = self._loss(row, logprobs_N, entropy_N, start_logprobs_N, batch.normalizer)
             # DeepSpeed averages gradients over the ranks; our shares are to be summed.
             self.engine.backward(loss * self.settings.num_ranks)
             losses.append(loss.item())
@@ -215,18 +263,7 @@ class PolicyActor:
         if self._is_true_anywhere(not all(map(math.isfinite, losses))):
             self._spoil_gradient()
         grad_norm, stepped = self._step_optimizer()
-        if not stepped:
-            self.engine.lr_scheduler.step()  # a completed batch has its place in the schedule
-        self.version += 1
-        return RankUpdate(
-            version=self.version,
-            loss=sum(losses),
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            stats=merge(stats).to_dict(),
-            learning_rate_factor=self._learning_rate_factor,
-            skipped=not stepped,
-        )
+        return _Pass(sum(losses), grad_norm, learning_rate, merge(stats), stepped)
 
     def scale_learning_rate(self, factor: float) -> None:
         """From the next step on, beside the schedule; every rank is called."""
@@ -242,7 +279,8 @@ class PolicyActor:
     def _row(self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group], oldest_version: int) -> PackedRow:
         samples = micro_batch.samples
         rollouts = [_rollouts(groups[sample.group])[sample.rollout] for sample in samples]
-        row = pack_row(rollouts, [sample.advantage for sample in samples], self.pad_id, oldest_version)
+        advantages = [sample.advantage for sample in samples]
+        row = pack_row(rollouts, advantages, self.pad_id, oldest_version, self.version)
         return row.to(self.engine.device)
 
     def numbers(self, batch: RankBatch, *groups: ScoredGroup | Group) -> list[list[float]]:
@@ -257,21 +295,22 @@ class PolicyActor:
         self.engine.train()
         return numbers
 
-    def _values(self, row: PackedRow) -> tuple[Tensor, Tensor | None]:
-        """Log-probability and entropy of each loss token; of a reward model the score there, and no entropy."""
+    def _values(self, row: PackedRow) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each loss token; of a reward model the score there, and entropy 0."""
         from actors.model.forward import row_logprobs, row_scores
 
-        objective = self.settings.objective
-        if objective.numbers == "scores":
-            return row_scores(self.engine, row), None
-        return row_logprobs(self.engine, row, objective.temperature)
+        if self.settings.objective.numbers == "scores":
+            scores_N = row_scores(self.engine, row)
+            return scores_N, torch.zeros_like(scores_N)
 
-    def _loss(self, row: PackedRow, normalizer: Normalizer) -> tuple[Tensor, LossStats]:
+        return row_logprobs(self.engine, row, self.settings.objective.temperature)
+
+    def _loss(
+        self, row: PackedRow, logprobs_N: Tensor, entropy_N: Tensor, start_logprobs_N: Tensor, normalizer: Normalizer
+    ) -> tuple[Tensor, LossStats]:
         objective = self.settings.objective
-        logprobs_N, entropy_N = self._values(row)
         if objective.numbers is not None:
             return weighted_sum(logprobs_N, entropy_N, row.advantages_N)
-        assert entropy_N is not None, "only scores have none"
         if objective.grpo is None:
             return sft_loss(logprobs_N, entropy_N, normalizer.num_loss_tokens)
         return grpo_loss(
@@ -285,6 +324,8 @@ class PolicyActor:
             config=objective.grpo,
             normalizer=normalizer,
             fresh_N=row.fresh_N,
+            age_N=row.age_N,
+            start_logprobs_N=start_logprobs_N,
         )
 
     def _step_optimizer(self) -> tuple[float, bool]:
@@ -372,11 +413,9 @@ class PolicyActor:
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Log-probability of each loss token under the current weights; every rank is called with the same rollouts."""
-        from actors.model.forward import row_logprobs
-
         row = pack_row(rollouts, [0.0] * len(rollouts), self.pad_id).to(self.engine.device)
         with torch.no_grad():
-            logprobs_N, _ = row_logprobs(self.engine, row, self.settings.objective.temperature)
+            logprobs_N, _ = self._values(row)
         return [logprobs_N[row.sequence_N == index].tolist() for index in range(len(rollouts))]
 
     # Checkpoints -------------------------------------------------------------------------------------------------
@@ -388,16 +427,22 @@ class PolicyActor:
         state = collect(self.engine, self._parameters, self.version, keep, self._base, spare)
         self._snapshot = state and replace(state, learning_rate_factor=self._learning_rate_factor)
 
-    def write_snapshot(self, folder: Path) -> None:
-        """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is."""
+    def write_snapshot(self, folder: Path) -> str | None:
+        """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is.
+
+        The name of a tensor that is not finite, when there is one: nothing is written then.
+        """
         from actors.model.files import MODEL, describe
         from actors.model.lora import describe_adapter
 
         assert self._snapshot is not None, "snapshot comes first, and rank 0 keeps it"
         snapshot, self._snapshot = self._snapshot, None
-        snapshot.write(folder)
-        (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
+        spoiled = snapshot.spoiled()
+        if spoiled is None:
+            snapshot.write(folder)
+            (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
         self._spare = snapshot
+        return spoiled
 
     def restore(self, folder: Path) -> None:
         """Go on from what `write_snapshot` has left; every rank is called."""

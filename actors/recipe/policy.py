@@ -53,4 +53,4 @@ class PolicyConfig(BaseModel):
     """Deadline of one step."""
     max_restarts: int = Field(3, ge=0)
     """When a rank dies or hangs, all ranks are built again and go on from the last checkpoint, and the replicas keep
-    their engines; one more time than this stops the run. (A supervised run stops at once.)"""
+    their engines; one more time than this in a process stops the run."""

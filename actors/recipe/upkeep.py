@@ -25,7 +25,7 @@ class StallConfig(BaseModel):
     model_config = CLOSED
 
     timeout_s: float | None = Field(None, gt=0.0)
-    """For so long; null takes twice the longest that a group may take by its own deadlines."""
+    """For so long; null takes what one group alone may take by its own deadlines (`python -m deploy plan` tells)."""
     then: Literal["exit", "retry"] = "exit"
     """`exit` leaves a checkpoint and ends the run with a sentence that names the suspect; `retry` replaces the suspect,
     as often as `rollout.max_rebuilds` and `liveness.max_restarts` allow, and goes on (unless it is the policy)."""

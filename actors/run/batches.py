@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from actors.policy_group import PolicyGroup
 from algorithms.packing import pack
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample
 
@@ -13,7 +14,7 @@ def group_of(ordinal: int, rollouts: tuple[Rollout, ...]) -> Group:
 
 
 def batch_of(
-    groups: Sequence[Group], weights: Sequence[Sequence[float]], version: int, num_ranks: int, max_tokens: int
+    groups: Sequence[Group], weights: Sequence[Sequence[float]], version: int, policy: PolicyGroup, max_tokens: int
 ) -> Batch:
     """The first sequences of each group, one for each of its weights, which take the place of advantages."""
     samples = [
@@ -21,11 +22,13 @@ def batch_of(
         for place, (group, of_group) in enumerate(zip(groups, weights, strict=True))
         for rollout, weight in enumerate(of_group)
     ]
-    packed = pack([sample.num_tokens for sample in samples], num_ranks, max_tokens)
+    learned = [groups[sample.group].rollouts[sample.rollout].num_loss_tokens for sample in samples]
+    costs = [policy.costs.of(sample.num_tokens, count) for sample, count in zip(samples, learned, strict=True)]
+    packed = pack([sample.num_tokens for sample in samples], len(policy.ranks), max_tokens, costs)
     return Batch(
         version=version,
         ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed),
         num_sequences=len(samples),
-        num_loss_tokens=sum(groups[sample.group].rollouts[sample.rollout].num_loss_tokens for sample in samples),
+        num_loss_tokens=sum(learned),
         oldest_version=0,
     )

@@ -63,7 +63,7 @@ class Supervision:
         rollouts = _examples(self.examples, range(first, first + self.recipe.batch_size))
         groups = [group_of(first + place, (rollout,)) for place, rollout in enumerate(rollouts)]
         max_tokens = self.recipe.policy.max_tokens_per_micro_batch
-        batch = batch_of(groups, [(0.0,)] * len(groups), step, len(self.policy.ranks), max_tokens)
+        batch = batch_of(groups, [(0.0,)] * len(groups), step, self.policy, max_tokens)
         return await self.policy.step(batch, groups), batch.num_loss_tokens
 
 

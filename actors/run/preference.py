@@ -137,7 +137,7 @@ async def _numbers(
 ) -> dict[tuple[int, int], float]:
     """What every sequence of the groups amounts to under the current weights."""
     nothing = [(0.0,) * len(group.rollouts) for group in groups]
-    batch = batch_of(groups, nothing, step, len(policy.ranks), recipe.policy.max_tokens_per_micro_batch)
+    batch = batch_of(groups, nothing, step, policy, recipe.policy.max_tokens_per_micro_batch)
     return await policy.numbers(batch, groups)
 
 
@@ -148,10 +148,13 @@ async def _train(
     weights = weighed.weights
     if not math.isfinite(weighed.loss):  # then no weight is one, either: the ranks skip the step, all alike
         weights = tuple((math.nan,) * len(of_group) for of_group in weights)
-    batch = batch_of(groups, weights, step, len(policy.ranks), max_tokens)
+    batch = batch_of(groups, weights, step, policy, max_tokens)
     update = await policy.step(batch, groups)
     measured = {name: value for name, value in weighed.metrics.items() if math.isfinite(value)}
-    return replace(update, metrics={**update.metrics, "loss": weighed.loss, **measured}), batch.num_loss_tokens
+    metrics = {**update.metrics, "loss": weighed.loss, **measured}
+    if isinstance(recipe, RewardRecipe):
+        metrics.pop("entropy", None)  # scores have none
+    return replace(update, metrics=metrics), batch.num_loss_tokens
 
 
 def _sequences(groups: Sequence[Group]) -> list[Rollout]:

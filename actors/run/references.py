@@ -55,7 +55,7 @@ class References:
 
     async def _ask(self, missing: dict[bytes, Rollout]) -> None:
         groups = [group_of(place, (rollout,)) for place, rollout in enumerate(missing.values())]
-        batch = batch_of(groups, [(0.0,)] * len(groups), 0, len(self._policy.ranks), self._max_tokens)
+        batch = batch_of(groups, [(0.0,)] * len(groups), 0, self._policy, self._max_tokens)
         numbers = await self._policy.numbers(batch, groups)
         self._sums |= {key: numbers[place, 0] for place, key in enumerate(missing)}
 

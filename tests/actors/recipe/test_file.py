@@ -207,8 +207,8 @@ VALUES = {
     # Missing.
     "model={kind: pretrained}": "model.path: required, but missing; add it: a string",
     "rewards={timeout_s: 3}": "rewards.functions: required, but missing; add it: a list",
-    "rewards.functions=[{weight: 1}]": "rewards.functions.0.function: required, but missing; add it: a string (`path",
     # What the models themselves say.
+    "rewards.functions=[{weight: 1}]": "rewards.functions.0: write either function: 'path/to/file.py:name' or model: ",
     "algorithm.num_generations=1": "algorithm.num_generations: the advantage is measured against the group's mean",
     "staleness.pipeline_depth=2": "staleness.pipeline_depth: 2 groups in flight can never fill a batch of 4",
 }

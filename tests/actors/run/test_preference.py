@@ -23,6 +23,7 @@ from actors.recipe.preference import CpoRecipe, DpoRecipe, KtoRecipe, OrpoRecipe
 from actors.run.preference import Judging, Pairing
 from actors.run.references import FILE, References
 from algorithms.corrections import sequence_sum
+from algorithms.costs import SequenceCosts
 from algorithms.packed import pack_row
 from algorithms.preference.batch import Judged, Pairs
 from algorithms.preference.kto import kl_estimate, kto_loss
@@ -46,6 +47,7 @@ class LocalPolicy:
     asked: int = 0
     """Sequences whose log-probability was asked for."""
     steps: list[Batch] = field(default_factory=list)
+    costs: SequenceCosts = field(default_factory=SequenceCosts)
 
     @property
     def ranks(self) -> range:
