@@ -42,6 +42,7 @@ from actors.recipe.policy import PolicyConfig
 from algorithms.config import OptimizerConfig
 from algorithms.losses import Normalizer
 from algorithms.types import Group, MicroBatch, Prompt, Rollout, Sample
+from benchmarks.usage import parser_of
 
 MODEL = TinyModel(kind="tiny", hidden_size=512, num_layers=8, num_heads=8)
 NUM_SEQUENCES, LENGTH = 4, 32
@@ -191,6 +192,7 @@ def measure(folder: Path, threads: Executor, driver: Executor) -> Measured:
 
 
 def main() -> None:
+    parser_of("benchmarks.checkpoint", __doc__).parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     disable_progress_bar()
     with (

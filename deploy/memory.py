@@ -36,7 +36,7 @@ from placement.memory.shape import ModelShape, shape_of
 from placement.plan import PlacementPlan
 
 _BYTES = {"float32": 4, "bfloat16": 2}
-_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "KV cache", "buffers")
+_PARTS = ("weights", "gradients", "optimizer", "activations", "output head", "KV cache", "buffers")
 
 
 @dataclass(frozen=True, slots=True)
