@@ -18,10 +18,10 @@ from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
-from algorithms.advantages import advantages
 from algorithms.config import GrpoConfig, StalenessConfig
 from algorithms.depth import DepthController
 from algorithms.packing import build_batch
+from algorithms.signal import signal
 from algorithms.types import Batch, Update
 
 
@@ -85,7 +85,7 @@ class Controller:
             await self.settled(update.version)
 
     def batch(self, groups: list[ReadyGroup]) -> Batch:
-        """Advantages against each group's own baseline, packed for the ranks."""
+        """What the rewards say of each rollout, packed for the ranks."""
         summaries = [group.summary for group in groups]
         version = self.publisher.committed
         assert version is not None
@@ -93,14 +93,17 @@ class Controller:
         for summary in summaries:
             counts = summary.newest_version if self.staleness.when_stale == "mask" else summary.oldest_version
             assert oldest_version <= counts <= version, f"tokens of version {counts} in the batch of {version}"
+        worth = signal(summaries, self.algorithm, self.policy.max_completion_length)
         return build_batch(
             summaries,
-            advantages([s.rewards_G for s in summaries], self.algorithm.scale_rewards),
+            worth.advantages,
             version=version,
             oldest_version=oldest_version,
             num_ranks=len(self.policy.ranks),
             max_tokens=self.max_tokens_per_micro_batch,
             mask_truncated=self.algorithm.mask_truncated_completions,
+            costs=self.policy.costs,
+            kl_weight=worth.kl_weight,
         )
 
     async def _publish(self, version: int) -> None:

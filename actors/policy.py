@@ -47,6 +47,11 @@ class Objective:
     temperature: float
     max_completion_length: int
 
+    @property
+    def num_iterations(self) -> int:
+        """Updates of the optimizer on each batch."""
+        return 1 if self.grpo is None else self.grpo.num_iterations
+
 
 @dataclass(frozen=True, slots=True)
 class PolicySettings:
@@ -92,6 +97,19 @@ class RankUpdate:
     """What the schedule's learning rate was multiplied by."""
     skipped: bool = False
     """Loss or gradient were not finite: the weights and AdamW's state are as they were; the same on every rank."""
+    num_updates: int = 1
+    """Of the optimizer: `num_iterations`, or fewer when one was not finite, which ends the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One pass over the rank's micro-batches, and the update that it ends with."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    stats: LossStats
+    stepped: bool
 
 
 class PolicyActor:
@@ -140,6 +158,7 @@ class PolicyActor:
 
         from actors.model.files import make_savable
         from actors.model.forward import PACKED_ATTENTION
+        from actors.model.head import put_scoring_head
         from actors.model.load import load_causal_lm
         from actors.model.lora import adapt, base_digest, trained_parameters
 
@@ -159,6 +178,7 @@ class PolicyActor:
             attn_implementation=PACKED_ATTENTION,
         )
         make_savable(model)
+        put_scoring_head(model)
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
@@ -167,6 +187,7 @@ class PolicyActor:
             if settings.policy.gradient_checkpointing:
                 model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient may give none
         optimizer = _optimizer(model, settings.optimizer)
+        num_iterations = settings.objective.num_iterations
         self.pad_id = int(model.config.pad_token_id or 0)
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -174,8 +195,8 @@ class PolicyActor:
             lr_scheduler=get_scheduler(
                 settings.optimizer.lr_scheduler_type,
                 optimizer,
-                num_warmup_steps=settings.optimizer.warmup_steps,
-                num_training_steps=settings.num_steps,
+                num_warmup_steps=settings.optimizer.warmup_steps * num_iterations,  # it counts updates
+                num_training_steps=settings.num_steps * num_iterations,
             ),
             config=_deepspeed_config(settings),
         )
@@ -191,14 +212,40 @@ class PolicyActor:
         )
 
     def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
-        """Train on this rank's share of one batch; the version grows by one, and so does the schedule's.
+        """Train on this rank's share of one batch, `num_iterations` times over; the version grows by one.
 
         A loss that is not finite on any rank, or a gradient that is not, reaches neither the weights nor AdamW's state.
         """
+        num_iterations = self.settings.objective.num_iterations
+        passes: list[_Pass] = []
+        starts: dict[int, Tensor] = {}
+        while len(passes) < num_iterations and all(one.stepped for one in passes):
+            passes.append(self._pass(batch, groups, starts))
+        done = [one for one in passes if one.stepped]
+        for _ in range(num_iterations - len(done)):
+            self.engine.lr_scheduler.step()  # a completed batch has its place in the schedule
+        self.version += 1
+        counted = done or passes
+        return RankUpdate(
+            version=self.version,
+            loss=sum(one.loss for one in counted) / len(counted),
+            grad_norm=counted[-1].grad_norm,
+            learning_rate=counted[0].learning_rate,
+            stats=merge(one.stats for one in counted).to_dict(),
+            learning_rate_factor=self._learning_rate_factor,
+            skipped=not done,
+            num_updates=len(done),
+        )
+
+    def _pass(self, batch: RankBatch, groups: Sequence[ScoredGroup | Group], starts: dict[int, Tensor]) -> _Pass:
+        """One update of the policy; the first leaves in `starts` the log-probabilities that the step began with."""
         losses, stats = [], []
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batch.micro_batches) - 1)
-            loss, micro_stats = self._loss(self._row(micro_batch, groups, batch.oldest_version), batch.normalizer)
+            row = self._row(micro_batch, groups, batch.oldest_version)
+            logprobs_N, entropy_N = self._logprobs(row)
+            start_logprobs_N = starts.setdefault(index, logprobs_N.detach())
+            loss, micro_stats = self._loss(row, logprobs_N, entropy_N, start_logprobs_N, batch.normalizer)
             # DeepSpeed averages gradients over the ranks; our shares are to be summed.
             self.engine.backward(loss * self.settings.num_ranks)
             losses.append(loss.item())
@@ -207,18 +254,7 @@ class PolicyActor:
         if self._is_true_anywhere(not all(map(math.isfinite, losses))):
             self._spoil_gradient()
         grad_norm, stepped = self._step_optimizer()
-        if not stepped:
-            self.engine.lr_scheduler.step()  # a completed batch has its place in the schedule
-        self.version += 1
-        return RankUpdate(
-            version=self.version,
-            loss=sum(losses),
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            stats=merge(stats).to_dict(),
-            learning_rate_factor=self._learning_rate_factor,
-            skipped=not stepped,
-        )
+        return _Pass(sum(losses), grad_norm, learning_rate, merge(stats), stepped)
 
     def scale_learning_rate(self, factor: float) -> None:
         """From the next step on, beside the schedule; every rank is called."""
@@ -234,14 +270,19 @@ class PolicyActor:
     def _row(self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group], oldest_version: int) -> PackedRow:
         samples = micro_batch.samples
         rollouts = [_rollouts(groups[sample.group])[sample.rollout] for sample in samples]
-        row = pack_row(rollouts, [sample.advantage for sample in samples], self.pad_id, oldest_version)
+        advantages = [sample.advantage for sample in samples]
+        row = pack_row(rollouts, advantages, self.pad_id, oldest_version, self.version)
         return row.to(self.engine.device)
 
-    def _loss(self, row: PackedRow, normalizer: Normalizer) -> tuple[Tensor, LossStats]:
+    def _logprobs(self, row: PackedRow) -> tuple[Tensor, Tensor]:
         from actors.model.forward import row_logprobs
 
+        return row_logprobs(self.engine, row, self.settings.objective.temperature)
+
+    def _loss(
+        self, row: PackedRow, logprobs_N: Tensor, entropy_N: Tensor, start_logprobs_N: Tensor, normalizer: Normalizer
+    ) -> tuple[Tensor, LossStats]:
         objective = self.settings.objective
-        logprobs_N, entropy_N = row_logprobs(self.engine, row, objective.temperature)
         if objective.grpo is None:
             return sft_loss(logprobs_N, entropy_N, normalizer.num_loss_tokens)
         return grpo_loss(
@@ -255,6 +296,8 @@ class PolicyActor:
             config=objective.grpo,
             normalizer=normalizer,
             fresh_N=row.fresh_N,
+            age_N=row.age_N,
+            start_logprobs_N=start_logprobs_N,
         )
 
     def _step_optimizer(self) -> tuple[float, bool]:
@@ -342,11 +385,9 @@ class PolicyActor:
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Log-probability of each loss token under the current weights; every rank is called with the same rollouts."""
-        from actors.model.forward import row_logprobs
-
         row = pack_row(rollouts, [0.0] * len(rollouts), self.pad_id).to(self.engine.device)
         with torch.no_grad():
-            logprobs_N, _ = row_logprobs(self.engine, row, self.settings.objective.temperature)
+            logprobs_N, _ = self._logprobs(row)
         return [logprobs_N[row.sequence_N == index].tolist() for index in range(len(rollouts))]
 
     # Checkpoints -------------------------------------------------------------------------------------------------

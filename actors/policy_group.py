@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +17,7 @@ from actors.deadline import DeadlineError, within
 from actors.errors import PolicyLostError, RunError, SpoiledError, last_line
 from actors.policy import CONTROL, IO, RankBatch, RankUpdate
 from actors.recipe.upkeep import LivenessConfig
+from algorithms.costs import SequenceCosts
 from algorithms.losses import Normalizer
 from algorithms.stats import LossStats, merge
 from algorithms.types import Batch, Group, MicroBatch, Update
@@ -36,6 +37,8 @@ class PolicyGroup:
     max_completion_length: int
     timeout_s: float
     """Deadline of one step."""
+    costs: SequenceCosts = field(default_factory=SequenceCosts)
+    """What the ranks are balanced by."""
 
     async def start(self, timeout_s: float) -> None:
         """Load the model on every rank and join them."""
@@ -168,6 +171,7 @@ def _merge(batch: Batch, updates: Sequence[RankUpdate], seconds: float) -> Updat
         "learning_rate": updates[0].learning_rate,
         "policy/learning_rate_factor": updates[0].learning_rate_factor,
         "policy/skipped": float(updates[0].skipped),
+        "policy/updates": float(updates[0].num_updates),
         **stats.finish(),
         "time/policy_step_s": seconds,
         "policy_tok_per_s": num_tokens / seconds,

@@ -5,9 +5,12 @@ from pathlib import Path
 
 from actors.policy import Objective, PolicySettings
 from actors.recipe.deadlines import score_timeout_s
+from actors.recipe.file import load_recipe
+from actors.recipe.model import PretrainedModel, RecipeModel
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.reference import ReferenceSettings
 from actors.rollout import RolloutSettings
+from actors.run.folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +20,16 @@ class ModelSource:
     path: str
     revision: str | None = None
     trust_remote_code: bool = False
+
+
+def source_of(model: PretrainedModel | RecipeModel) -> ModelSource:
+    """Where a model is that is not made here."""
+    match model:
+        case RecipeModel(recipe=recipe):
+            return ModelSource(str(RunFolder(load_recipe(recipe).folder).model))
+        case PretrainedModel(path=path, revision=revision, trust_remote_code=trust):
+            local = Path(path).expanduser()
+            return ModelSource(str(local.absolute()) if local.is_dir() else path, revision, trust)
 
 
 def policy_settings(recipe: Recipe, model: ModelSource, run_dir: Path) -> PolicySettings:
@@ -36,6 +49,8 @@ def policy_settings(recipe: Recipe, model: ModelSource, run_dir: Path) -> Policy
 
 
 def reference_settings(recipe: GrpoRecipe, model: ModelSource) -> ReferenceSettings:
+    """`model` is what the policy begins with; the recipe may name another reference."""
+    model = model if recipe.reference is None else source_of(recipe.reference)
     return ReferenceSettings(
         model_path=model.path,
         revision=model.revision,

@@ -14,32 +14,64 @@ EPSILON = 1e-4
 """Added to the standard deviation that divides; TRL's value."""
 
 
-def advantages(
-    rewards: Sequence[Sequence[float | None]], scale_rewards: Literal["group", "batch", "none"]
-) -> list[tuple[float, ...]]:
-    """Every group's advantages sum to 0 over its scorable rollouts; unscorable ones (None) get exactly 0.
+Rewards = Sequence[Sequence[float | None]]
+"""Of the rollouts of each group; None is unscorable. Groups may differ in size."""
 
-    `rewards` holds one inner sequence per group; groups may differ in size. The baseline is the group's mean. The
-    scale is the unbiased standard deviation of the group, of the batch, or 1 (`none`: Dr. GRPO, arXiv 2503.20783).
-    A group with fewer than two scorable rewards gets 0: its only reward is its own baseline. TRL arrives at the same
-    number through `nanstd`, which is NaN for one value, so that its advantage is 0 / NaN and NaN is replaced by 0.
+
+def advantages(
+    rewards: Rewards,
+    scale_rewards: Literal["group", "batch", "none"],
+    baseline: Literal["group", "leave_one_out", "none"] = "group",
+) -> list[tuple[float, ...]]:
+    """What each reward is above its baseline, over the scale; unscorable rollouts (None) get exactly 0.
+
+    The baseline is the group's mean, so that each group's advantages sum to 0; or the mean of the others of the group
+    (RLOO, arXiv 2402.14740); or 0. The scale is the unbiased standard deviation of the group's rewards, of the batch's,
+    or 1 (`none`: Dr. GRPO, arXiv 2503.20783).
     Source: DeepSeekMath (arXiv 2402.03300), as TRL's GRPOTrainer computes it with `sum_then_normalize`.
     """
-    scorable = [np.array([r for r in group if r is not None], dtype=np.float64) for group in rewards]
-    for group_G in scorable:
-        assert np.isfinite(group_G).all(), f"a reward is finite or None, got {group_G.tolist()}"
-    batch_std = spread(np.concatenate(scorable)) if scorable else None
-    result = []
-    for group, group_G in zip(rewards, scorable, strict=True):
-        std = spread(group_G)
-        if not std:
-            result.append((0.0,) * len(group))
-            continue
-        assert batch_std is not None, "the batch holds at least this group's rewards"
-        divisor = {"group": std + EPSILON, "batch": batch_std + EPSILON, "none": 1.0}[scale_rewards]
-        baseline = float(group_G.mean())
-        result.append(tuple(0.0 if reward is None else (reward - baseline) / divisor for reward in group))
-    return result
+    measured = [_measured(group, baseline) for group in rewards]
+    divisors = _divisors(rewards, scale_rewards)
+    return [
+        tuple(0.0 if value is None else value / divisor for value in group)
+        for group, divisor in zip(measured, divisors, strict=True)
+    ]
+
+
+def compared(rewards: Rewards, baseline: Literal["group", "leave_one_out", "none"]) -> list[tuple[float | None, ...]]:
+    """What each reward is above its baseline; None where there is nothing to compare."""
+    return [_measured(group, baseline) for group in rewards]
+
+
+def _measured(group: Sequence[float | None], baseline: str) -> tuple[float | None, ...]:
+    """A group with fewer than two scorable rewards has no baseline: its only reward would be its own.
+
+    TRL arrives at the same 0 through `nanstd` (or 0 / 0), which is NaN for one value, and NaN is replaced by 0.
+    """
+    known_G = np.array([reward for reward in group if reward is not None], dtype=np.float64)
+    assert np.isfinite(known_G).all(), f"a reward is finite or None, got {known_G.tolist()}"
+    if baseline == "none":
+        return tuple(group)
+    std = spread(known_G)
+    if std is None:
+        return (None,) * len(group)
+    if std == 0:
+        return tuple(None if reward is None else 0.0 for reward in group)
+    if baseline == "group":
+        mean = float(known_G.mean())
+        return tuple(None if reward is None else reward - mean for reward in group)
+    total, num_others = float(known_G.sum()), len(known_G) - 1
+    return tuple(None if reward is None else reward - (total - reward) / num_others for reward in group)
+
+
+def _divisors(rewards: Rewards, scale_rewards: str) -> list[float]:
+    """One for each group; 1 where there is no spread, for then there is nothing to scale."""
+    if scale_rewards == "none":
+        return [1.0] * len(rewards)
+    known = [np.array([reward for reward in group if reward is not None], dtype=np.float64) for group in rewards]
+    if scale_rewards == "batch":
+        known = [np.concatenate(known)] * len(known) if known else []
+    return [1.0 if std is None else std + EPSILON for std in map(spread, known)]
 
 
 def spread(values_B: NDArray[np.float64]) -> float | None:

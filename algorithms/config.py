@@ -4,6 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from algorithms.combinations import refusals
+
 CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
@@ -35,27 +37,54 @@ class RewardBandFilter(BaseModel):
         return self
 
 
+LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"]
+RatioLevel = Literal["token", "sequence", "sequence_product"]
+OldLogprobs = Literal["recomputed", "sampled", "interpolated"]
+
 FilterConfig = Annotated[ZeroStdFilter | RewardBandFilter, Field(discriminator="kind")]
 
 
 class GrpoConfig(BaseModel):
-    """Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300), as TRL's GRPOTrainer computes it."""
+    """Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300) and its kin, as TRL's trainers compute them.
+
+    docs/algorithms.md says which keys make which method.
+    """
 
     model_config = CLOSED
 
-    num_generations: int = 8
-    """Rollouts per prompt (the group size G). The baseline is the group's mean, so at least 2 are needed."""
+    num_generations: int = Field(8, ge=1)
+    """Rollouts per prompt (the group size G). A baseline of the group needs at least 2."""
+    num_iterations: int = Field(1, ge=1)
+    """Updates of the policy on each batch; the ratio is measured against the policy before the first."""
     beta: float = Field(0.0, ge=0.0)
     """Weight of the KL penalty against the reference; at 0 no reference worker is started."""
+    kl_penalty: Literal["k3", "k2", "reward", "reward_to_go", "advantage"] = "k3"
+    """Where the KL penalty goes: into the loss (the estimate k3, or k2), or, with the estimate k1, into the reward of
+    the whole rollout, each token's return, or each token's advantage (on-policy distillation)."""
     epsilon: float = Field(0.2, gt=0.0, lt=1.0)
     """Lower clip range of the probability ratio."""
     epsilon_high: float | None = Field(None, gt=0.0)
-    """Upper clip range; null takes `epsilon`. DAPO recommends 0.28."""
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
+    """Upper clip range; null takes `epsilon`. DAPO recommends 0.28. With loss_type cispo it is the largest ratio
+    itself; ScaleRL recommends 5.0."""
+    delta: float | None = Field(None, gt=1.0)
+    """Largest ratio that counts where the advantage is negative (dual clip), above 1 + epsilon_high; null for none."""
+    entropy_coef: float = Field(0.0, ge=0.0)
+    """Weight of the mean entropy, which is added to what is maximised."""
+    loss_type: LossType = "dapo"
     """How token losses are averaged: per sequence (grpo), by a constant (dr_grpo), over the tokens of the global
-    batch (dapo), over the tokens of each micro-batch (bnpo)."""
+    batch (dapo), over the tokens of each micro-batch (bnpo). cispo averages as dapo, and clips the ratio only."""
+    importance_sampling_level: RatioLevel = "token"
+    """Whether the probability ratio is of each token, or of the sequence: the mean per token (sequence: GSPO) or the
+    product (sequence_product: RLOO)."""
+    baseline: Literal["group", "leave_one_out", "none"] = "group"
+    """What a rollout's reward is measured against: the mean of its group, of the others of its group (RLOO), or 0."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Standard deviation that divides the advantages: of the group, of the batch, or none (Dr. GRPO)."""
+    """Standard deviation that divides the advantages: of the group's rewards, of the batch's, or none (Dr. GRPO)."""
+    normalize_advantages: Literal["none", "rollouts", "tokens"] = "none"
+    """Subtract the batch's mean from the advantages and divide by their standard deviation, over the batch's rollouts
+    (RLOO) or over its tokens (REINFORCE++)."""
+    soft_punish_cache: int | None = Field(None, ge=1)
+    """Over the last so many tokens up to max_completion_length the reward falls by 1 (DAPO's overlong punishment)."""
     use_bias_correction_kl: bool = True
     """Multiply the KL estimate by the probability ratio, so that its gradient is the unbiased reverse-KL gradient
     (DeepSeek-V3.2, arXiv 2512.02556)."""
@@ -63,11 +92,12 @@ class GrpoConfig(BaseModel):
     """Leave rollouts that hit the length limit out of the loss (DAPO, arXiv 2503.14476)."""
     dynamic_sampling: FilterConfig | None = None
     """Which groups carry no signal: they are left out and others sampled in their place; null trains on every group."""
-    old_logprobs: Literal["recomputed", "sampled"] = "recomputed"
+    old_logprobs: OldLogprobs = "recomputed"
     """Denominator of the clipped ratio: the policy's own log-probabilities when the step begins (corrected by
-    importance sampling below), or the ones recorded at sampling (the ratio itself is then the correction)."""
+    importance sampling below), the ones recorded at sampling (the ratio itself is then the correction), or those of one
+    version back, interpolated between the two by the token's age (corrected as the first)."""
     vllm_importance_sampling_correction: bool = True
-    """Weigh each token by the truncated ratio of the recomputed to the sampled probability."""
+    """Weigh each token by the truncated ratio of the old (as above) to the sampled probability."""
     vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
         "sequence_mask"
     )
@@ -76,19 +106,17 @@ class GrpoConfig(BaseModel):
     """Upper bound of the importance weight; null for none."""
     vllm_importance_sampling_clip_min: float | None = Field(None, ge=0.0)
     """Lower bound of the importance weight; null for none."""
+    geometric_mask_range: tuple[float, float] | None = None
+    """Leave sequences out of the policy term whose mean ratio per token to the sampling weights lies outside, such as
+    [0.99, 1.01]; goes with any of the above."""
+    off_policy_mask_threshold: float | None = Field(None, gt=0.0)
+    """Leave sequences with a negative advantage out of the policy term whose mean KL from the sampling weights exceeds
+    this (DeepSeek-V3.2, arXiv 2512.02556); goes with any of the above."""
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        if self.num_generations < 2:
-            raise ValueError(
-                "num_generations: the advantage is measured against the group's mean, which needs at least 2 rollouts "
-                f"a prompt, got {self.num_generations}; set num_generations to 2 or more"
-            )
-        if self.old_logprobs == "sampled" and self.vllm_importance_sampling_correction:
-            raise ValueError(
-                "old_logprobs: 'sampled' already corrects for the sampling weights, so the importance weights would be "
-                "applied twice; set vllm_importance_sampling_correction to false"
-            )
+        for refusal in refusals(self):
+            raise ValueError(refusal)
         return self
 
     @property

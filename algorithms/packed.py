@@ -32,6 +32,8 @@ class PackedRow:
     reference_logprobs_N: Tensor | None
     fresh_N: Tensor
     """Whether weights no older than the batch's oldest version sampled the token; the others leave the loss."""
+    age_N: Tensor
+    """Versions between the weights that sampled the token and those that are trained."""
 
     def to(self, device: torch.device) -> Self:
         moved: dict[str, Any] = {
@@ -42,17 +44,18 @@ class PackedRow:
 
 
 def pack_row(
-    rollouts: Sequence[Rollout], advantages: Sequence[float], pad_id: int, oldest_version: int = 0
+    rollouts: Sequence[Rollout], advantages: Sequence[float], pad_id: int, oldest_version: int = 0, version: int = 0
 ) -> PackedRow:
-    """Lay the rollouts end to end; `advantages` has one number for each.
+    """Lay the rollouts end to end, to be trained at `version`; `advantages` has one number for each.
 
-    Tokens that weights older than `oldest_version` sampled are not fresh; tokens that nobody sampled are.
+    Tokens that weights older than `oldest_version` sampled are not fresh; tokens that nobody sampled are, and of age 0.
     Without rollouts the row is one padding token and no loss token, so that a rank with nothing to do still takes part
     in every collective of the forward and backward pass.
     """
     assert len(rollouts) == len(advantages)
     if not rollouts:
-        return _row([np.array([pad_id])], [np.zeros(1, bool)], [np.zeros(1)], [0.0], None, [np.ones(1, bool)])
+        nothing = np.zeros(1, bool)
+        return _row([np.array([pad_id])], [nothing], [np.zeros(1)], [0.0], None, [~nothing], [np.zeros(1, np.int64)])
     assert not any(rollout.loss_mask_T[0] for rollout in rollouts), "a first token has nothing that predicts it"
     references = [rollout.reference_logprobs_T for rollout in rollouts]
     known = [reference for reference in references if reference is not None]
@@ -64,6 +67,7 @@ def pack_row(
         advantages,
         known or None,
         [_fresh(rollout, oldest_version) for rollout in rollouts],
+        [_ages(rollout, version) for rollout in rollouts],
     )
 
 
@@ -75,6 +79,13 @@ def _fresh(rollout: Rollout, oldest_version: int) -> np.ndarray:
     return fresh_L
 
 
+def _ages(rollout: Rollout, version: int) -> np.ndarray:
+    age_L = np.zeros(rollout.num_tokens, np.int64)
+    for span in rollout.spans:
+        age_L[span.start : span.stop] = max(0, version - span.version)
+    return age_L
+
+
 def _row(
     tokens: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
@@ -82,6 +93,7 @@ def _row(
     advantages: Sequence[float],
     references: Sequence[np.ndarray] | None,
     fresh: Sequence[np.ndarray],
+    ages: Sequence[np.ndarray],
 ) -> PackedRow:
     lengths = [len(sequence) for sequence in tokens]
     mask_T = np.concatenate(masks)
@@ -103,4 +115,5 @@ def _row(
         advantages_N=torch.tensor(advantages, dtype=torch.float32)[torch.from_numpy(sequence_N)],
         reference_logprobs_N=None if references is None else pick(references),
         fresh_N=torch.from_numpy(np.concatenate(fresh)[loss_positions_N]),
+        age_N=torch.from_numpy(np.concatenate(ages)[loss_positions_N]),
     )

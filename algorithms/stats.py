@@ -46,13 +46,19 @@ class LossStats:
     num_weights: float = 0.0
     weight_min: float = math.inf
     weight_max: float = -math.inf
+    rejected: float = 0.0
+    """Tokens that a mask took out of the policy term."""
+    num_maskable_tokens: float = 0.0
+    """Tokens to which a weight or a mask was applied."""
 
     def finish(self) -> dict[str, float]:
         """The metrics under TRL's names; one without a finite value is left out.
 
         Ours: `sampling/ess`, the effective sample size of the token weights as a fraction of the tokens,
-        (sum w)^2 / (n sum w^2), 1 on policy; `sampling/kl`, the estimate k1 of KL(sampled || current), 0 on policy.
-        Means are over the tokens of everything merged, where TRL averages over ranks or micro-batches.
+        (sum w)^2 / (n sum w^2), 1 on policy; `sampling/kl`, the estimate k1 of KL(sampled || current), 0 on policy;
+        `sampling/rejected`, the share of the tokens that masks took out of the policy term. "Current" is the policy
+        when the step began. Means are over the tokens of everything merged, where TRL averages over ranks,
+        micro-batches or, of ratios per sequence, over sequences.
         """
         means = {
             "entropy": (self.entropy, self.num_tokens),
@@ -64,6 +70,7 @@ class LossStats:
             "sampling/importance_sampling_ratio/mean": (self.weight, self.num_weights),
             "sampling/ess": (self.token_weight**2, self.num_ratio_tokens * self.token_weight_squared),
             "sampling/kl": (self.sampling_kl, self.num_sampled_tokens),
+            "sampling/rejected": (self.rejected, self.num_maskable_tokens),
         }
         extremes = {
             "clip_ratio/low_min": self.low_clipped_min,
@@ -117,7 +124,7 @@ def measure(
     """The statistics of one micro-batch, N at least 1; the device is read once.
 
     `log_ratio_N` is log of the current over the sampled probability, 0 where `sampled_N` says that the latter is
-    unknown; `weights` are the importance weights that the loss applied, if any.
+    unknown; `weights` is what has multiplied the policy term, if anything.
     """
     num_tokens, log_ratio_N = len(entropy_N), log_ratio_N.double()
     scalars = {
@@ -134,14 +141,17 @@ def measure(
     if kl_N is not None:
         scalars["kl"] = kl_N.double().sum()
     if weights is not None:
-        weights_U = weights.weights_U.double()
-        scalars |= {"weight": weights_U.sum(), "weight_min": weights_U.min(), "weight_max": weights_U.max()}
+        scalars["rejected"] = (weights.weights_N == 0).sum()
+    weights_U = None if weights is None else weights.weights_U
+    if weights_U is not None:
+        scalars |= {"weight": weights_U.double().sum(), "weight_min": weights_U.min(), "weight_max": weights_U.max()}
     values = torch.stack([scalar.double() for scalar in scalars.values()]).tolist()
     return LossStats(
         num_tokens=num_tokens,
         num_ratio_tokens=num_tokens,
         num_kl_tokens=0 if kl_N is None else num_tokens,
-        num_weights=0 if weights is None else len(weights.weights_U),
+        num_weights=0 if weights_U is None else len(weights_U),
+        num_maskable_tokens=0 if weights is None else num_tokens,
         **dict(zip(scalars, values, strict=True)),
     )
 

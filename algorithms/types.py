@@ -102,6 +102,17 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class KlSums:
+    """Of one rollout, over its loss tokens, the estimate log(sampled / reference probability) of the KL divergence."""
+
+    total: float = 0.0
+    to_go: float = 0.0
+    """The sum over the tokens of what is still to come at each, itself included."""
+    to_go_squared: float = 0.0
+    """The sum of the squares of the same."""
+
+
+@dataclass(frozen=True, slots=True)
 class GroupSummary:
     """What the controller needs to know of a group; the tokens themselves stay behind an object reference."""
 
@@ -122,6 +133,8 @@ class GroupSummary:
     score_s: float
     notes: tuple[str, ...] = ()
     details: tuple[str, ...] = ()
+    kl_G: tuple[KlSums, ...] = ()
+    """Empty where no reference was asked."""
 
     @property
     def tokens_by_version(self) -> dict[int, int]:
@@ -161,7 +174,15 @@ def summarize(scored: ScoredGroup, generate_s: float, score_s: float) -> GroupSu
         score_s=score_s,
         notes=scored.notes,
         details=scored.details,
+        kl_G=tuple(_kl_sums(r, r.reference_logprobs_T) for r in group.rollouts if r.reference_logprobs_T is not None),
     )
+
+
+def _kl_sums(rollout: Rollout, reference_logprobs_T: NDArray[np.float32]) -> KlSums:
+    kl_T = rollout.logprobs_T.astype(np.float64) - reference_logprobs_T
+    to_go_L = kl_T[rollout.loss_mask_T][::-1].cumsum()  # from the last token to the first
+    total = float(to_go_L[-1]) if len(to_go_L) else 0.0
+    return KlSums(total, float(to_go_L.sum()), float((to_go_L**2).sum()))
 
 
 def _tokens_by_version(rollout: Rollout) -> dict[int, int]:
@@ -202,6 +223,8 @@ class Batch:
     """Tokens of all samples; the stale ones, which leave the loss, are among them."""
     oldest_version: int
     """Tokens sampled by weights older than this leave the loss; at 0 none does."""
+    kl_weight: float = 0.0
+    """Of the KL estimate in each token's advantage, where the recipe puts it there."""
 
 
 def num_trained_tokens(batch: Batch, groups: Sequence[GroupSummary]) -> int:

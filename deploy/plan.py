@@ -18,31 +18,42 @@ from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.run.folder import RunFolder
 from actors.run.lineage import trained_before
+from deploy.memory import estimate
 from deploy.trust import trusted_code
 from placement.cluster import ClusterSpec, from_ray
+from placement.memory.fit import MemoryShortageError
 from placement.plan import PlacementError, PlacementPlan, plan
 from sync.fanout import fanout_of, relative_time
 
 _KNOCK_TIMEOUT_S = 10.0
 
 
-def show(recipe: Recipe, cluster: ClusterSpec, path: str, overrides: Sequence[str]) -> None:
-    """Print the plan, or raise PlacementError: nothing is printed of a plan that does not fit."""
+def show(
+    recipe: Recipe, cluster: ClusterSpec, path: str, overrides: Sequence[str], gpu_memory_gb: float | None = None
+) -> None:
+    """Print the plan, or raise PlacementError or MemoryShortageError: nothing is printed of a plan that does not fit.
+
+    `gpu_memory_gb` is each GPU's memory, where the cluster does not tell it.
+    """
     placed = plan(used_pools(recipe), cluster)
+    memory = estimate(recipe, placed, cluster, gpu_memory_gb)
     lines = [_describe(cluster), f"{path}: {_summarize(recipe)}"]
     for first_path, first in reversed(trained_before(recipe, path)):
         try:
-            plan(used_pools(first), cluster)
-        except PlacementError as error:
-            raise PlacementError(f"{first_path}, which is trained first: {error}") from None
+            estimate(first, plan(used_pools(first), cluster), cluster, gpu_memory_gb)
+        except (PlacementError, MemoryShortageError) as error:
+            raise type(error)(f"{first_path}, which is trained first: {error}") from None
         lines.insert(1, f"{first_path}, which is trained first: {_summarize(first)}")
     if isinstance(recipe, GrpoRecipe):
         lines.append(_describe_fanout(recipe, placed))
         lines.append(_describe_stall(recipe))
+    lines += memory.lines
     lines += trusted_code([recipe, *(first for _, first in trained_before(recipe, path))])
     lines.append(f"submit: {_submit_line(path, overrides)}")
     console = Console()
     console.print(_table(placed))
+    if memory.table is not None:
+        console.print(memory.table)
     for line in lines:
         # A line that is to be copied must not be wrapped at the width of the terminal.
         console.print(line, soft_wrap=True, markup=False, highlight=False)

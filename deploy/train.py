@@ -6,7 +6,6 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
@@ -35,7 +34,7 @@ from actors.run.lineage import trained_before
 from actors.run.progress import RunProgress
 from actors.run.sft import run_sft
 from actors.run.tracker import check_tracker
-from actors.settings import ModelSource
+from actors.settings import ModelSource, source_of
 from deploy.session import ray_session
 from deploy.trust import trusted_code
 from placement.cluster import from_ray, this_machine
@@ -76,7 +75,10 @@ def prepare(
         if address is None:
             plan(used_pools(run), this_machine())
         check_tracker(run.logging.wandb_project)
-        _stream(run, rows, *_words(run))
+        tokenizer, num_positions = _words(run)
+        _stream(run, rows, tokenizer, num_positions)
+        if isinstance(run, GrpoRecipe) and run.reference is not None:
+            _check_reference(run.reference, tokenizer, num_positions)
         if run.policy.lora is not None:
             target_modules(_skeleton(run), run.policy.lora)
         folder = RunFolder(run.folder)
@@ -210,12 +212,8 @@ def _source(recipe: Recipe, folder: RunFolder) -> ModelSource:
     match recipe.model:
         case TinyModel():
             return ModelSource(str(folder.path / "initial_model"))
-        case RecipeModel():
-            return ModelSource(str(RunFolder(load_recipe(recipe.model.recipe).folder).model))
-        case PretrainedModel() as model:
-            local = Path(model.path).expanduser()
-            path = str(local.absolute()) if local.is_dir() else model.path
-            return ModelSource(path, model.revision, model.trust_remote_code)
+        case PretrainedModel() | RecipeModel() as model:
+            return source_of(model)
 
 
 def _words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
@@ -230,6 +228,28 @@ def _words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
     model = _source(recipe, RunFolder(recipe.folder))
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
     return tokenizer, max_model_length(model.path, model.revision, model.trust_remote_code)
+
+
+def _check_reference(
+    reference: PretrainedModel | RecipeModel, tokenizer: PreTrainedTokenizerBase, num_positions: int
+) -> None:
+    """ValueError unless it reads the policy's tokens, and as long sequences."""
+    source = load_recipe(reference.recipe) if isinstance(reference, RecipeModel) else None
+    if source is not None and not RunFolder(source.folder).finished:
+        theirs, theirs_positions = _words(source)
+    else:
+        place = source_of(reference)
+        theirs = load_tokenizer(place.path, place.revision, place.trust_remote_code)
+        theirs_positions = max_model_length(place.path, place.revision, place.trust_remote_code)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            "reference: its tokenizer is not the policy's, so it cannot tell how probable the policy's tokens are; "
+            "choose a model of the same family"
+        )
+    if theirs_positions < num_positions:
+        raise ValueError(
+            f"reference: it has {theirs_positions} positions, the policy {num_positions}; choose a model with as many"
+        )
 
 
 def _skeleton(recipe: Recipe) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from actors.checkpoint.config import CheckpointConfig
 from actors.recipe.closed import CLOSED
 from actors.recipe.data import DatasetConfig
-from actors.recipe.model import ModelConfig
+from actors.recipe.model import ModelConfig, ReferenceConfig
 from actors.recipe.policy import PolicyConfig
 from actors.recipe.rewards import RewardsConfig
 from actors.recipe.rollout import GenerationConfig, RolloutConfig
@@ -65,6 +65,9 @@ class GrpoRecipe(_Recipe):
     groups_per_batch: int = Field(ge=1)
     """Prompt groups that one update trains on."""
     algorithm: GrpoConfig = GrpoConfig()
+    reference: ReferenceConfig | None = None
+    """The model that the KL penalty is measured against, with the policy's tokenizer; null takes the policy's initial
+    weights. With `algorithm.kl_penalty: advantage` it is a teacher."""
     staleness: StalenessConfig = StalenessConfig()
     rewards: RewardsConfig
     generation: GenerationConfig = GenerationConfig()
@@ -84,6 +87,17 @@ class GrpoRecipe(_Recipe):
                 f"staleness.max_staleness: {staleness.max_staleness} trains on stale samples without an off-policy "
                 "correction; set algorithm.vllm_importance_sampling_correction to true, algorithm.old_logprobs to "
                 "'sampled', or staleness.max_staleness to 0"
+            )
+        if self.reference is not None and algorithm.beta == 0:
+            raise ValueError(
+                "reference: nothing is measured against it when algorithm.beta is 0; set algorithm.beta, or leave "
+                "reference out"
+            )
+        cache, longest = algorithm.soft_punish_cache, self.generation.max_completion_length
+        if cache is not None and cache > longest:
+            raise ValueError(
+                f"algorithm.soft_punish_cache: {cache} tokens before a limit of {longest} begin before the completion "
+                f"does; set it to {longest} or less, or raise generation.max_completion_length"
             )
         rolls_back = any(rule.action == "roll_back" for rule in self.health.rules)
         if rolls_back and self.checkpoint.every == 0:

@@ -13,6 +13,7 @@ from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
 from actors.run.folder import RunFolder
 from actors.run.life import Life, Run, begin
+from actors.run.machine import machine_watched
 from actors.run.plot import plot_run
 from actors.run.progress import RunProgress
 from actors.run.recovery import Recovery, new_policy
@@ -42,7 +43,8 @@ async def run_grpo(
         num_generations=recipe.algorithm.num_generations,
         max_completion_length=recipe.generation.max_completion_length,
     )
-    async with grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles()) as started:
+    starting = grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles())
+    async with machine_watched(recipe.liveness), starting as started:
         workers, policy = started
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
             lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), policy)

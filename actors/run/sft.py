@@ -29,6 +29,7 @@ from actors.run.suspect import POLICY
 from actors.run.tracker import Tracker
 from actors.settings import ModelSource
 from actors.workers import Ranks, policy_ranks
+from algorithms.costs import SequenceCosts
 from algorithms.packing import pack
 from algorithms.slots import PacerState
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample
@@ -160,7 +161,8 @@ class Learner:
         recipe, step = self.recipe, self.version
         first = step * recipe.batch_size
         rollouts = _examples(self.examples, first, recipe.batch_size)
-        batch = _batch(rollouts, step, len(self.policy.ranks), recipe.policy.max_tokens_per_micro_batch)
+        max_tokens = recipe.policy.max_tokens_per_micro_batch
+        batch = _batch(rollouts, step, len(self.policy.ranks), max_tokens, self.policy.costs)
         update = await self.policy.step(batch, [_group(first + index, r) for index, r in enumerate(rollouts)])
         if update.skipped:
             raise RunError(
@@ -209,9 +211,10 @@ def _examples(examples: ExampleStream, first: int, count: int) -> list[Rollout]:
         raise RunError(str(error)) from error
 
 
-def _batch(rollouts: Sequence[Rollout], version: int, num_ranks: int, max_tokens: int) -> Batch:
+def _batch(rollouts: Sequence[Rollout], version: int, num_ranks: int, max_tokens: int, costs: SequenceCosts) -> Batch:
     samples = [Sample(group, 0, rollout.num_tokens, advantage=0.0) for group, rollout in enumerate(rollouts)]
-    packed = pack([rollout.num_tokens for rollout in rollouts], num_ranks, max_tokens)
+    costs_S = [costs.of(rollout.num_tokens, rollout.num_loss_tokens) for rollout in rollouts]
+    packed = pack([rollout.num_tokens for rollout in rollouts], num_ranks, max_tokens, costs_S)
     return Batch(
         version=version,
         ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed),

@@ -24,6 +24,7 @@ from actors.router import Router
 from actors.sampled import Interrupted
 from algorithms.budgets import RewardBudget
 from algorithms.config import AdaptDepthConfig, FilterConfig, GrpoConfig, StalenessConfig, ZeroStdFilter
+from algorithms.costs import SequenceCosts
 from algorithms.depth import DepthController
 from algorithms.health.config import HealthConfig
 from algorithms.pacing import Pacer
@@ -107,6 +108,8 @@ class Bench:
         self.events: list[str] = []
         self.committed = 0
         self.ranks = (None,)
+        self.costs = SequenceCosts()
+        self.max_completion_length = 8
         self.step_error: Exception | None = None
         self.skipped: set[int] = set()
         self.learning_rate_factor = 1.0

@@ -6,14 +6,14 @@ Legend: N = tokens, V = vocabulary.
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from algorithms.logprobs import logprobs_and_entropy
+from tests.algorithms.largest_output import LargestOutput
 
 
 def reference(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     all_NV = (logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature).log_softmax(-1)
-    return all_NV.gather(-1, targets_N[:, None])[:, 0], -(all_NV.exp() * all_NV).sum(-1).detach()
+    return all_NV.gather(-1, targets_N[:, None])[:, 0], -(all_NV.exp() * all_NV).sum(-1)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 64])
@@ -38,7 +38,7 @@ def test_values_and_gradient(
     logprobs_N, entropy_N = logprobs_and_entropy(logits_NV, targets_N, temperature, chunk_size)
     assert logprobs_N.dtype == entropy_N.dtype == expected_N.dtype
     assert logprobs_N.requires_grad
-    assert not entropy_N.requires_grad
+    assert entropy_N.requires_grad
     torch.testing.assert_close(logprobs_N, expected_N, rtol=0, atol=value_tolerance)
     torch.testing.assert_close(entropy_N, expected_entropy_N, rtol=0, atol=value_tolerance)
     upstream_N = upstream_N.to(logprobs_N.dtype)
@@ -52,6 +52,8 @@ def test_gradient_by_finite_differences() -> None:
     torch.manual_seed(0)
     logits_NV, targets_N = torch.randn(5, 6, dtype=torch.float64, requires_grad=True), torch.randint(6, (5,))
     assert torch.autograd.gradcheck(lambda x: logprobs_and_entropy(x, targets_N, 0.8, 2)[0], logits_NV)
+    assert torch.autograd.gradcheck(lambda x: logprobs_and_entropy(x, targets_N, 0.8, 2)[1], logits_NV)
+    assert torch.autograd.gradcheck(lambda x: logprobs_and_entropy(x, targets_N, 0.8, 2), logits_NV)
 
 
 def test_the_logits_stay_as_they_are() -> None:
@@ -64,28 +66,11 @@ def test_the_logits_stay_as_they_are() -> None:
 def test_extreme_logits_give_no_nan() -> None:
     logits_NV = torch.tensor([[1e4, -1e4, 0.0], [0.0, -torch.inf, 0.0]], requires_grad=True)
     logprobs_N, entropy_N = logprobs_and_entropy(logits_NV, torch.tensor([0, 2]), 1.0, 8)
-    logprobs_N.sum().backward()
+    (logprobs_N.sum() + entropy_N.sum()).backward()
     torch.testing.assert_close(logprobs_N, torch.tensor([0.0, -0.6931472]))
     torch.testing.assert_close(entropy_N, torch.tensor([0.0, 0.6931472]))
     assert logits_NV.grad is not None
     assert logits_NV.grad.isfinite().all()
-
-
-class LargestOutput(TorchDispatchMode):
-    """Elements of the tensors that operations allocate: the largest one, and how many reach a threshold."""
-
-    def __init__(self, threshold: int) -> None:
-        super().__init__()
-        self.threshold, self.largest, self.num_large = threshold, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        storages = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
-        for out in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in storages:
-                self.largest = max(self.largest, out.numel())
-                self.num_large += out.numel() >= self.threshold
-        return result
 
 
 def test_nothing_beyond_a_chunk_is_allocated_but_the_gradient() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from algorithms.config import GrpoConfig
-from algorithms.losses import Normalizer, grpo_loss, kl_k3, sft_loss
+from algorithms.losses import Normalizer, grpo_loss, sft_loss
+from algorithms.losses.kl import kl_k3
 from algorithms.stats import LossStats, merge
 from algorithms.types import Batch, MicroBatch, Sample
 

@@ -50,6 +50,12 @@ def test_tokens_that_nobody_sampled_are_fresh() -> None:
     assert row.fresh_N.tolist() == [False, True, True, True, True]
 
 
+def test_the_age_of_a_token_is_how_many_versions_ago_it_was_sampled() -> None:
+    row = pack_row(ROLLOUTS, [1.0, 2.0, 3.0], pad_id=0, version=7)
+    assert row.age_N.tolist() == [4, 2, 2, 3, 3, 3, 1, 0]
+    assert pack_row([rollout(2, [], num_unlabelled=2)], [0.0], 0, version=7).age_N.tolist() == [0, 0]
+
+
 def test_the_values_of_each_loss_token() -> None:
     row = pack_row(ROLLOUTS, [1.0, 2.0, 3.0], pad_id=0)
     assert row.lengths_S == (5, 3, 6)
@@ -64,4 +70,4 @@ def test_the_values_of_each_loss_token() -> None:
 def test_a_row_without_rollouts_has_no_loss_token() -> None:
     row = pack_row([], [], pad_id=7)
     assert row.token_ids_T.tolist() == [7]
-    assert len(row.targets_N) == len(row.fresh_N) == 0
+    assert len(row.targets_N) == len(row.fresh_N) == len(row.age_N) == 0

@@ -1,6 +1,9 @@
 """The summary of a group says of each rollout which weights sampled how many of its tokens."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from algorithms.types import Group, Prompt, Rollout, ScoredGroup, VersionSpan, summarize
 
@@ -20,3 +23,14 @@ def test_tokens_by_version_of_each_rollout_and_of_the_group() -> None:
     assert summary.tokens_by_version_G == ({2: 2, 4: 4}, {4: 6}, {})
     assert summary.tokens_by_version == {2: 2, 4: 10}
     assert (summary.oldest_version, summary.newest_version) == (2, 4)
+
+
+def test_the_kl_of_each_rollout_is_summed_whole_and_to_go() -> None:
+    """Tokens of the prompt are not among them, whatever stands there."""
+    reference_T = np.array([9.0, 9.0, 9.0, -1.0, 2.0, 0.0, 0.0, 0.0, -3.0], np.float32)
+    group = Group(Prompt(7, 1, (5, 6, 7), "", {}), (replace(rollout(), reference_logprobs_T=reference_T),), 0, 0)
+    (sums,) = summarize(ScoredGroup(group, (1.0,), {}), 0.0, 0.0).kl_G
+    to_go = [2.0, 1.0, 3.0, 3.0, 3.0, 3.0]
+    assert (sums.total, sums.to_go) == (to_go[0], sum(to_go))
+    assert sums.to_go_squared == pytest.approx(sum(value**2 for value in to_go))
+    assert summarize(ScoredGroup(replace(group, rollouts=(rollout(),)), (1.0,), {}), 0.0, 0.0).kl_G == ()

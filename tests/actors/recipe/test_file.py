@@ -192,7 +192,8 @@ VALUES = {
     "optimizer.learning_rate=0": "optimizer.learning_rate: 0 is out of range; it must be greater than 0",
     "generation.top_p=2": "generation.top_p: 2 is out of range; it must be at most 1",
     "model.num_layers=0": "model.num_layers: 0 is out of range",
-    "algorithm.loss_type=drgrpo": "algorithm.loss_type: 'drgrpo' is not one of 'grpo', 'dr_grpo', 'dapo', 'bnpo'; did",
+    "algorithm.loss_type=drgrpo": "algorithm.loss_type: 'drgrpo' is not one of 'grpo', 'dr_grpo', 'dapo', 'bnpo', "
+    "'cispo'; did you mean 'dr_grpo'?",
     "policy.zero_stage=4": "policy.zero_stage: 4 is out of range; it must be at most 3",
     "kind=gropo": "kind: 'gropo' is not one of 'grpo', 'sft'; did you mean 'grpo'?",
     "kind=": "kind: null is not one of 'grpo', 'sft'",
