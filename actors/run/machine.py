@@ -45,8 +45,8 @@ async def _watch_machine(node: str, config: LivenessConfig) -> NoReturn:
             nodes = await within(config.timeout_s, aside(ray.nodes), "the list of the machines")
         if is_given_up(node, nodes):
             raise RunError(
-                "Ray's own process on this machine (the raylet) has died, and with it the workers here; give the same "
-                "command again"
+                f"Ray's own process on this machine (the raylet of node {node[:8]}) has died, and with it the workers "
+                "here; give the same command again"
             )
 
 
