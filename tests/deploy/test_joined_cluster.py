@@ -1,5 +1,6 @@
 """A run in a cluster that it has joined: it names what it has lost, and leaves nothing there when it is stopped."""
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -46,6 +47,7 @@ def test_a_run_whose_head_dies_ends_and_names_it(machines: Machines, tmp_path: P
         code = train.wait(timeout=150)
     finally:
         train.kill()
-    print(f"exit code {code} after {time.monotonic() - began:.0f} s", log.read_text(), sep="\n")
+    seconds, port = time.monotonic() - began, machines.address.partition(":")[2]
     assert code == 1
-    assert f"error: the head of the Ray cluster, {machines.address}, is gone" in " ".join(log.read_text().split())
+    assert re.search(rf"error: the head of the Ray cluster, [\d.]+:{port}, is gone", " ".join(log.read_text().split()))
+    assert seconds < 100, "Ray itself ends a process after 60 s without a head"
