@@ -13,9 +13,12 @@ health/         rules over the metrics of the last steps: when a run is not lear
 bias.py         whether what is trained differs from what is sampled
 simulation/     a run in virtual time, by the same pacer and router
 advantages.py   rewards of a group -> one advantage per rollout
+costs.py        what a sequence costs the policy to compute
+partition.py    items -> parts of nearly equal weight
 packing.py      rollouts -> balanced micro-batches of every policy rank
 packed.py       one micro-batch as the tensors of one row
-logprobs.py     logits -> log-probabilities and entropies of the sampled tokens
+head.py         hidden states and output head -> log-probabilities and entropies, without logits
+logprobs.py     the same from logits, for models that change what the head gives
 corrections.py  importance weights against the weights that sampled the tokens
 losses.py       one micro-batch's share of the loss of the global batch
 stats.py        what a loss measures, mergeable over micro-batches and ranks
