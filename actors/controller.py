@@ -46,7 +46,7 @@ class Controller:
     """Called with the version and the metrics of each step: may warn, act, or stop the run."""
     settled: Callable[[int], Awaitable[None]]
     """Called with the version after each step, when nothing of it is left to do: checkpoints."""
-    stopped: Callable[[int], Awaitable[None]]
+    stopped: Callable[[int], Awaitable[object]]
     """Called instead of a further step when the run was asked to stop: the last checkpoint."""
     first_version: int = 0
     """What the policy holds when the run begins, or goes on."""
@@ -102,6 +102,7 @@ class Controller:
             num_ranks=len(self.policy.ranks),
             max_tokens=self.max_tokens_per_micro_batch,
             mask_truncated=self.algorithm.mask_truncated_completions,
+            costs=self.policy.costs,
             kl_weight=worth.kl_weight,
         )
 

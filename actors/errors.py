@@ -13,6 +13,10 @@ class PolicyLostError(RunError):
     """A policy rank is dead, wedged or broken: all ranks must be built again, and go on from a cut."""
 
 
+class SpoiledError(RunError):
+    """The policy holds numbers that are not finite: no run can go on from a cut of it."""
+
+
 class StoppedError(RunError):
     """The run was asked to stop, and has left a cut from which the same command goes on."""
 

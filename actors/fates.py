@@ -58,6 +58,8 @@ class Fates:
     num_late: int = 0
     num_cuts: int = 0
     """How often the run went on from a checkpoint."""
+    num_roll_backs: int = 0
+    """How many of these a rule of health has asked for."""
     last_t: float = 0.0
 
     def apply(self, event: Event) -> None:

@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 
 from actors.deadline import within
 from actors.errors import RunError, last_line
-from actors.recipe.schema import LivenessConfig
+from actors.recipe.upkeep import LivenessConfig
 from actors.router import Router
 
 _CLOSE_TIMEOUT_S = 10.0
@@ -85,6 +85,12 @@ class Fleet:
     @property
     def pending(self) -> list[Replica]:
         return [replica for replica in self._replicas.values() if replica.state is State.PENDING]
+
+    @property
+    def rebuilding(self) -> bool:
+        """Whether no replica serves, and one is about to."""
+        states = {replica.state for replica in self._replicas.values()}
+        return State.SERVING not in states and bool(states & {State.STARTING, State.FENCED})
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
         """Until a change of some replica's state makes the condition true; the caller sets the deadline, if any."""

@@ -29,9 +29,12 @@ class Health:
     def healthy(self) -> bool:
         """Whether a cut of this moment is one to go back to.
 
-        It is not when a rule that would go back finds something wrong, or begins to. The other rules do not hold up
-        cuts: what they find may last, and a run without cuts loses all when it is killed.
+        It is not when a rule that would go back finds something wrong, or begins to; nor when the last step was
+        skipped, for weights that give no finite loss may be to blame. The other rules do not hold up cuts: what they
+        find may last, and a run without cuts loses all when it is killed.
         """
+        if self._num_skipped_in_a_row > 0:
+            return False
         return not any(watch.suspicious for watch in self._watches if watch.rule.action == "roll_back")
 
     async def after(self, version: int, metrics: Mapping[str, float]) -> None:

@@ -57,15 +57,16 @@ def fates(events: Iterable[Event]) -> Fates:
     """What counts of a journal; work that was undone by going back to a cut is waste, cause `rolled back`."""
     standing: list[tuple[int, Event]] = []
     undone: list[Event] = []
-    num_cuts = 0
+    num_cuts = num_roll_backs = 0
     for number, event in enumerate(events):
         if event["event"] == "resumed":
             undone += [past for line, past in standing if line >= event["lines"] and past["event"] == "scored"]
             standing = [(line, past) for line, past in standing if line < event["lines"]]
             num_cuts += 1
+            num_roll_backs += event.get("rolled_back", False)
         else:
             standing.append((number, event))
-    result = Fates(num_cuts=num_cuts)
+    result = Fates(num_cuts=num_cuts, num_roll_backs=num_roll_backs)
     try:
         for _, event in standing:
             result.apply(event)

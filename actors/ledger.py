@@ -33,14 +33,18 @@ class Ledger:
         """Whether what is trained differs from what is sampled."""
 
     @classmethod
-    def resume(cls, path: Path, lines: int, version: int) -> Self:
-        """Go on with a journal whose first `lines` lines count, at weight version `version`."""
+    def resume(cls, path: Path, lines: int, version: int, rolled_back: bool = False) -> Self:
+        """Go on with a journal whose first `lines` lines count, at weight version `version`.
+
+        `rolled_back`: because a rule of health has asked for it. That counts for the whole run.
+        """
         journal.mend(path)
         ledger = cls(path)
         events = journal.read(path)
         ledger.num_lines = len(events)
         ledger._started -= max((event["t"] for event in events), default=0.0)
         event = {"event": "resumed", "ordinal": -1, "t": ledger._now(), "lines": lines, "version": version}
+        event |= {"rolled_back": True} if rolled_back else {}
         ledger._append(event)
         ledger._fates = journal.fates([*events, event])
         return ledger
@@ -66,6 +70,11 @@ class Ledger:
     def num_cuts(self) -> int:
         """How often the run went on from a checkpoint."""
         return self._fates.num_cuts
+
+    @property
+    def num_roll_backs(self) -> int:
+        """How often a rule of health has made it go back, in this process and in those before."""
+        return self._fates.num_roll_backs
 
     @property
     def num_trained(self) -> int:

@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 
 from actors.errors import RunError
 from actors.policy_state import PolicyState, collect, restore
-from actors.recipe.schema import PolicyConfig
+from actors.recipe.policy import PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.losses import Normalizer, grpo_loss, sft_loss
 from algorithms.packed import PackedRow, pack_row
@@ -158,6 +158,7 @@ class PolicyActor:
 
         from actors.model.files import make_savable
         from actors.model.forward import PACKED_ATTENTION
+        from actors.model.head import put_scoring_head
         from actors.model.load import load_causal_lm
         from actors.model.lora import adapt, base_digest, trained_parameters
 
@@ -168,7 +169,7 @@ class PolicyActor:
         set_seed(settings.seed)
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
-        deepspeed.init_distributed(backend, verbose=False)  # takes the group that is there
+        deepspeed.init_distributed(backend, verbose=False, timeout=_MEET_TIMEOUT)  # takes the group that is there
         model = load_causal_lm(
             settings.model_path,
             settings.revision,
@@ -177,6 +178,7 @@ class PolicyActor:
             attn_implementation=PACKED_ATTENTION,
         )
         make_savable(model)
+        put_scoring_head(model)
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
@@ -397,16 +399,22 @@ class PolicyActor:
         state = collect(self.engine, self._parameters, self.version, keep, self._base, spare)
         self._snapshot = state and replace(state, learning_rate_factor=self._learning_rate_factor)
 
-    def write_snapshot(self, folder: Path) -> None:
-        """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is."""
+    def write_snapshot(self, folder: Path) -> str | None:
+        """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is.
+
+        The name of a tensor that is not finite, when there is one: nothing is written then.
+        """
         from actors.model.files import MODEL, describe
         from actors.model.lora import describe_adapter
 
         assert self._snapshot is not None, "snapshot comes first, and rank 0 keeps it"
         snapshot, self._snapshot = self._snapshot, None
-        snapshot.write(folder)
-        (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
+        spoiled = snapshot.spoiled()
+        if spoiled is None:
+            snapshot.write(folder)
+            (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
         self._spare = snapshot
+        return spoiled
 
     def restore(self, folder: Path) -> None:
         """Go on from what `write_snapshot` has left; every rank is called."""

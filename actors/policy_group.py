@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,9 +14,10 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.deadline import DeadlineError, within
-from actors.errors import PolicyLostError, RunError, last_line
+from actors.errors import PolicyLostError, RunError, SpoiledError, last_line
 from actors.policy import CONTROL, IO, RankBatch, RankUpdate
-from actors.recipe.schema import LivenessConfig
+from actors.recipe.upkeep import LivenessConfig
+from algorithms.costs import SequenceCosts
 from algorithms.losses import Normalizer
 from algorithms.stats import LossStats, merge
 from algorithms.types import Batch, Group, MicroBatch, Update
@@ -36,6 +37,8 @@ class PolicyGroup:
     max_completion_length: int
     timeout_s: float
     """Deadline of one step."""
+    costs: SequenceCosts = field(default_factory=SequenceCosts)
+    """What the ranks are balanced by."""
 
     async def start(self, timeout_s: float) -> None:
         """Load the model on every rank and join them."""
@@ -111,9 +114,11 @@ class PolicyGroup:
             await self._all("snapshot", timeout_s=self.timeout_s)
 
     async def write_snapshot(self, folder: Path, timeout_s: float) -> None:
-        """Write the snapshot while training goes on."""
+        """Write the snapshot while training goes on; SpoiledError when it is none to go on from."""
         call: Any = self.ranks[0].write_snapshot.options(concurrency_group=IO)
-        await _answer(timeout_s, call.remote(folder), "writing the policy's checkpoint")
+        spoiled = await _answer(timeout_s, call.remote(folder), "writing the policy's checkpoint")
+        if spoiled is not None:
+            raise SpoiledError(f"{spoiled} of the policy is not finite")
 
     async def restore(self, folder: Path) -> None:
         """Go on from a snapshot, whatever number of ranks wrote it."""

@@ -59,6 +59,13 @@ class PolicyState:
         facts = _Facts(self.version, self.num_optimizer_steps, self.schedule, self.learning_rate_factor, self.base)
         (folder / "policy.json").write_bytes(msgspec.json.encode(facts))
 
+    def spoiled(self) -> str | None:
+        """The first tensor that is not finite throughout; None when all are."""
+        for name, value in (*self.weights.items(), *self.moments.items()):
+            if value.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(value)):
+                return name
+        return None
+
     @classmethod
     def read(cls, folder: Path) -> "PolicyState":
         """ValueError names the file that is missing or none of ours."""

@@ -62,6 +62,8 @@ class Publisher:
     _layout: str = ""
     _group: tuple[int, ...] = ()  # numbers of the replicas in the broadcast group, in the order of their ranks
     _num_blind_retries: int = 0
+    _right: tuple[int, str] | None = None
+    """The last version whose checksums were compared, and the one that was found right."""
 
     async def connect(self) -> None:
         """Plan the layout, once for the whole run."""
@@ -194,25 +196,29 @@ class Publisher:
     def _is_to_be_compared(self, version: int, replicas: Sequence[Replica]) -> bool:
         """Then no replica samples a token between its swap and the verdict."""
         every = self.config.checksum_every
-        return bool(every) and version % every == 0 and len(replicas) >= 2
+        return bool(every) and version % every == 0 and (len(replicas) >= 2 or self._known(version) is not None)
+
+    def _known(self, version: int) -> str | None:
+        """The checksum that this version's replicas were found to have; a newcomer alone is held against it."""
+        return self._right[1] if self._right is not None and self._right[0] == version else None
 
     async def _compared(self, version: int, replicas: list[Replica]) -> list[Replica]:
-        """Those whose weights are what most hold, by vLLM's own checksums.
+        """Those whose weights are right, by vLLM's own checksums; the others are fenced.
 
-        Where no checksum is that of most, nobody knows who is right, and none serves; one alone is not compared.
+        One alone is not compared, unless the version has been compared before.
         """
-        if len(replicas) < 2:
+        known = self._known(version)
+        if len(replicas) < 2 and known is None:
             return replicas
         phase = f"comparing checksums of version {version}"
         answers = await self._phase(phase, replicas, [replica.handle.checksum.remote() for replica in replicas])
-        if not answers:
-            return []
-        usual, count = Counter(checksum for _, checksum in answers).most_common(1)[0]
-        usual = usual if 2 * count > len(answers) else ""
+        right = right_checksum([checksum for _, checksum in answers], known)
+        if right is not None:
+            self._right = version, right
         for replica, checksum in answers:
-            if checksum != usual:
+            if checksum != right:
                 self.fleet.fence(replica.number, f"{phase}: its weights are not those of the other replicas")
-        return [replica for replica, checksum in answers if checksum == usual]
+        return [replica for replica, checksum in answers if checksum == right]
 
     async def _blame(self, replicas: Sequence[Replica], what: str, error: BaseException) -> NoReturn:
         """All failed together: whoever does not answer any more is the cause, and the others try again without it."""
@@ -263,6 +269,14 @@ class Publisher:
             "sync/replicas": float(len(swapped)),
             "sync/rebuilt": float(self.fleet.num_rebuilt),
         }
+
+
+def right_checksum(answers: Sequence[str], known: str | None) -> str | None:
+    """What was found right before, else what most hold; None where no checksum is that of most: nobody is right."""
+    if known is not None or not answers:
+        return known
+    usual, count = Counter(answers).most_common(1)[0]
+    return usual if 2 * count > len(answers) else None
 
 
 async def _first_failure(calls: Sequence[Awaitable[Any]]) -> None:

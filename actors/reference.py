@@ -44,6 +44,7 @@ class ReferenceActor:
     def start(self) -> None:
         """Load the model; `score` does so after Ray has started the process again."""
         from actors.model.forward import PACKED_ATTENTION
+        from actors.model.head import put_scoring_head
         from actors.model.load import load_causal_lm
 
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
@@ -55,6 +56,7 @@ class ReferenceActor:
             dtype=settings.dtype,
             attn_implementation=PACKED_ATTENTION,
         )
+        put_scoring_head(model)
         self.device = torch.device("cuda" if settings.use_gpu else "cpu")
         self.model = model.to(self.device).eval().requires_grad_(False)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from actors.recipe.schema import RewardConfig
+from actors.recipe.rewards import RewardConfig
 from actors.rewards.functions import name_of
 from actors.rewards.process import ChildError, Outcome, RewardProcess
 from algorithms.types import Group, ScoredGroup

@@ -21,7 +21,8 @@ import ray
 from actors.deadline import within
 from actors.errors import ReplicaDeadError
 from actors.policy import node_ip
-from actors.recipe.schema import GenerationConfig, LoraConfig, RolloutConfig
+from actors.recipe.policy import LoraConfig
+from actors.recipe.rollout import GenerationConfig, RolloutConfig
 from actors.sampled import INTERRUPTED, Interrupted, at_limit, continued, interrupted, unsampled
 from actors.scorers import scored_by
 from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, summarize

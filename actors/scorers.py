@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -17,7 +17,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors.deadline import DeadlineError, within
 from actors.errors import RunError, last_line
-from actors.recipe.schema import LivenessConfig
+from actors.recipe.upkeep import LivenessConfig
 
 _AGAIN_S = 0.5
 _START_TIMEOUT_S = 600.0
@@ -31,6 +31,8 @@ class Scorers:
     liveness: LivenessConfig
     say: Callable[[str], None]
     num_restarted: int = 0
+    gone: set[str] = field(default_factory=set)
+    """Those that are being started again."""
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
@@ -44,30 +46,31 @@ class Scorers:
     async def _watch(self, name: str) -> None:
         worker = self.workers[name]
         process: int | None = None  # which one answered last
-        gone, since = False, time.monotonic()
+        since = time.monotonic()
         while True:
             await asyncio.sleep(self.liveness.every_s)
             try:
                 answered = await within(self.liveness.timeout_s, _ping(worker), f"a sign of life of {name}")
             except ActorUnavailableError:
-                gone = True  # Ray is starting it again
+                self.gone.add(name)  # Ray is starting it again
                 if time.monotonic() - since > _START_TIMEOUT_S:
                     raise RunError(f"{name} died and could not be started again in {_START_TIMEOUT_S:g} s") from None
                 continue
             except DeadlineError as error:
                 self.say(f"warning: {error}; it is killed and started again")
                 ray.kill(worker, no_restart=False)
-                gone = True
+                self.gone.add(name)
                 continue
             except RayActorError as error:
                 raise RunError(
                     f"{name} died more than {self.liveness.max_restarts} times, which is all that "
                     f"liveness.max_restarts allows: {last_line(error)}"
                 ) from error
-            if gone or process not in (None, answered):
+            if name in self.gone or process not in (None, answered):
                 self.num_restarted += 1
                 self.say(f"warning: {name} had died and was started again")
-            process, gone, since = answered, False, time.monotonic()
+                self.gone.discard(name)
+            process, since = answered, time.monotonic()
 
 
 async def _ping(worker: ActorHandle) -> int:

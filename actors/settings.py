@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.policy import Objective, PolicySettings
+from actors.recipe.deadlines import score_timeout_s
 from actors.recipe.file import load_recipe
-from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe
+from actors.recipe.model import PretrainedModel, RecipeModel
+from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.reference import ReferenceSettings
 from actors.rollout import RolloutSettings
 from actors.run.folder import RunFolder
-
-_SLACK_S = 60.0
-"""Of a deadline that others, which name the cause better, come before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +79,6 @@ def rollout_settings(recipe: GrpoRecipe, model: ModelSource) -> RolloutSettings:
         recompute_kv_cache=recipe.staleness.kv_cache == "recompute",
         lora=recipe.policy.lora,
     )
-
-
-def score_timeout_s(recipe: GrpoRecipe) -> float:
-    """Every reward function up to its own deadline, and before it all the groups that may queue for the worker.
-
-    A worker that hangs, and is found out and started again meanwhile, has time for it, too.
-    """
-    queue = -(-recipe.max_groups_in_flight // recipe.pools.reward.num_workers)
-    reference_s = recipe.policy.timeout_s if recipe.algorithm.beta > 0 else 0.0
-    found_out_s = recipe.liveness.every_s + recipe.liveness.timeout_s
-    return _SLACK_S + found_out_s + queue * len(recipe.rewards.functions) * recipe.rewards.timeout_s + reference_s
-
-
-def group_timeout_s(recipe: GrpoRecipe) -> float:
-    """Of one group, generation, reference and rewards: longer than the deadlines that the replica itself keeps."""
-    return _SLACK_S + recipe.generation.timeout_s + score_timeout_s(recipe)
 
 
 def _objective(recipe: Recipe) -> Objective:

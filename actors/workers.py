@@ -10,9 +10,10 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.deadline import DeadlineError, within
+from actors.deadline import DeadlineError, aside, within
 from actors.errors import RunError, last_line
 from actors.fleet import Fleet
+from actors.model.costs import sequence_costs
 from actors.policy import PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe, Recipe
@@ -53,7 +54,10 @@ class Ranks:
         options = (self.pools.options("policy", rank) for rank in range(self.settings.num_ranks))
         self.handles = tuple(self.actor.options(**o).remote(rank, self.settings) for rank, o in enumerate(options))
         longest = self.settings.objective.max_completion_length
-        group = PolicyGroup(self.handles, longest, self.settings.policy.timeout_s)
+        settings = self.settings
+        reading = aside(sequence_costs, settings.model_path, settings.revision, settings.trust_remote_code)
+        costs = await within(_START_TIMEOUT_S, reading, "reading the model's config")
+        group = PolicyGroup(self.handles, longest, self.settings.policy.timeout_s, costs)
         await group.start(_START_TIMEOUT_S)
         return group
 
@@ -71,15 +75,22 @@ class Workers:
     rewards: tuple[ActorHandle, ...]
     references: tuple[ActorHandle, ...]
 
+    @property
+    def starting(self) -> str:
+        """Which workers are being started, and no group gets on without them; empty when there are none."""
+        if self.fleet.rebuilding:
+            return "no rollout replica serves, and one is being started"
+        return f"{', '.join(sorted(self.scorers.gone))} is being started again" if self.scorers.gone else ""
+
 
 @contextlib.asynccontextmanager
-async def policy_group(
+async def policy_ranks(
     recipe: Recipe, model: ModelSource, pools: ReservedPools, run_dir: Path
-) -> AsyncIterator[PolicyGroup]:
-    """All policy ranks, with the model loaded."""
+) -> AsyncIterator[tuple[Ranks, PolicyGroup]]:
+    """All policy ranks, with the model loaded, and how they are made anew."""
     ranks = Ranks(policy_actor(), policy_settings(recipe, model, run_dir), pools)
     try:
-        yield await ranks.start()
+        yield ranks, await ranks.start()
     finally:
         ranks.end()
 

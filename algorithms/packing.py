@@ -1,15 +1,18 @@
 """Every sequence lands in one micro-batch of one rank, within the token budget, and all ranks make equally many passes.
 
-Largest first to the least loaded (LPT): with the tens of sequences that a rank gets, its gap to a perfect balance is
-already below a percent. Karmarkar-Karp's differencing comes closer in theory, but knows neither a budget per
-micro-batch nor ranks that contain micro-batches, so a repair pass would undo what it wins.
+The ranks are balanced by what their sequences cost (`algorithms/costs.py`), by Karmarkar and Karp's differencing; the
+passes of a rank by least loaded first, which knows the budget.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from algorithms.costs import SequenceCosts
+from algorithms.partition import partition
 from algorithms.types import Batch, GroupSummary, MicroBatch, Sample
+
+_NO_COSTS = SequenceCosts()
 
 
 @dataclass(slots=True)
@@ -17,16 +20,13 @@ class _Bin:
     """Sequences that share one forward pass, longest first."""
 
     indices: list[int] = field(default_factory=list)
-    load: int = 0
-    """Their tokens."""
+    num_tokens: int = 0
+    cost: float = 0.0
 
-    def add(self, index: int, num_tokens: int) -> None:
+    def add(self, index: int, num_tokens: int, cost: float) -> None:
         self.indices.append(index)
-        self.load += num_tokens
-
-
-def _load(rank: Sequence[_Bin]) -> int:
-    return sum(bin.load for bin in rank)
+        self.num_tokens += num_tokens
+        self.cost += cost
 
 
 def build_batch(
@@ -38,6 +38,7 @@ def build_batch(
     num_ranks: int,
     max_tokens: int,
     mask_truncated: bool,
+    costs: SequenceCosts = _NO_COSTS,
     kl_weight: float = 0.0,
 ) -> Batch:
     """Over all ranks each rollout exactly once, with its advantage; the counts are over the global batch.
@@ -47,6 +48,7 @@ def build_batch(
     older than `oldest_version` leave the loss and stay in every count.
     """
     samples: list[Sample] = []
+    costs_S: list[float] = []
     num_loss_tokens = 0
     for number, (group, advantages_G) in enumerate(zip(groups, advantages, strict=True)):
         assert len(advantages_G) == len(group.num_tokens_G), "one advantage per rollout"
@@ -54,8 +56,9 @@ def build_batch(
             if mask_truncated and group.truncated_G[rollout]:
                 continue
             samples.append(Sample(number, rollout, num_tokens, advantage))
+            costs_S.append(costs.of(num_tokens, group.num_loss_tokens_G[rollout]))
             num_loss_tokens += group.num_loss_tokens_G[rollout]
-    packed = pack([sample.num_tokens for sample in samples], num_ranks, max_tokens)
+    packed = pack([sample.num_tokens for sample in samples], num_ranks, max_tokens, costs_S)
     return Batch(
         version=version,
         ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in indices)) for indices in rank) for rank in packed),
@@ -66,28 +69,34 @@ def build_batch(
     )
 
 
-def pack(num_tokens: Sequence[int], num_ranks: int, max_tokens: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def pack(
+    num_tokens: Sequence[int], num_ranks: int, max_tokens: int, costs: Sequence[float] | None = None
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """`[rank][micro-batch] -> indices`: each index exactly once, each micro-batch within `max_tokens`.
 
-    `num_tokens` has one length per sequence. A sequence longer than `max_tokens` gets a micro-batch of its own. All
-    ranks have the same number of micro-batches: the fewest that best-fit decreasing can fill, at least 1. Micro-batches
-    are empty only when every other one holds a single sequence. The result is a pure function of the arguments; within
-    a rank the fullest micro-batch comes first, so that ranks that run in step wait little for each other.
+    `num_tokens` has one length per sequence, and `costs` what it costs to compute; None: its tokens. A sequence longer
+    than `max_tokens` gets a micro-batch of its own. All ranks have the same number of micro-batches: the fewest that
+    best-fit decreasing can fill, at least 1, if balanced ranks fit into so many; else one more, or unbalanced ranks,
+    whichever is done sooner. The result is a pure function of the arguments; within a rank the most costly micro-batch
+    comes first, so that ranks that run in step wait little for each other.
     """
     assert num_ranks > 0, f"got {num_ranks} ranks"
     assert min(num_tokens, default=1) > 0, "a sequence has at least one token"
+    costs = num_tokens if costs is None else costs
+    assert len(costs) == len(num_tokens), "one cost per sequence"
     order = sorted(range(len(num_tokens)), key=lambda index: (-num_tokens[index], index))
-    tight = _best_fit(num_tokens, order, max_tokens)
+    tight = _best_fit(num_tokens, costs, order, max_tokens)
     depth = max(1, -(-len(tight) // num_ranks))
-    ranks = _least_loaded(num_tokens, order, num_ranks, depth, max_tokens) or _deal(tight, num_ranks, depth)
-    _fill_empty(ranks, num_tokens)
-    return tuple(
-        tuple(tuple(sorted(bin.indices)) for bin in sorted(rank, key=lambda bin: (-bin.load, bin.indices)))
-        for rank in ranks
-    )
+    shares = [sorted(share, key=lambda index: (-num_tokens[index], index)) for share in partition(costs, num_ranks)]
+    ranks = _balanced(num_tokens, costs, shares, depth, max_tokens)
+    if ranks is None:
+        one_more = _balanced(num_tokens, costs, shares, depth + 1, max_tokens)
+        dealt = _deal(tight, num_ranks, depth)
+        ranks = min((candidate for candidate in (one_more, dealt) if candidate is not None), key=_time)
+    return tuple(tuple(tuple(sorted(bin.indices)) for bin in _in_turn(rank)) for rank in ranks)
 
 
-def _best_fit(num_tokens: Sequence[int], order: Sequence[int], max_tokens: int) -> list[_Bin]:
+def _best_fit(num_tokens: Sequence[int], costs: Sequence[float], order: Sequence[int], max_tokens: int) -> list[_Bin]:
     """Few full bins: each sequence goes to the fullest bin that still has room for it, else to a new one."""
     by_room: list[tuple[int, int]] = []  # (room left, bin), ascending
     bins: list[_Bin] = []
@@ -99,49 +108,55 @@ def _best_fit(num_tokens: Sequence[int], order: Sequence[int], max_tokens: int) 
         else:
             room, number = max_tokens, len(bins)
             bins.append(_Bin())
-        bins[number].add(index, length)
+        bins[number].add(index, length, costs[index])
         insort(by_room, (room - length, number))
     return bins
 
 
-def _least_loaded(
-    num_tokens: Sequence[int], order: Sequence[int], num_ranks: int, depth: int, max_tokens: int
+def _balanced(
+    num_tokens: Sequence[int], costs: Sequence[float], shares: Sequence[Sequence[int]], depth: int, max_tokens: int
 ) -> list[list[_Bin]] | None:
-    """Balance: each sequence goes to the least loaded rank, there to the least loaded bin; None if one fits nowhere."""
-    ranks = [[_Bin() for _ in range(depth)] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for index in order:
-        length = num_tokens[index]
-        for rank in sorted(range(num_ranks), key=lambda rank: (loads[rank], rank)):
-            bin = min(ranks[rank], key=lambda bin: bin.load)
-            if not bin.indices or bin.load + length <= max_tokens:
-                bin.add(index, length)
-                loads[rank] += length
-                break
-        else:
-            return None
+    """Each rank's share, longest sequence first, in `depth` bins; None if one does not fit into them."""
+    ranks: list[list[_Bin]] = []
+    for share in shares:
+        bins = _least_loaded(num_tokens, costs, share, depth, max_tokens)
+        if bins is None:
+            bins = _best_fit(num_tokens, costs, share, max_tokens)
+            if len(bins) > depth:
+                return None
+        ranks.append(bins + [_Bin() for _ in range(depth - len(bins))])
     return ranks
 
 
+def _least_loaded(
+    num_tokens: Sequence[int], costs: Sequence[float], share: Sequence[int], depth: int, max_tokens: int
+) -> list[_Bin] | None:
+    """Each sequence in the least costly bin that has room for it; None if one fits nowhere."""
+    bins = [_Bin() for _ in range(depth)]
+    for index in share:
+        length = num_tokens[index]
+        open_bins = [bin for bin in bins if not bin.indices or bin.num_tokens + length <= max_tokens]
+        if not open_bins:
+            return None
+        min(open_bins, key=lambda bin: bin.cost).add(index, length, costs[index])
+    return bins
+
+
 def _deal(bins: Sequence[_Bin], num_ranks: int, depth: int) -> list[list[_Bin]]:
-    """The tight packing as it is: each bin, fullest first, to the least loaded rank that has fewer than `depth`."""
+    """The tight packing as it is: each bin, most costly first, to the least loaded rank with fewer than `depth`."""
     ranks: list[list[_Bin]] = [[] for _ in range(num_ranks)]
-    for bin in sorted(bins, key=lambda bin: (-bin.load, bin.indices)):
+    for bin in sorted(bins, key=lambda bin: (-bin.cost, bin.indices)):
         open_ranks = [rank for rank in ranks if len(rank) < depth]
-        min(open_ranks, key=_load).append(bin)
+        min(open_ranks, key=lambda rank: sum(bin.cost for bin in rank)).append(bin)
     for rank in ranks:
         rank.extend(_Bin() for _ in range(depth - len(rank)))
     return ranks
 
 
-def _fill_empty(ranks: Sequence[list[_Bin]], num_tokens: Sequence[int]) -> None:
-    """Each empty bin takes the shortest sequence of a bin with several, of its own rank or else of the heaviest one."""
-    for rank in ranks:
-        for empty in (bin for bin in rank if not bin.indices):
-            by_choice = [rank, *sorted(ranks, key=_load, reverse=True)]
-            donors = [bin for other in by_choice for bin in other if len(bin.indices) > 1]
-            if not donors:
-                return
-            index = donors[0].indices.pop()
-            donors[0].load -= num_tokens[index]
-            empty.add(index, num_tokens[index])
+def _in_turn(rank: Sequence[_Bin]) -> list[_Bin]:
+    return sorted(rank, key=lambda bin: (-bin.cost, bin.indices))
+
+
+def _time(ranks: Sequence[Sequence[_Bin]]) -> float:
+    """What the passes cost when ranks wait for each other after every one."""
+    return sum(max(bin.cost for bin in bins) for bins in zip(*map(_in_turn, ranks), strict=True))

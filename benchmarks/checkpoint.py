@@ -37,7 +37,8 @@ from actors.checkpoint.config import CheckpointConfig
 from actors.checkpoint.store import CheckpointStore
 from actors.model.tiny import make_tiny_model
 from actors.policy import Objective, PolicyActor, PolicySettings, RankBatch
-from actors.recipe.schema import PolicyConfig, TinyModel
+from actors.recipe.model import TinyModel
+from actors.recipe.policy import PolicyConfig
 from algorithms.config import OptimizerConfig
 from algorithms.losses import Normalizer
 from algorithms.types import Group, MicroBatch, Prompt, Rollout, Sample

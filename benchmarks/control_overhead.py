@@ -41,6 +41,7 @@ from actors.pacer import AsyncPacer, ReadyGroup
 from actors.router import Router
 from algorithms.budgets import RewardBudget
 from algorithms.config import GrpoConfig, StalenessConfig
+from algorithms.costs import SequenceCosts
 from algorithms.pacing import Pacer
 from algorithms.types import Batch, GroupSummary, Prompt, Update
 
@@ -139,6 +140,7 @@ class SleepingPolicy:
 
     fleet: Fleet
     ranks: tuple[None] = (None,)
+    costs: SequenceCosts = field(default_factory=SequenceCosts)
     max_completion_length: int = COMPLETION_TOKENS
     exclusive: asyncio.Lock = field(default_factory=asyncio.Lock)
     committed: int = 0

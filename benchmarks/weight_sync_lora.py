@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.model.lora import adapt, trained_parameters
-from actors.recipe.schema import LoraConfig
+from actors.recipe.policy import LoraConfig
 from benchmarks.weight_sync_engine import model_config
 from benchmarks.weight_sync_wire import open_wire
 from sync.layout import parameters_of

@@ -2,6 +2,9 @@
 
 __main__.py   the command line: train, plan, simulate, tiny-model; user errors end here with one message and exit code 2
 plan.py       what a recipe would do and where, shown before anything is started
+memory.py     what each pool would take of its GPUs' memory
 simulate/     a recipe in virtual time
+manifest/     a recipe as a KubeRay manifest
+drain.py      what a pod runs before it ends
 train.py      one recipe trained on a Ray cluster, or on a Ray that is started on this machine
 """

@@ -11,35 +11,49 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.model.size import num_elements
+from actors.recipe.deadlines import stall_timeout_s
 from actors.recipe.file import load_recipe
+from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
 from actors.recipe.pools import used_pools
-from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe, TinyModel
+from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.run.folder import RunFolder
 from actors.run.lineage import trained_before
+from deploy.memory import estimate
 from deploy.trust import trusted_code
 from placement.cluster import ClusterSpec, from_ray
+from placement.memory.fit import MemoryShortageError
 from placement.plan import PlacementError, PlacementPlan, plan
 from sync.fanout import fanout_of, relative_time
 
 _KNOCK_TIMEOUT_S = 10.0
 
 
-def show(recipe: Recipe, cluster: ClusterSpec, path: str, overrides: Sequence[str]) -> None:
-    """Print the plan, or raise PlacementError: nothing is printed of a plan that does not fit."""
+def show(
+    recipe: Recipe, cluster: ClusterSpec, path: str, overrides: Sequence[str], gpu_memory_gb: float | None = None
+) -> None:
+    """Print the plan, or raise PlacementError or MemoryShortageError: nothing is printed of a plan that does not fit.
+
+    `gpu_memory_gb` is each GPU's memory, where the cluster does not tell it.
+    """
     placed = plan(used_pools(recipe), cluster)
+    memory = estimate(recipe, placed, cluster, gpu_memory_gb)
     lines = [_describe(cluster), f"{path}: {_summarize(recipe)}"]
     for first_path, first in reversed(trained_before(recipe, path)):
         try:
-            plan(used_pools(first), cluster)
-        except PlacementError as error:
-            raise PlacementError(f"{first_path}, which is trained first: {error}") from None
+            estimate(first, plan(used_pools(first), cluster), cluster, gpu_memory_gb)
+        except (PlacementError, MemoryShortageError) as error:
+            raise type(error)(f"{first_path}, which is trained first: {error}") from None
         lines.insert(1, f"{first_path}, which is trained first: {_summarize(first)}")
     if isinstance(recipe, GrpoRecipe):
         lines.append(_describe_fanout(recipe, placed))
+        lines.append(_describe_stall(recipe))
+    lines += memory.lines
     lines += trusted_code([recipe, *(first for _, first in trained_before(recipe, path))])
     lines.append(f"submit: {_submit_line(path, overrides)}")
     console = Console()
     console.print(_table(placed))
+    if memory.table is not None:
+        console.print(memory.table)
     for line in lines:
         # A line that is to be copied must not be wrapped at the width of the terminal.
         console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -100,6 +114,13 @@ def _summarize(recipe: Recipe) -> str:
                 f"staleness at most {bound} version{'' if bound == 1 else 's'} ({recipe.staleness.when_stale}), "
                 f"{recipe.max_groups_in_flight} groups in flight at most; leaves {recipe.folder}"
             )
+
+
+def _describe_stall(recipe: GrpoRecipe) -> str:
+    return (
+        f"stall: when no group has finished for {stall_timeout_s(recipe):.0f} s while the policy waits "
+        f"(stall.timeout_s), the run {'ends with' if recipe.stall.then == 'exit' else 'replaces'} its suspect"
+    )
 
 
 def _describe_fanout(recipe: GrpoRecipe, placed: PlacementPlan) -> str:

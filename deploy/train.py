@@ -24,8 +24,9 @@ from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
 from actors.recipe.file import load_recipe
+from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
 from actors.recipe.pools import used_pools
-from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, RecipeModel, SftRecipe, TinyModel
+from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.rewards.functions import check_reward
 from actors.run.folder import RunFolder
 from actors.run.grpo import run_grpo

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe
+from actors.recipe.model import PretrainedModel
+from actors.recipe.schema import GrpoRecipe, Recipe
 
 
 def trusted_code(recipes: Iterable[Recipe]) -> list[str]:

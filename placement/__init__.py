@@ -2,6 +2,7 @@
 
 config.py   what a recipe says about its pools
 cluster.py  the nodes there are
+memory/     what each GPU must hold: pure
 plan.py     pools onto nodes, or exactly what is missing: pure, so a plan costs nothing
 groups.py   the plan's bundles reserved on the live cluster; the only file here that imports Ray
 """

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
-from actors.recipe.schema import TinyModel
+from actors.recipe.model import TinyModel
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from actors.checkpoint.cut import Cut
 from actors.checkpoint.groups import SavedGroup
 from actors.checkpoint.store import CheckpointStore
 from actors.deadline import aside, within
-from actors.errors import PolicyLostError, RunError
+from actors.errors import PolicyLostError, RunError, SpoiledError
 from actors.model.files import MODEL
 from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
@@ -71,15 +71,34 @@ class Checkpointer:
         if due and not self._overdue and version < self.num_steps:
             await self.cut(version)
 
-    async def last(self, version: int) -> None:
-        """The run stops here: a cut, on the disk when this returns; RunError when it could not be written."""
+    async def last(self, version: int) -> int | None:
+        """The run stops here: a cut, on the disk when this returns; RunError when it could not be written.
+
+        A cut that is none to go back to is not taken, or given up: the last good one stays the newest. Returns the
+        version from which the same command goes on; None when there is no cut at all.
+        """
+        if version == self.cut_version or self.healthy():
+            await self._last(version)
+        else:
+            await self.finish()
+            self._keep_good(version, "a rule of health that goes back, or a loss that is not finite, speaks against it")
+        return max(self.store.versions(), default=None)
+
+    async def _last(self, version: int) -> None:
         if version != self.cut_version:
             await self.cut(version)
         try:
             await self._written()
         except RunError as error:
-            lost = error.__cause__
-            raise lost if isinstance(lost, PolicyLostError) else error from None
+            cause = error.__cause__
+            if not isinstance(cause, SpoiledError):
+                raise cause if isinstance(cause, PolicyLostError) else error from None
+            self._keep_good(version, str(cause))
+
+    def _keep_good(self, version: int, why: str) -> None:
+        good = max(self.store.versions(), default=None)
+        goes_on = "there is none before it: the same command begins anew" if good is None else f"that of {good} is kept"
+        self.say(f"warning: no checkpoint of version {version} is left ({why}); {goes_on}")
 
     async def cut(self, version: int) -> None:
         """Take one; the one before must have been written."""
@@ -107,7 +126,8 @@ class Checkpointer:
         try:
             await within(timeout_s or self.config.timeout_s, writing, "writing it")
         except _WORTH_NO_RUN as error:
-            raise RunError(f"the checkpoint of version {self.cut_version} could not be written: {error}") from error
+            version, self.cut_version = self.cut_version, None  # whoever stops at this version tries once more
+            raise RunError(f"the checkpoint of version {version} could not be written: {error}") from error
 
     async def _write(self, cut: Cut, ready: list[ReadyGroup]) -> None:
         groups = [await _saved(group) for group in ready]

@@ -58,9 +58,10 @@ class Measured(msgspec.Struct, frozen=True):
 class Cut(msgspec.Struct, frozen=True):
     """A run goes on at weight version `version`. Of a supervised run nothing is in flight, and there is no journal.
 
-    Not in it, and begun anew: how many replicas were rebuilt, the mean length by which the router balances, what an
-    interrupted attempt had sampled, the failures of rewards in a row, how
-    often the policy was lost or rolled back, and what the rules of health have seen.
+    Not in it, and begun anew: the mean length by which the router balances, what an interrupted attempt had sampled,
+    the failures of rewards in a row, and what the rules of health have seen; and the budgets of what machines do
+    (rollout.max_rebuilds, liveness.max_restarts, policy.max_restarts), which are of a process: who gives the command
+    again gives them another chance. How often the run was rolled back is in the journal, which no cut takes back.
     """
 
     version: int

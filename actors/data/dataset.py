@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import datasets
 from datasets.exceptions import DatasetsError
 
-from actors.recipe.schema import DatasetConfig
+from actors.recipe.data import DatasetConfig
 from algorithms.types import Messages
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from actors.model.head import scores_of, scoring_head
 from algorithms.logprobs import logprobs_and_entropy
 from algorithms.packed import PackedRow
 
@@ -92,14 +93,19 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 def row_logprobs(model: nn.Module, row: PackedRow, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of each loss token of the row, both with gradient: two tensors of shape (N,).
 
-    `model` was loaded with `attn_implementation=PACKED_ATTENTION`. Logits are made only where a loss token is
-    predicted, and divided by the sampling temperature, as the rollout replicas do.
+    `model` was loaded with `attn_implementation=PACKED_ATTENTION`. The output head computes only where a loss token is
+    predicted, over the sampling temperature, as the rollout replicas do. A scoring head makes no logits beyond a slab
+    of the vocabulary; of any other head the logits of the loss tokens are there at once.
     """
-    logits_1NV = model(
-        input_ids=row.token_ids_T.unsqueeze(0),
-        position_ids=row.position_ids_T.unsqueeze(0),
-        logits_to_keep=row.predictor_N,
-        use_cache=False,
-        segments=Segments.of(row),
-    ).logits
-    return logprobs_and_entropy(logits_1NV[0], row.targets_N, temperature, _CHUNK)
+    inputs = {
+        "input_ids": row.token_ids_T.unsqueeze(0),
+        "position_ids": row.position_ids_T.unsqueeze(0),
+        "logits_to_keep": row.predictor_N,
+        "use_cache": False,
+        "segments": Segments.of(row),
+    }
+    head = scoring_head(model)
+    if head is None:
+        return logprobs_and_entropy(model(**inputs).logits[0], row.targets_N, temperature, _CHUNK)
+    with head.scoring(row.targets_N, temperature):
+        return scores_of(model(**inputs).logits)

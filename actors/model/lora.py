@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.model.files import ADAPTER, METADATA
-from actors.recipe.schema import LoraConfig
+from actors.recipe.policy import LoraConfig
 
 ADAPTER_FOLDER = "adapter"
 _NAME = "default"  # peft's for an adapter without one

@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from actors.recipe.schema import TinyModel
+from actors.recipe.model import TinyModel
 
 PAD, EOS, TURN_START, TURN_END = "<pad>", "<eos>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, EOS, TURN_START, TURN_END)

@@ -1,9 +1,8 @@
 """One run, from its recipe to its run folder.
 
-grpo.py           start the workers, live, write the summary; when the policy is lost, live again from the last cut
-life.py           the components of one life, wired
-sft.py            a supervised run
-watchdog.py       who holds up a run that stalls: what is asked (stacks.py), and who it is (suspect.py)
+grpo.py           start the workers, live, write the summary             sft.py    a supervised run
+recovery.py       when the policy is lost, live again from the last cut     life.py   the components of one life, wired
+watchdog.py       who holds up a run that stalls: what can be seen (sight.py, stacks.py), and who it is (suspect.py)
 folder.py         what a run leaves behind              lineage.py   which recipes come first
 reporter.py       metrics, samples and the summary      progress.py, plot.py, tracker.py   for those who look
 signals.py        SIGTERM and Ctrl-C end a run in order

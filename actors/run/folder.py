@@ -9,6 +9,7 @@ checkpoints/      cuts from which the same command goes on when the run was ende
 summary.json      the figures of the whole run; written last
 stall.txt         of a run that stalled: the suspect, what waits for what, and the stack of every process
 reward.png        reward and staleness over the steps
+wandb_id          the run's id at Weights & Biases, when it is tracked there
 """
 
 import contextlib

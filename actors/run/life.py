@@ -24,6 +24,7 @@ from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
+from actors.recipe.deadlines import group_timeout_s, stall_timeout_s
 from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
 from actors.run.folder import RunFolder
@@ -31,7 +32,6 @@ from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.tracker import Tracker
 from actors.run.watchdog import Watchdog
-from actors.settings import group_timeout_s
 from actors.workers import Workers
 from algorithms.budgets import RewardBudget
 from algorithms.depth import DepthController
@@ -86,19 +86,21 @@ class Life:
         """The figures of the whole run."""
         workers = self.run.workers
         return self.reporter.summary() | {
+            "roll_backs": self.ledger.num_roll_backs,
             "replicas_rebuilt": workers.fleet.num_rebuilt,
             "scorers_restarted": workers.scorers.num_restarted,
         }
 
 
-async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, num_roll_backs: int = 0) -> Life:
+async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, rolled_back: bool = False) -> Life:
     """A life from the cut on, or from the first step; `policy` has just been started.
 
-    `num_roll_backs`: how often a life of this run has ended with a RollBackError.
+    `rolled_back`: the life before has ended with a RollBackError.
     """
     recipe, folder = run.recipe, run.folder
+    ledger = _ledger(folder, resume, rolled_back)
     pacer = _pacer(recipe)
-    waiting = AsyncPacer(pacer, stall_timeout_s=recipe.stall.timeout_s or 2 * group_timeout_s(recipe))
+    waiting = AsyncPacer(pacer, stall_timeout_s(recipe))
     version = 0
     if resume is not None:
         version = resume.cut.version
@@ -106,11 +108,10 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, num_roll_b
             await policy.restore(resume.path)
         waiting.restore(replace(resume.cut.pacer, batches_left=recipe.steps - version), _ready(resume))
     publisher = _publisher(run, policy)
-    ledger = _ledger(folder, resume)
     reporter = Reporter(recipe, folder, run.progress, run.tracker, waiting, publisher, ledger)
     if resume is not None:
         reporter.resume(resume.cut.progress)
-    health = Health(recipe.health, waiting, policy, run.progress.say, num_roll_backs)
+    health = Health(recipe.health, waiting, policy, run.progress.say, ledger.num_roll_backs)
     attempts = Attempts(
         limits=_limits(recipe),
         dynamic_sampling=recipe.algorithm.dynamic_sampling,
@@ -165,16 +166,17 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, num_roll_b
         then=recipe.stall.then,
         say=run.progress.say,
         leave=checkpointer.last,
+        starting=lambda: run.workers.starting,
     )
     waiting.on_stall = watchdog.idle
     return Life(run, policy, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
 
 
-def _ledger(folder: RunFolder, resume: Resume | None) -> Ledger:
+def _ledger(folder: RunFolder, resume: Resume | None, rolled_back: bool) -> Ledger:
     if resume is not None:
-        return Ledger.resume(folder.ledger, resume.cut.lines, resume.cut.version)
+        return Ledger.resume(folder.ledger, resume.cut.lines, resume.cut.version, rolled_back)
     if folder.ledger.exists():  # of a life that ended before its first cut
-        return Ledger.resume(folder.ledger, lines=0, version=0)
+        return Ledger.resume(folder.ledger, lines=0, version=0, rolled_back=rolled_back)
     return Ledger(folder.ledger)
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from actors.recipe.file import load_recipe
-from actors.recipe.schema import GrpoRecipe, Recipe, RecipeModel
+from actors.recipe.model import RecipeModel
+from actors.recipe.schema import GrpoRecipe, Recipe
 from actors.run.folder import RunFolder
 
 

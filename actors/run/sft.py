@@ -1,7 +1,8 @@
 """One supervised run from its recipe to its run folder, on the same policy ranks that GRPO uses."""
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,21 +14,29 @@ from actors.checkpoint.cut import Cut, Progress
 from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.data.examples import ExampleStream
-from actors.errors import RunError, StoppedError
+from actors.errors import PolicyLostError, RunError, StoppedError
 from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import SftRecipe
+from actors.recipe.upkeep import LivenessConfig
 from actors.run.folder import RunFolder
 from actors.run.plot import plot_loss
 from actors.run.progress import RunProgress
+from actors.run.recovery import Recovery, new_policy
+from actors.run.sight import Member, Sight, look, suspected
 from actors.run.signals import on_signal
+from actors.run.suspect import POLICY
 from actors.run.tracker import Tracker
 from actors.settings import ModelSource
-from actors.workers import policy_group
+from actors.workers import Ranks, policy_ranks
+from algorithms.costs import SequenceCosts
 from algorithms.packing import pack
 from algorithms.slots import PacerState
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample
 from placement.groups import ReservedPools
+
+_LIVENESS = LivenessConfig()
+"""How ranks are watched; a supervised run has no other workers."""
 
 
 async def run_sft(
@@ -43,34 +52,79 @@ async def run_sft(
     """Train, from the beginning or from a cut; raises what stopped the run, after the workers are gone."""
     progress.say("starting the policy")
     config = recipe.model_dump(mode="json")
-    async with policy_group(recipe, model, pools, folder.path) as policy:
+    async with policy_ranks(recipe, model, pools, folder.path) as (ranks, policy):
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
-            learner = Learner(recipe, examples, policy, folder, progress, tracker)
-            if resume is not None:
-                await learner.restore(resume)
-            checkpointer = Checkpointer(
-                store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
-                config=recipe.checkpoint,
-                num_steps=recipe.steps,
-                policy=policy,
-                tokenizer=tokenizer,
-                moment=learner.moment,
-                metrics=lambda: learner.metrics,
-                say=progress.say,
-                healthy=lambda: True,  # the rules of health are about rollouts
-                cut_version=None if resume is None else learner.version,
-            )
-            try:
-                with on_signal(learner.stop, progress.say):
-                    await learner.run(checkpointer)
-            except RunError:
-                await checkpointer.finish()
-                raise
-            await checkpointer.finish()
-        await policy.save(folder.model)
+            lives = Lives(recipe, examples, tokenizer, folder, progress, tracker, ranks, policy)
+            with on_signal(lives.stop, progress.say):
+                summary = await lives.recovery.live(resume)
     tokenizer.save_pretrained(folder.model)
     plot_loss(folder.read_metrics(), folder.path / "loss.png")
-    folder.write_summary(learner.summary() | {"checkpoint_stall_s": checkpointer.stall_s})
+    folder.write_summary(summary)
+
+
+@dataclass(slots=True)
+class Lives:
+    """The lives of a run: each has its ranks and what it has learned, and nothing of those before."""
+
+    recipe: SftRecipe
+    examples: ExampleStream
+    tokenizer: PreTrainedTokenizerBase
+    folder: RunFolder
+    progress: RunProgress
+    tracker: Tracker
+    ranks: Ranks
+    policy: PolicyGroup
+    recovery: Recovery = field(init=False)
+    checkpoint_stall_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.recovery = Recovery(self.recipe, self.folder, self.progress.say, self._lived, self._renewed)
+
+    async def stop(self) -> None:
+        """No further step; the one under way is finished."""
+        self.recovery.stopped = True
+
+    async def _lived(self, resume: Resume | None, _: bool) -> dict[str, Any]:
+        """One life, to its end; no rule of health ever rolls a supervised run back."""
+        learner = Learner(self.recipe, self.examples, self.policy, self.folder, self.progress, self.tracker)
+        async with suspected(self._look, self.folder.stall), self.policy.watched(_LIVENESS):
+            if resume is not None:
+                await learner.restore(resume)
+            checkpointer = self._checkpointer(learner, resume)
+            try:
+                await learner.run(checkpointer, lambda: self.recovery.stopped)
+            except BaseException as error:
+                # It is the policy that writes; and who presses Ctrl-C twice does not want to wait long.
+                hurried = isinstance(error, PolicyLostError | asyncio.CancelledError)
+                await checkpointer.finish(_LIVENESS.timeout_s if hurried else None)
+                raise
+            finally:
+                self.checkpoint_stall_s += checkpointer.stall_s
+            await checkpointer.finish()
+            await self.policy.save(self.folder.model)
+        return learner.summary() | {"checkpoint_stall_s": self.checkpoint_stall_s}
+
+    async def _renewed(self) -> None:
+        self.policy = await new_policy(self.ranks)
+
+    async def _look(self, reason: str) -> Sight:
+        members = [Member(POLICY, number, handle) for number, handle in enumerate(self.policy.ranks)]
+        return await look(members, (), reason, {}, self.folder.stall, self.progress.say)
+
+    def _checkpointer(self, learner: "Learner", resume: Resume | None) -> Checkpointer:
+        recipe = self.recipe
+        return Checkpointer(
+            store=CheckpointStore(self.folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
+            config=recipe.checkpoint,
+            num_steps=recipe.steps,
+            policy=self.policy,
+            tokenizer=self.tokenizer,
+            moment=learner.moment,
+            metrics=lambda: learner.metrics,
+            say=self.progress.say,
+            healthy=lambda: True,  # a step that is not finite ends the run; the rules of health are about rollouts
+            cut_version=None if resume is None else learner.version,
+        )
 
 
 @dataclass(slots=True)
@@ -88,31 +142,27 @@ class Learner:
     """Of the last step."""
     _totals: Progress = field(default_factory=Progress)
     _started: float = field(default_factory=time.monotonic)
-    _stopping: bool = False
 
     async def restore(self, resume: Resume) -> None:
         await self.policy.restore(resume.path)
         self.version, self._totals = resume.cut.version, resume.cut.progress
         self._totals.num_resumed += 1
 
-    async def run(self, checkpointer: Checkpointer) -> None:
+    async def run(self, checkpointer: Checkpointer, stopped: Callable[[], bool]) -> None:
         num_steps = self.recipe.steps
         while self.version < num_steps:
-            if self._stopping:
+            if stopped():
                 await checkpointer.last(self.version)
                 raise StoppedError(f"stopped after {self.version} of {num_steps} steps; the same command goes on")
             await self._step()
             await checkpointer.after(self.version)
 
-    async def stop(self) -> None:
-        """No further step; the one under way is finished."""
-        self._stopping = True
-
     async def _step(self) -> None:
         recipe, step = self.recipe, self.version
         first = step * recipe.batch_size
         rollouts = _examples(self.examples, first, recipe.batch_size)
-        batch = _batch(rollouts, step, len(self.policy.ranks), recipe.policy.max_tokens_per_micro_batch)
+        max_tokens = recipe.policy.max_tokens_per_micro_batch
+        batch = _batch(rollouts, step, len(self.policy.ranks), max_tokens, self.policy.costs)
         update = await self.policy.step(batch, [_group(first + index, r) for index, r in enumerate(rollouts)])
         if update.skipped:
             raise RunError(
@@ -161,9 +211,10 @@ def _examples(examples: ExampleStream, first: int, count: int) -> list[Rollout]:
         raise RunError(str(error)) from error
 
 
-def _batch(rollouts: Sequence[Rollout], version: int, num_ranks: int, max_tokens: int) -> Batch:
+def _batch(rollouts: Sequence[Rollout], version: int, num_ranks: int, max_tokens: int, costs: SequenceCosts) -> Batch:
     samples = [Sample(group, 0, rollout.num_tokens, advantage=0.0) for group, rollout in enumerate(rollouts)]
-    packed = pack([rollout.num_tokens for rollout in rollouts], num_ranks, max_tokens)
+    costs_S = [costs.of(rollout.num_tokens, rollout.num_loss_tokens) for rollout in rollouts]
+    packed = pack([rollout.num_tokens for rollout in rollouts], num_ranks, max_tokens, costs_S)
     return Batch(
         version=version,
         ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed),

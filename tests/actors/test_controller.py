@@ -24,6 +24,7 @@ from actors.router import Router
 from actors.sampled import Interrupted
 from algorithms.budgets import RewardBudget
 from algorithms.config import AdaptDepthConfig, FilterConfig, GrpoConfig, StalenessConfig, ZeroStdFilter
+from algorithms.costs import SequenceCosts
 from algorithms.depth import DepthController
 from algorithms.health.config import HealthConfig
 from algorithms.pacing import Pacer
@@ -107,6 +108,7 @@ class Bench:
         self.events: list[str] = []
         self.committed = 0
         self.ranks = (None,)
+        self.costs = SequenceCosts()
         self.max_completion_length = 8
         self.step_error: Exception | None = None
         self.skipped: set[int] = set()
@@ -516,6 +518,20 @@ async def test_no_cut_is_good_from_the_first_step_that_looks_wrong_to_a_rule_tha
         bench.controller.settled = settled
         await bench.run()
         assert seen == expected
+
+
+async def test_no_cut_is_good_while_steps_are_skipped(tmp_path: Path) -> None:
+    """The weights have not moved, and may be why the loss is not finite."""
+    bench = Bench(tmp_path, num_steps=4)
+    bench.skipped = {1, 2}
+    seen: list[bool] = []
+
+    async def settled(version: int) -> None:
+        seen.append(bench.health.healthy())
+
+    bench.controller.settled = settled
+    await bench.run()
+    assert seen == [True, False, False, True]
 
 
 async def test_skipped_steps_tell_the_rules_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from actors.model.tiny import make_tiny_model
 from actors.policy import Objective, PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
-from actors.recipe.schema import GenerationConfig, PolicyConfig, RolloutConfig, TinyModel
+from actors.recipe.model import TinyModel
+from actors.recipe.policy import PolicyConfig
+from actors.recipe.rollout import GenerationConfig, RolloutConfig
 from actors.rollout import RolloutActor, RolloutSettings
 from actors.sampled import INTERRUPTED, Interrupted
 from algorithms.config import GrpoConfig, OptimizerConfig

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from actors.errors import RunError
 from actors.model.lora import adapt, merged, sources
 from actors.policy_group import PolicyGroup
-from actors.recipe.schema import LoraConfig
+from actors.recipe.policy import LoraConfig
 from algorithms.types import Prompt, Rollout, ScoredGroup, Update
 from tests.actors.test_policy import (
     batch,

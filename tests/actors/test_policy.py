@@ -12,7 +12,7 @@ import torch
 from actors.model.load import Dtype
 from actors.policy import Objective, PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
-from actors.recipe.schema import LoraConfig, PolicyConfig
+from actors.recipe.policy import LoraConfig, PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.packing import pack
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, Update, VersionSpan

@@ -14,7 +14,9 @@ from actors.model.tiny import byte_tokenizer, make_tiny_model
 from actors.policy import Objective, PolicySettings, policy_actor
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
-from actors.recipe.schema import GenerationConfig, LoraConfig, PolicyConfig, RolloutConfig, TinyModel
+from actors.recipe.model import TinyModel
+from actors.recipe.policy import LoraConfig, PolicyConfig
+from actors.recipe.rollout import GenerationConfig, RolloutConfig
 from actors.rollout import RolloutActor, RolloutSettings
 from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample, ScoredGroup, VersionSpan

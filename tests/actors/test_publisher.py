@@ -11,7 +11,7 @@ import ray
 from actors.fleet import Fleet, State
 from actors.policy import CONTROL
 from actors.policy_group import PolicyGroup
-from actors.publisher import Publisher
+from actors.publisher import Publisher, right_checksum
 from actors.router import Router
 from sync.config import SyncConfig
 from tests.actors.light import BUCKET_MB, SHAPES, Fault, LightPolicy, LightReplica
@@ -154,3 +154,40 @@ def test_the_only_replica_is_rebuilt_while_the_publication_waits(close: list[Ben
             assert await bench.holds(1) == (1, True)
 
     asyncio.run(asyncio.wait_for(main(), 90.0))
+
+
+@pytest.mark.cluster
+def test_a_newcomer_is_compared_with_those_that_were_there(close: list[Bench]) -> None:
+    """It is admitted alone, between two versions, and nobody else would tell that its weights are spoiled."""
+    bench = Bench({1: Fault("kill", "swap"), 3: Fault("spoil", "swap")})
+    close.append(bench)
+
+    async def main() -> None:
+        await bench.fleet.start()
+        await bench.publisher.connect()
+        async with bench.fleet.supervised(), bench.publisher.admitting():
+            await bench.publish(0)
+            await bench.publish(1)
+            await bench.serving(3)
+            assert [await bench.holds(number) for number in (0, 2, 4)] == [(1, True)] * 3
+        assert "replica 3 is fenced and will be rebuilt: comparing checksums of version 1" in bench.said[-1]
+
+    asyncio.run(asyncio.wait_for(main(), 90.0))
+
+
+@pytest.mark.parametrize(
+    ("answers", "known", "right"),
+    [
+        (["a", "a", "b"], None, "a"),
+        (["a", "b"], None, None),
+        (["a", "b", "c"], None, None),
+        ([], None, None),
+        (["b"], "a", "a"),
+        (["b", "b", "a"], "a", "a"),
+        ([], "a", "a"),
+    ],
+)
+def test_the_right_checksum_was_found_before_or_is_that_of_most(
+    answers: list[str], known: str | None, right: str | None
+) -> None:
+    assert right_checksum(answers, known) == right

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.recipe.schema import RewardConfig
+from actors.recipe.rewards import RewardConfig
 from actors.reward import RewardActor, next_call, score_names, total_rewards
 from actors.rewards.functions import check_reward, checked_scores
 from algorithms.types import Group, Messages, Prompt, Rollout, ScoredGroup

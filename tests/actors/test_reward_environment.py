@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.recipe.schema import RewardConfig
+from actors.recipe.rewards import RewardConfig
 from actors.reward import RewardActor
 from tests.actors.test_reward import group
 

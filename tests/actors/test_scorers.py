@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.errors import RunError, first_cause
-from actors.recipe.schema import LivenessConfig
+from actors.recipe.upkeep import LivenessConfig
 from actors.scorers import Scorers, scored_by
 
 LIVENESS = LivenessConfig(every_s=0.2, timeout_s=8.0, max_restarts=2)

@@ -6,9 +6,9 @@ Legend: N = tokens, V = vocabulary.
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from algorithms.logprobs import logprobs_and_entropy
+from tests.algorithms.largest_output import LargestOutput
 
 
 def reference(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -71,23 +71,6 @@ def test_extreme_logits_give_no_nan() -> None:
     torch.testing.assert_close(entropy_N, torch.tensor([0.0, 0.6931472]))
     assert logits_NV.grad is not None
     assert logits_NV.grad.isfinite().all()
-
-
-class LargestOutput(TorchDispatchMode):
-    """Elements of the tensors that operations allocate: the largest one, and how many reach a threshold."""
-
-    def __init__(self, threshold: int) -> None:
-        super().__init__()
-        self.threshold, self.largest, self.num_large = threshold, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        storages = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
-        for out in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in storages:
-                self.largest = max(self.largest, out.numel())
-                self.num_large += out.numel() >= self.threshold
-        return result
 
 
 def test_nothing_beyond_a_chunk_is_allocated_but_the_gradient() -> None:

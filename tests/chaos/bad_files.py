@@ -21,8 +21,8 @@ from actors.checkpoint.store import CheckpointStore
 from actors.data.dataset import RESERVED, load_rows
 from actors.data.prompts import PromptStream
 from actors.model.tiny import byte_tokenizer
+from actors.recipe.data import DatasetConfig
 from actors.recipe.file import dump_recipe, load_recipe
-from actors.recipe.schema import DatasetConfig
 from algorithms.slots import PacerState
 from algorithms.types import Group, Prompt, ScoredGroup, summarize
 from tests.chaos.rollouts import rollout_of

@@ -1,20 +1,27 @@
 """`python -m deploy train` as it is, but for the classes behind the roles of the run."""
 
+import ctypes
 import os
+import signal
 import sys
 from functools import partial
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 import deploy.train
 from actors.run.grpo import run_grpo
 from actors.workers import Roles
 from deploy.__main__ import app
 from tests.chaos.faults import FOLDER
+from tests.chaos.nursery import SOCKET
 from tests.chaos.policy import light_policy
+from tests.chaos.recipe import ROOT
 from tests.chaos.replica import LightRollout, VllmRollout
 from tests.chaos.scorers import ChaosReward, light_reference
+
+_PR_SET_PDEATHSIG = 1
 
 
 def roles(engine: str) -> Roles:
@@ -31,12 +38,17 @@ def main(engine: str, arguments: list[str]) -> None:
     app(["train", *arguments])
 
 
-def life(engine: str, faults: str, log: str, arguments: list[str]) -> None:
-    """The same in a process that has been forked with all modules loaded, which saves seconds."""
+def life(engine: str, faults: str, log: str, nursery: str, arguments: list[str]) -> None:
+    """The same in a process that has been forked with all modules loaded, and with workers that are (nursery.py).
+
+    It ends with the process that it was forked from, and so with the campaign, however that ends.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
-    os.environ[FOLDER] = faults
+    os.environ |= {FOLDER: faults, SOCKET: nursery}
+    ray_constants.SETUP_WORKER_FILENAME = str(ROOT / "tests" / "chaos" / "nursery.py")
     main(engine, arguments)
 
 

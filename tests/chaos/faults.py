@@ -4,6 +4,7 @@ A fault is a file `<role>.<point>.<action>.<number>` in `armed/`; whoever rename
 """
 
 import ctypes
+import json
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 FOLDER = "PACELINE_CHAOS"
 """Environment variable: where the faults of a run are; without it nothing strikes."""
+STARTED = "started.jsonl"
 _LONG_S = 100_000.0
 
 
@@ -49,9 +51,34 @@ def has_fired(folder: Path, name: str) -> bool:
     return (folder / "fired" / name).exists()
 
 
+def disarm(folder: Path, name: str) -> None:
+    """What has not struck will not."""
+    (folder / "armed" / name).unlink(missing_ok=True)
+
+
 def prepare(folder: Path) -> None:
     for name in ("armed", "fired"):
         (folder / name).mkdir(parents=True)
+
+
+def set_pace(folder: Path, seconds: float) -> None:
+    """A light policy takes so long for a step, and longer."""
+    (folder / "pace.new").write_text(str(seconds))
+    os.replace(folder / "pace.new", folder / "pace")
+
+
+def keep_pace() -> None:
+    folder = os.environ.get(FOLDER)
+    if folder is not None and os.path.exists(f"{folder}/pace"):
+        time.sleep(float(Path(folder, "pace").read_text()))
+
+
+def reward_of(text: str) -> float:
+    """What the reward function gives; never 0, so that a 0 is a failure that was made a number.
+
+    (Here, because a process that scores is started in a tenth of the time when it needs no torch.)
+    """
+    return 1.0 + sum(text.encode()) % 7
 
 
 def report(text: str) -> None:
@@ -60,6 +87,18 @@ def report(text: str) -> None:
     if folder is not None:
         with Path(folder, "findings.txt").open("a", encoding="utf-8") as file:
             file.write(text + "\n")
+
+
+def note_start(replica: int) -> None:
+    """That a replica's engine is there now, and which version the journal has come to; None before the first."""
+    folder = os.environ.get(FOLDER)
+    if folder is None:
+        return
+    journal = Path(folder).parent / "run" / "ledger.jsonl"
+    trained = [line for line in journal.read_text().splitlines() if '"trained"' in line] if journal.exists() else []
+    version = json.loads(trained[-1])["version"] if trained else None
+    with Path(folder, STARTED).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"replica": replica, "version": version}) + "\n")
 
 
 def _claim(prefix: str) -> str | None:

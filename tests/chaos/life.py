@@ -1,10 +1,14 @@
 """One process of `python -m deploy train`, watched from outside: how far it is, what it has started, how it ended."""
 
+import atexit
 import contextlib
 import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
@@ -14,18 +18,46 @@ from unittest.mock import patch
 import psutil
 
 from deploy.session import shut_in
+from tests.chaos.belongings import shared_memory_of, workers_of
+from tests.chaos.recipe import ROOT
 
 _FORKS = multiprocessing.get_context("forkserver")
+_FORKED: list[str] = []
+"""Where the nursery listens, when it does."""
 _SAMPLE_S = 1.0
+_LOAD_S = 120.0
+HEALTH = {"period_ms": "1000", "timeout_ms": "2000", "failure_threshold": "4", "initial_delay_ms": "0"}
+"""A lost raylet is noticed after seconds, not half a minute."""
 
 
 def preload() -> None:
-    """Processes are forked from one that has loaded everything; it looks at the environment once, now."""
+    """Drivers and workers are forked from processes that have loaded everything, which are started here, once.
+
+    Drivers look at the environment of this moment.
+    """
+    if _FORKED:
+        return
+    path = f"{tempfile.mkdtemp(prefix='nursery-')}/socket"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    nursery = subprocess.Popen(
+        [sys.executable, "-m", "tests.chaos.nursery", path], env=env, cwd=ROOT, start_new_session=True
+    )
+    atexit.register(nursery.kill)
     _FORKS.set_forkserver_preload(["tests.chaos.driver"])
     with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):  # ours stays as it is: this Ray has been imported already
         os.environ.pop("RAY_ADDRESS", None)
+        os.environ |= {f"RAY_health_check_{name}": value for name, value in HEALTH.items()}
         shut_in(os.environ)
         forkserver.ensure_running()
+    deadline = time.monotonic() + _LOAD_S
+    while not os.path.exists(path):
+        assert nursery.poll() is None, "the nursery has ended"
+        assert time.monotonic() < deadline, "the nursery takes its time"
+        time.sleep(0.05)
+    _FORKED.append(path)
+
+
+_VERSION = re.compile(rb'"event": "(?:trained|resumed)".*"version": (\d+)')
 
 
 @dataclass(slots=True)
@@ -34,6 +66,8 @@ class Journal:
 
     path: Path
     trained: int = 0
+    version: int = 0
+    """Steps of the history that stands."""
     lines: int = 0
     _offset: int = 0
 
@@ -51,6 +85,8 @@ class Journal:
         self._offset += whole
         self.trained += data[:whole].count(b'"event": "trained"')
         self.lines += data[:whole].count(b"\n")
+        versions = _VERSION.findall(data[:whole])
+        self.version = int(versions[-1]) if versions else self.version
         return whole > 0
 
 
@@ -67,6 +103,8 @@ class Life:
     asked_to_stop: bool = False
     members: set[psutil.Process] = field(default_factory=set)
     """Every process that was ever seen below it."""
+    shared: set[str] = field(default_factory=set)
+    """Shared memory that they were seen to have, by name."""
     _sampled: float = 0.0
     _process: object = None
 
@@ -75,7 +113,9 @@ class Life:
 
         arguments = [str(self.recipe)]
         self._process = _FORKS.Process(
-            target=life, args=(self.engine, str(self.folder / "faults"), str(self.log), arguments), daemon=False
+            target=life,
+            args=(self.engine, str(self.folder / "faults"), str(self.log), _FORKED[0], arguments),
+            daemon=False,
         )
         self._process.start()
 
@@ -93,7 +133,9 @@ class Life:
             return
         self._sampled = time.monotonic()
         with contextlib.suppress(psutil.NoSuchProcess):
-            self.members |= set(psutil.Process(self.pid).children(recursive=True))
+            below = {*psutil.Process(self.pid).children(recursive=True), *workers_of(self.folder / "faults")}
+            self.members |= below
+            self.shared |= shared_memory_of([psutil.Process(self.pid), *below])
 
     def kill(self) -> None:
         self._sampled = 0.0

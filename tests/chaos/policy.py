@@ -20,8 +20,8 @@ from algorithms.stats import LossStats
 from algorithms.types import Group, ScoredGroup
 from sync.member import Membership
 from sync.sender import Sent
-from tests.chaos.faults import report, strike
-from tests.chaos.tokens import reward_of, weights_digest, wrong_tokens
+from tests.chaos.faults import keep_pace, report, reward_of, strike
+from tests.chaos.tokens import weights_digest, wrong_tokens
 from tests.chaos.wire import ChaosWire
 
 NUM_LAYERS, SIDE = 6, 40
@@ -46,6 +46,7 @@ class LightPolicy(PolicyActor):
 
     def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
         strike("policy", "step")
+        keep_pace()
         update = {name: torch.zeros_like(value) for name, value in self._parameters.items()}
         loss = 0.0
         for micro_batch in batch.micro_batches:

@@ -6,7 +6,9 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 5.0
+TIMEOUT_S = 4.0
+MANY = 500
+"""More than all faults of a run."""
 CHECKPOINT_EVERY = 5
 
 
@@ -18,6 +20,7 @@ def write_recipe(
     max_staleness: int = 1,
     num_replicas: int = 3,
     num_ranks: int = 1,
+    num_rewards: int = 2,
     engine: str = "light",
 ) -> Path:
     """Everything of the run is in `folder`; the path of its recipe."""
@@ -33,20 +36,30 @@ def write_recipe(
         "run_dir": str(folder / "run"),
         "model": {"kind": "tiny", "hidden_size": 32, "num_layers": 1, "num_heads": 1},
         "dataset": {"path": str(folder / "rows.jsonl")},
-        "rewards": {"functions": [{"function": f"{ROOT}/tests/chaos/reward.py:score"}], "timeout_s": 2.0},
+        "rewards": {
+            "functions": [{"function": f"{ROOT}/tests/chaos/reward.py:score"}],
+            "timeout_s": 1.5,
+            "max_failed_share": 1.0,
+        },
         "algorithm": {"num_generations": 4, "beta": 0.01},
         "staleness": {"max_staleness": max_staleness},
         "generation": {"max_prompt_length": 32, "max_completion_length": 24, "timeout_s": 20.0},
-        "policy": {"timeout_s": 20.0, "max_restarts": 60, "num_threads": 1},
-        "rollout": {"start_timeout_s": 60.0, "max_rebuilds": 60, "num_threads": 1, "max_groups_per_replica": 4},
-        "liveness": {"every_s": 1.0, "timeout_s": TIMEOUT_S, "max_restarts": 60},
+        "policy": {"timeout_s": 20.0, "max_restarts": MANY, "num_threads": 1},
+        "rollout": {
+            "start_timeout_s": 60.0,
+            "max_rebuilds": MANY,
+            "max_attempts": MANY,
+            "num_threads": 1,
+            "max_groups_per_replica": 4,
+        },
+        "liveness": {"every_s": 0.5, "timeout_s": TIMEOUT_S, "max_restarts": MANY},
         "sync": {"timeout_s": TIMEOUT_S, "bucket_mb": 0.01, "checksum_every": 1},
         "checkpoint": {"every": CHECKPOINT_EVERY, "keep": 2, "timeout_s": 20.0},
         "logging": {"completions_every": 25},
         "pools": {
             "policy": {"num_workers": num_ranks, **small},
             "reference": small,
-            "reward": {"num_workers": 2, **small},
+            "reward": {"num_workers": num_rewards, **small},
             "rollout": {"num_workers": num_replicas, **small},
         },
     }

@@ -19,7 +19,7 @@ from actors.sampled import Interrupted
 from algorithms.types import Group, GroupSummary, Prompt, ScoredGroup
 from sync.receiver import WeightReceiver
 from sync.staging import CPU
-from tests.chaos.faults import strike
+from tests.chaos.faults import note_start, strike
 from tests.chaos.tokens import next_token, text_of, weights_digest
 from tests.chaos.wire import ChaosWire
 
@@ -226,6 +226,7 @@ class LightRollout(RolloutActor):
         engine: Any = LightEngine(self.settings.seed)
         self._tokenizer = tokenizer
         self.engine = engine
+        note_start(self.replica)
         return node_ip()
 
     @ray.method(num_returns=2)

@@ -1,9 +1,11 @@
 """A reward function that misbehaves when it is told to."""
 
+import sys
 from typing import Any
 
-from tests.chaos.faults import strike
-from tests.chaos.tokens import reward_of
+from tests.chaos.faults import reward_of, strike
+
+_FLOOD = 4 * 2**20
 
 
 def score(completions: list[str], **columns: Any) -> list[float]:
@@ -13,4 +15,8 @@ def score(completions: list[str], **columns: Any) -> list[float]:
             return [float("nan")] * len(rewards)
         case "short":
             return rewards[:-1]
+        case "flood":
+            for stream in (sys.stdout, sys.stderr):
+                stream.write("x" * _FLOOD)
+                stream.flush()
     return rewards

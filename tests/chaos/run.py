@@ -1,7 +1,8 @@
 """One chaos run: as many lives of the same command as the faults need, until the last step is taken."""
 
+import contextlib
+import json
 import math
-import os
 import random
 import resource
 import shutil
@@ -11,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
-from tests.chaos.faults import arm, has_fired, prepare
+from actors.checkpoint.store import CheckpointStore
+from tests.chaos.belongings import left_behind
+from tests.chaos.faults import arm, disarm, has_fired, prepare, set_pace
 from tests.chaos.life import Journal, Life
-from tests.chaos.plan import CLASSES, Kind
+from tests.chaos.plan import CLASSES, Inside, Kind, Scene, choose
 from tests.chaos.recipe import write_recipe
 
 GROUPS_PER_BATCH = 4
@@ -23,10 +24,17 @@ HANG_S = {"light": 60.0, "vllm": 180.0}
 """Nothing new in the journal for so long is a hang; a real engine alone takes half of it to start."""
 START_S = {"light": 120.0, "vllm": 400.0}
 """The same before the first line of a life."""
+MOST_IN_FLIGHT = {"light": 6, "vllm": 3}
+"""Faults that are armed, or not survived yet, at one time."""
 _POLL_S = 0.05
 _PATIENCE_S = 20.0
 """A fault whose point is not come to for so long is taken back, and comes again later."""
 _MAX_LIVES_IN_VAIN = 4
+_LONGEST_LINE = 2**16
+"""Bytes that one line of metrics has at most."""
+_PACE_S = 0.15
+_SLOW_S = 1.0
+"""What a step takes while faults are to strike, and when there are few steps left for them."""
 
 
 @dataclass(slots=True)
@@ -37,6 +45,26 @@ class Outcome:
     seconds: float = 0.0
     """Until a further step was trained; less than the time that a replacement takes, where others go on."""
     survived: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Armed:
+    """A fault that strikes when some process comes to its point."""
+
+    name: str
+    files: tuple[str, ...]
+    """The fault's own, and then its trigger's."""
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """A fault until a step is trained after it."""
+
+    outcome: Outcome
+    at: float
+    trained: int
+    """Groups that had been trained."""
 
 
 @dataclass(slots=True)
@@ -60,33 +88,43 @@ class ChaosRun:
     lives: list[Life] = field(default_factory=list)
     complete: bool = False
     _rng: random.Random = field(default_factory=random.Random)
-    _waiting: Outcome | None = None
-    """The last fault, until a step is trained after it."""
-    _struck: float = 0.0
+    _armed: list[Armed] = field(default_factory=list)
+    _struck: list[Struck] = field(default_factory=list)
+    _num_replicas: int = 0
     _progress: float = 0.0
-    _trained_when_struck: int = 0
-    _armed: tuple[str, str, float] | None = None  # file name, class, since when
+    _trained_before: int = 0
+    """Groups that earlier lives have trained."""
+    _cost_checkpoint: float = 0.0
+    """When a fault last cost a checkpoint (time.time())."""
+    _pace_s: float | None = None
     _number: int = 0
     _vain: int = 0
+
+    @property
+    def faults(self) -> Path:
+        return self.folder / "faults"
 
     def drive(self) -> None:
         """Until the run is complete, or does not come any further."""
         self._rng.seed(self.seed)
+        self._num_replicas = 2 if self.engine == "vllm" else 3
         recipe = write_recipe(
             self.folder,
             steps=self.steps,
             seed=self.seed,
             max_staleness=self._rng.choice((0, 1, 1, 2)),
+            num_replicas=self._num_replicas,
             num_ranks=self._rng.choice((1, 1, 2)),
+            num_rewards=self._rng.choice((1, 1, 2)),
             engine=self.engine,
         )
-        prepare(self.folder / "faults")
+        prepare(self.faults)
         journal = Journal(self.folder / "run" / "ledger.jsonl")
         try:
             while not self.complete and self._vain < _MAX_LIVES_IN_VAIN:
-                before = journal.trained
+                self._trained_before = journal.trained
                 self._live(recipe, journal)
-                self._vain = 0 if journal.trained > before else self._vain + 1
+                self._vain = 0 if journal.trained > self._trained_before else self._vain + 1
         finally:
             if self.lives and self.lives[-1].exit_code is None:  # we are being ended
                 self.lives[-1].kill()
@@ -118,52 +156,97 @@ class ChaosRun:
         self.complete = life.exit_code == 0
 
     def _step(self, life: Life, journal: Journal) -> None:
-        """Go on with the faults: note what has struck, and let the next one strike when the run has gone on."""
+        """Go on with the faults: note what has struck and what is survived, and let the next one strike."""
         self._settle(journal)
-        if self._armed is not None:
-            file, name, since = self._armed
-            if has_fired(self.folder / "faults", file):
-                self._armed = None
-                self._strike(name, journal)
-                if CLASSES[name].outside == "kill writing":
+        for armed in [*self._armed]:
+            if has_fired(self.faults, armed.files[0]):
+                self._armed.remove(armed)
+                self._strike(armed.name, journal)
+                if CLASSES[armed.name].outside == "kill writing":
                     life.kill()
-            elif time.monotonic() - since > _PATIENCE_S:
-                (self.folder / "faults" / "armed" / file).unlink(missing_ok=True)
-                self._armed = None
-                self.names.append(name)
-            return
-        if self._waiting is not None or not self.names or journal.trained < GROUPS_PER_BATCH:
-            return
+                    return
+            elif time.monotonic() - armed.since > _PATIENCE_S:
+                self._take_back(armed)
         if time.monotonic() > self.deadline:
             self.names.clear()
+        self._set_pace(journal)
+        busy = len(self._armed) + len(self._struck) >= MOST_IN_FLIGHT[self.engine]
+        if journal.trained < GROUPS_PER_BATCH or busy or not self.names:
             return
-        name = self.names.pop(0)
+        place = choose(self.names, self._scene(journal))
+        if place is not None:
+            self._begin(self.names.pop(place), life, journal)
+
+    def _begin(self, name: str, life: Life, journal: Journal) -> None:
         kind = CLASSES[name]
         inside = ("policy", "midwrite", "slow") if kind.outside == "kill writing" else kind.inside
         if inside is not None:
-            self._number += 1
-            file = ".".join((*inside, f"{self._number:04d}"))
-            arm(self.folder / "faults", file)
-            self._armed = file, name, time.monotonic()
+            points = (inside,) if kind.trigger is None else (inside, kind.trigger)
+            files = tuple(self._file(point) for point in points)
+            for file in files:
+                arm(self.faults, file)
+            self._armed.append(Armed(name, files, time.monotonic()))
             return
         time.sleep(self._rng.random())  # a random moment
         if life.exit_code is None:
             self._outside(kind, life)
             self._strike(name, journal)
+        else:
+            self.names.insert(0, name)
+
+    def _file(self, point: Inside) -> str:
+        self._number += 1
+        return ".".join((*point, f"{self._number:04d}"))
+
+    def _take_back(self, armed: Armed) -> None:
+        for file in armed.files:
+            disarm(self.faults, file)
+        if not has_fired(self.faults, armed.files[0]):  # in this moment
+            self._armed.remove(armed)
+            self.names.append(armed.name)
+
+    def _scene(self, journal: Journal) -> Scene:
+        """What the next fault is chosen by."""
+        written = checkpoints_of(self.folder / "run")
+        return Scene(
+            in_flight=[armed.name for armed in self._armed] + [struck.outcome.name for struck in self._struck],
+            most_in_flight=MOST_IN_FLIGHT[self.engine],
+            has_trained=journal.trained >= self._trained_before + GROUPS_PER_BATCH,
+            all_serve=last_metric(self.folder / "run" / "metrics.jsonl", "sync/replicas") == self._num_replicas,
+            num_checkpoints=len(written),
+            newest_is_new=max(written, default=0.0) > self._cost_checkpoint,
+        )
+
+    def _set_pace(self, journal: Journal) -> None:
+        """As many steps as there are shall do for all the faults, and no more be waited for than are needed."""
+        if not (self.names or self._armed or self._struck):
+            pace_s = 0.0
+        else:
+            left = self.steps - journal.version
+            pace_s = _PACE_S if left > 3 * (len(self.names) + len(self._armed)) + 10 else _SLOW_S
+        if pace_s != self._pace_s:
+            self._pace_s = pace_s
+            set_pace(self.faults, pace_s)
 
     def _strike(self, name: str, journal: Journal) -> None:
         journal.look()
-        self._waiting = Outcome(name)
-        self._struck, self._trained_when_struck = time.monotonic(), journal.trained
-        self.outcomes.append(self._waiting)
+        if CLASSES[name].costs_checkpoint:
+            self._cost_checkpoint = time.time()
+        outcome = Outcome(name)
+        self.outcomes.append(outcome)
+        self._struck.append(Struck(outcome, time.monotonic(), journal.trained))
         self.tick(name)
 
     def _settle(self, journal: Journal) -> None:
-        """The last fault is survived when the run has trained another whole step."""
-        if self._waiting is not None and journal.trained >= self._trained_when_struck + GROUPS_PER_BATCH:
-            self._waiting.survived = True
-            self._waiting.seconds = time.monotonic() - self._struck
-            self._waiting = None
+        """A fault is survived when the run has trained another whole step."""
+        for struck in [*self._struck]:
+            if journal.trained >= struck.trained + GROUPS_PER_BATCH:
+                self._survive(struck)
+
+    def _survive(self, struck: Struck) -> None:
+        struck.outcome.survived = True
+        struck.outcome.seconds = time.monotonic() - struck.at
+        self._struck.remove(struck)
 
     def _outside(self, kind: Kind, life: Life) -> None:
         match kind.outside:
@@ -186,13 +269,36 @@ class ChaosRun:
 
     def finish(self) -> None:
         """The last step came: what struck was survived, and what was armed and did not strike is for another run."""
-        if self._armed is not None:
-            self.names.append(self._armed[1])
-            self._armed = None
-        if self.complete and self._waiting is not None:
-            self._waiting.survived = True
-            self._waiting.seconds = time.monotonic() - self._struck
-            self._waiting = None
+        self.names += [armed.name for armed in self._armed]
+        self._armed.clear()
+        if self.complete:
+            for struck in [*self._struck]:
+                self._survive(struck)
+
+    def leaked(self, timeout_s: float) -> list[str]:
+        """What all the lives have left behind after so long."""
+        members = {member for life in self.lives for member in life.members}
+        shared = {name for life in self.lives for name in life.shared}
+        return left_behind(self.faults, members, shared, timeout_s)
+
+
+def last_metric(path: Path, name: str) -> float | None:
+    """Of the last step in a file of metrics."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LONGEST_LINE))
+        lines = file.read().rpartition(b"\n")[0].rsplit(b"\n", 1)
+    return json.loads(lines[-1]).get(name) if lines[-1] else None
+
+
+def checkpoints_of(run: Path) -> list[float]:
+    """When each of the committed checkpoints was written, oldest version first (time.time())."""
+    written = []
+    for version in CheckpointStore(run / "checkpoints").versions():
+        with contextlib.suppress(FileNotFoundError):  # it makes room for a newer one
+            written.append((run / "checkpoints" / f"version-{version:08d}").stat().st_mtime)
+    return written
 
 
 def tear(ledger: Path, rng: random.Random) -> None:
@@ -216,24 +322,6 @@ def damage(checkpoints: Path, how: str, rng: random.Random) -> bool:
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     victim.write_bytes(data)
     return True
-
-
-def leaked(lives: list[Life], timeout_s: float) -> list[str]:
-    """Processes of the lives that are still there after so long; they are ended now."""
-    members = [member for life in lives for member in life.members]
-    _, alive = psutil.wait_procs(members, timeout=timeout_s)
-    found = []
-    for process in alive:
-        try:
-            found.append(f"{process.pid}: {' '.join(process.cmdline())[:120]}")
-            process.kill()
-        except psutil.NoSuchProcess:
-            pass
-    return found
-
-
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
 
 
 def forget(folder: Path) -> None:

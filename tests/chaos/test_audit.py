@@ -12,7 +12,6 @@ from algorithms.slots import Slot
 from algorithms.types import Update
 from tests.actors.groups import ready
 from tests.chaos.audit import Audit, audit
-from tests.chaos.plan import CLASSES, plan
 
 Lines = list[dict[str, Any]]
 
@@ -98,13 +97,3 @@ def test_a_policy_that_has_trained_something_else_is_found(trained: Any, place: 
 def test_what_the_policy_has_reported_is_counted(folder: Path) -> None:
     (folder / "faults" / "findings.txt").write_text("tokens 3 step 1\nreward 1 step 2: 0.0 where 4.0 was given\n")
     assert counts(audit(folder, 2, 3)) == (0, 0, 3, 1)
-
-
-def test_every_class_strikes_equally_often_and_restarts_as_often_as_asked() -> None:
-    names = plan(1000, 3, restarts=220, vllm=False)
-    assert len(names) == 1000
-    assert set(names) == set(CLASSES)
-    assert sum(CLASSES[name].restarts for name in names) == 220
-    assert min(names.count(name) for name in CLASSES) >= 20
-    assert names == plan(1000, 3, restarts=220, vllm=False)
-    assert names != plan(1000, 4, restarts=220, vllm=False)

@@ -17,6 +17,7 @@ import pytest
 from actors.journal import fates, read
 from tests.chaos.audit import audit
 from tests.chaos.faults import FOLDER, prepare
+from tests.chaos.life import HEALTH
 from tests.chaos.recipe import write_recipe
 from tests.chaos.run import GROUPS_PER_BATCH
 from tests.deploy.test_job_submit import BIN, ROOT, free_port
@@ -31,9 +32,7 @@ class Machines:
     def __init__(self, log: Path) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        # A lost node is noticed after seconds, not half a minute.
-        health = {"period_ms": "500", "timeout_ms": "1000", "failure_threshold": "4", "initial_delay_ms": "0"}
-        self.env = env | {f"RAY_health_check_{name}": value for name, value in health.items()}
+        self.env = env | {f"RAY_health_check_{name}": value for name, value in HEALTH.items()}
         self.env |= {"PATH": f"{BIN}{os.pathsep}{env['PATH']}", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._path = log

@@ -46,11 +46,6 @@ def wrong_tokens(rollout: Rollout, digests: Mapping[int, str], seed: int) -> int
     return wrong
 
 
-def reward_of(text: str) -> float:
-    """What the reward function gives; never 0, so that a 0 is a failure that was made a number."""
-    return 1.0 + sum(text.encode()) % 7
-
-
 def text_of(token_ids: Sequence[int]) -> str:
     return bytes(token_ids).decode("latin-1")
 

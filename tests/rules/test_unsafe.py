@@ -2,7 +2,7 @@
 
 import pytest
 
-from actors.recipe.schema import PretrainedModel
+from actors.recipe.model import PretrainedModel
 from tests.rules.product import sources
 from tests.rules.unsafe import unsafe
 

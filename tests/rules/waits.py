@@ -25,6 +25,20 @@ _FUNCTIONS = {
     "subprocess.check_call": 9, "subprocess.check_output": 9, "urlopen": 2, "request.urlopen": 2,
     "socket.create_connection": 1, "select.select": 3, "os.wait": 9,
 }  # fmt: skip
+# What makes a process group, and where its time limit stands: the limit of all that the group does.
+_GROUPS = {
+    "init_process_group": 2, "new_group": 1, "new_subgroups": 2, "init_distributed": 4, "init_device_mesh": 9,
+    "TCPStore": 4, "ProcessGroupGloo": 3, "ProcessGroupNCCL": 3, "NcclCommunicator": 9, "init_collective_group": 9,
+}  # fmt: skip
+# What all ranks of a group must call, by any library's name for it; none of these has a time limit of its own.
+_COLLECTIVES = {
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",
+    "allGather", "allReduce", "allgather", "allreduce", "alltoall", "barrier", "bcast", "broadcast",
+    "broadcast_object_list", "monitored_barrier", "reduceScatter", "reduce_scatter", "reduce_scatter_tensor",
+}  # fmt: skip
+_NAMESAKES = {"gather", "gather_object", "recv", "recv_object_list", "reduce", "scatter", "send", "send_object_list"}
+"""Collectives in torch.distributed, and something else elsewhere."""
+_NO_LIMIT = ("None", "-1")
 _FLAGS = {"os.waitid": "WNOHANG", "os.waitpid": "WNOHANG", "fcntl.flock": "LOCK_NB"}
 _POOLS = {"ThreadPoolExecutor", "ProcessPoolExecutor"}
 
@@ -60,7 +74,7 @@ def _keepers(tree: ast.AST) -> set[str]:
 def waits_without_deadline(source: str, ours: set[str]) -> list[Wait]:
     """All of a file, in order; `ours` are the names of our own coroutines."""
     tree = ast.parse(source)
-    finder = _Finder(ours | coroutines([source]), _BOUNDED | _keepers(tree))
+    finder = _Finder(ours | coroutines([source]), _BOUNDED | _keepers(tree), _names_of_distributed(tree))
     finder.visit(tree)
     return finder.found
 
@@ -68,9 +82,10 @@ def waits_without_deadline(source: str, ours: set[str]) -> list[Wait]:
 class _Finder(ast.NodeVisitor):
     """Walks a file, and does not go into what a deadline holds."""
 
-    def __init__(self, ours: set[str], keepers: set[str]) -> None:
+    def __init__(self, ours: set[str], keepers: set[str], distributed: set[str]) -> None:
         self._ours = ours
         self._keepers = keepers
+        self._distributed = distributed
         self._scope: list[str] = []
         self._functions: list[ast.AST] = []
         self.found: list[Wait] = []
@@ -139,10 +154,15 @@ class _Finder(ast.NodeVisitor):
 
     def _waits(self, node: ast.Call, name: str, dotted: str) -> bool:
         limited = any(map(_is_limit, node.keywords))
+        args = _given(node)
         if dotted in _FLAGS:
             return _FLAGS[dotted] not in ast.unparse(node)
         if dotted in _FUNCTIONS:
-            return not limited and len(node.args) <= _FUNCTIONS[dotted]
+            return not limited and len(args) <= _FUNCTIONS[dotted]
+        if name in _GROUPS:
+            return not limited and len(args) <= _GROUPS[name]
+        if self._is_collective(name, dotted):
+            return not limited and not any(word.arg == "async_op" for word in node.keywords)
         if dotted.endswith(_TASKS):
             return not all(self._is_bounded(argument) for argument in node.args)
         if name in ("to_thread", "run_in_executor"):
@@ -151,7 +171,12 @@ class _Finder(ast.NodeVisitor):
             return not any(word.arg == "wait" and ast.unparse(word.value) == "False" for word in node.keywords)
         if not isinstance(node.func, ast.Attribute) or name not in _METHODS or name in self._ours:
             return False
-        return not limited and len(node.args) <= _METHODS[name] and not _is_given(node, name)
+        return not limited and len(args) <= _METHODS[name] and not _is_namesake(args, name)
+
+    def _is_collective(self, name: str, dotted: str) -> bool:
+        if name in _NAMESAKES:
+            return dotted == name in self._distributed or dotted.removesuffix(f".{name}") in self._distributed
+        return name in _COLLECTIVES and name not in self._ours
 
     def _is_bounded(self, value: ast.expr, depth: int = 0) -> bool:
         """Whether it ends by a deadline, or is a coroutine of ours."""
@@ -199,15 +224,46 @@ class _Finder(ast.NodeVisitor):
 
 def _is_limit(keyword: ast.keyword) -> bool:
     """`timeout=None` and `blocking=True` are none."""
-    value = ast.unparse(keyword.value)
     if keyword.arg in ("block", "blocking"):
-        return value == "False"
-    return keyword.arg in ("timeout", "timeout_s") and value != "None"
+        return ast.unparse(keyword.value) == "False"
+    return keyword.arg in ("timeout", "timeout_s") and not _is_none(keyword.value)
 
 
-def _is_given(node: ast.Call, name: str) -> bool:
-    """Not the wait, but its namesake: `"".join(parts)`, `mapping.get(key)`, `event.wait(seconds)`."""
-    return name in ("get", "join", "result", "exception", "wait") and bool(node.args)
+def _given(node: ast.Call) -> list[ast.expr]:
+    """The positional arguments that say more than the call without them: no limit, written out, is none."""
+    args = list(node.args)
+    while args and _is_none(args[-1]):
+        args.pop()
+    blocks = _last(node.func) == "get" and args and ast.unparse(args[0]) == "True"
+    return args[1:] if blocks else args
+
+
+def _is_none(limit: ast.expr) -> bool:
+    """Whether it is no limit, or may be none."""
+    if isinstance(limit, ast.IfExp):
+        return _is_none(limit.body) or _is_none(limit.orelse)
+    return ast.unparse(limit) in _NO_LIMIT
+
+
+def _is_namesake(args: list[ast.expr], name: str) -> bool:
+    """Not the wait, but what is called like it or does not block: `"".join(parts)`, `mapping.get(key)`."""
+    if name == "acquire":
+        return bool(args) and ast.unparse(args[0]) == "False"
+    return name in ("get", "join", "result", "exception", "wait") and bool(args)
+
+
+def _names_of_distributed(tree: ast.AST) -> set[str]:
+    """By which the file knows torch.distributed, and what it imports from there."""
+    found = {"torch.distributed", "dist"}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                found |= {name.asname for name in names if name.name == "torch.distributed" and name.asname}
+            case ast.ImportFrom(module="torch", names=names):
+                found |= {name.asname or name.name for name in names if name.name == "distributed"}
+            case ast.ImportFrom(module="torch.distributed", names=names):
+                found |= {name.asname or name.name for name in names}
+    return found
 
 
 def _last(func: ast.expr) -> str:

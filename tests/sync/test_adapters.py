@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.model.load import load_skeleton
 from actors.model.lora import adapt, engine_arguments, trained_parameters
-from actors.recipe.schema import LoraConfig
+from actors.recipe.policy import LoraConfig
 
 LORA = LoraConfig(r=3, lora_alpha=4, target_modules=("q_proj", "v_proj", "o_proj", "up_proj"))
 IDS = list(range(40, 60))

@@ -13,7 +13,7 @@ from actors.checkpoint.checkpointer import Checkpointer
 from actors.checkpoint.config import BestConfig, CheckpointConfig
 from actors.checkpoint.cut import Cut, Progress
 from actors.checkpoint.store import CheckpointStore
-from actors.errors import RunError
+from actors.errors import RunError, SpoiledError
 from actors.model.tiny import byte_tokenizer
 from actors.pacer import ReadyGroup
 from algorithms.slots import PacerState
@@ -99,6 +99,53 @@ async def test_the_last_one_is_on_the_disk_or_it_is_an_error(tmp_path: Path) -> 
     policy.write = lambda folder: (_ for _ in ()).throw(OSError("broken"))
     with pytest.raises(RunError, match="version 5 could not be written: broken"):
         await checkpointer.last(5)
+
+
+async def test_the_last_one_is_left_out_when_it_is_none_to_go_back_to(tmp_path: Path) -> None:
+    checkpointer, policy, said = make(tmp_path)
+    await checkpointer.after(2)
+    policy.healthy = False
+    assert await checkpointer.last(3) == 2
+    assert checkpointer.store.versions() == [2], "what was being written is on the disk, and stays the newest"
+    assert policy.num_snapshots == 1
+    assert len(said) == 1
+    assert "no checkpoint of version 3 is left (a rule of health" in said[0]
+    assert said[0].endswith("that of 2 is kept")
+
+
+async def test_a_run_that_stops_in_a_bad_state_before_its_first_cut_says_that_it_begins_anew(tmp_path: Path) -> None:
+    checkpointer, policy, said = make(tmp_path)
+    policy.healthy = False
+    assert await checkpointer.last(1) is None
+    assert "the same command begins anew" in said[0]
+
+
+def spoil(folder: Path) -> None:
+    raise SpoiledError("lm_head.weight of the policy is not finite")
+
+
+async def test_weights_that_are_not_finite_never_become_the_newest_cut(tmp_path: Path) -> None:
+    checkpointer, policy, said = make(tmp_path)
+    await checkpointer.after(2)
+    await checkpointer.finish()
+    policy.write = spoil
+    await checkpointer.after(4)
+    assert await checkpointer.last(4) == 2, "it was being written already"
+    assert await checkpointer.last(5) == 2
+    assert checkpointer.store.versions() == [2]
+    assert [line.partition(" (lm_head.weight of the policy is not finite); ") for line in said] == [
+        (f"warning: no checkpoint of version {version} is left", " (lm_head.weight of the policy is not finite); ",
+         "that of 2 is kept") for version in (4, 5)
+    ]  # fmt: skip
+
+
+async def test_whoever_stops_at_a_version_whose_cut_failed_tries_once_more(tmp_path: Path) -> None:
+    checkpointer, policy, _ = make(tmp_path)
+    good, policy.write = policy.write, lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    await checkpointer.after(2)
+    await checkpointer.finish()
+    policy.write = good
+    assert await checkpointer.last(2) == 2
 
 
 async def test_a_version_is_cut_once(tmp_path: Path) -> None:

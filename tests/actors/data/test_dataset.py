@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 
 from actors.data.dataset import load_rows, prompt_of, reward_columns
-from actors.recipe.schema import DatasetConfig
+from actors.recipe.data import DatasetConfig
 
 TALK = [{"role": "user", "content": "hi"}]
 

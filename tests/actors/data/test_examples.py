@@ -8,7 +8,7 @@ import pytest
 from actors.data.dataset import load_rows
 from actors.data.examples import ExampleStream
 from actors.model.tiny import byte_tokenizer
-from actors.recipe.schema import DatasetConfig
+from actors.recipe.data import DatasetConfig
 from algorithms.types import Rollout
 from tests.actors.data.test_prompts import TALK, TALK_TEXT, WRITES_BOS, ListRows, bos_tokenizer
 

@@ -14,7 +14,7 @@ import pytest
 from actors.data.dataset import TaskRows, load_rows
 from actors.data.prompts import PromptStream
 from actors.model.tiny import byte_tokenizer
-from actors.recipe.schema import DatasetConfig
+from actors.recipe.data import DatasetConfig
 
 BYTES = byte_tokenizer(max_length=256)
 TALK = [{"role": "user", "content": "hi"}]

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.data.dataset import load_rows
 from actors.data.prompts import PromptStream, prompt_ids
 from actors.model.tiny import byte_tokenizer
-from actors.recipe.schema import DatasetConfig
+from actors.recipe.data import DatasetConfig
 
 BYTES = byte_tokenizer(max_length=256)
 TALK = [{"role": "user", "content": "hi"}]

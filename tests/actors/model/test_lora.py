@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from actors.model.forward import PACKED_ATTENTION, row_logprobs
 from actors.model.load import load_causal_lm, load_skeleton
 from actors.model.lora import adapt, merged, save_adapter, sources, target_modules, trained_parameters
-from actors.recipe.schema import LoraConfig
+from actors.recipe.policy import LoraConfig
 from algorithms.packed import pack_row
 from sync.layout import parameters_of, plan_layout
 from tests.actors.test_policy import rollouts

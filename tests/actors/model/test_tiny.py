@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.model.load import load_causal_lm, load_tokenizer, max_model_length
 from actors.model.tiny import SPECIAL_TOKENS, byte_tokenizer, make_tiny_model
-from actors.recipe.schema import TinyModel
+from actors.recipe.model import TinyModel
 
 SMALL = TinyModel(kind="tiny", hidden_size=64, num_layers=1, num_heads=2)
 TOKENIZER = byte_tokenizer(max_length=256)

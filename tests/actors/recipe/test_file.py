@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from actors.recipe.errors import all_keys
 from actors.recipe.file import RecipeError, dump_recipe, load_recipe
+from actors.recipe.model import PretrainedModel, TinyModel
 from actors.recipe.plain_yaml import PlainYamlError, parse, write
 from actors.recipe.pools import used_pools
-from actors.recipe.schema import GrpoRecipe, PretrainedModel, Recipe, SftRecipe, TinyModel
+from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from actors.recipe.file import RecipeError, dump_recipe, load_recipe
-from actors.recipe.schema import LoraConfig
+from actors.recipe.policy import LoraConfig
 
 ROOT = Path(__file__).parents[3]
 GRPO, SFT = ROOT / "recipes/demo.yaml", ROOT / "recipes/demo_sft.yaml"

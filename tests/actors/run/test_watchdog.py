@@ -17,10 +17,11 @@ from actors.fleet import Fleet, State
 from actors.pacer import AsyncPacer
 from actors.policy import node_ip
 from actors.publisher import Publisher
-from actors.recipe.schema import RewardConfig
+from actors.recipe.rewards import RewardConfig
 from actors.reward import RewardActor
 from actors.router import Router
-from actors.run.watchdog import StallError, Watchdog
+from actors.run.sight import StallError
+from actors.run.watchdog import Watchdog
 from algorithms.pacing import Pacer
 from algorithms.types import Prompt
 from sync.config import SyncConfig
@@ -90,8 +91,9 @@ class Run:
         )
         self.pacer.on_stall = self.watchdog.idle
 
-    async def leave(self, version: int) -> None:
+    async def leave(self, version: int) -> int:
         self.left.append(version)
+        return version
 
     async def begin(self) -> None:
         await self.fleet.start()

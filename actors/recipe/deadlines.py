@@ -1,0 +1,42 @@
+"""Deadlines that follow from others: each is longer than those inside of it, which name the cause better."""
+
+from actors.recipe.schema import GrpoRecipe
+
+_SLACK_S = 60.0
+
+
+def score_timeout_s(recipe: GrpoRecipe) -> float:
+    """Every reward function up to its own deadline, and before it all the groups that may queue for the worker.
+
+    A worker that hangs, and is found out and started again meanwhile, has time for it, too.
+    """
+    queue = -(-recipe.max_groups_in_flight // recipe.pools.reward.num_workers)
+    reference_s = recipe.policy.timeout_s if recipe.algorithm.beta > 0 else 0.0
+    return _SLACK_S + _found_out_s(recipe) + queue * _rewards_s(recipe) + reference_s
+
+
+def group_timeout_s(recipe: GrpoRecipe) -> float:
+    """Of one group, generation, reference and rewards: longer than the deadlines that the replica itself keeps."""
+    return _SLACK_S + recipe.generation.timeout_s + score_timeout_s(recipe)
+
+
+def stall_timeout_s(recipe: GrpoRecipe) -> float:
+    """How long no group at all may finish while the policy waits.
+
+    It need not be as long as a group may take: of the groups that queue for a worker one finishes after the other. So
+    it is the time of one, sampled and scored alone, and of a worker that is found to hang; the watchdog does not count
+    the time in which workers are started (actors/run/watchdog.py). The reference, which looks once at what was sampled
+    token by token, takes no longer than that.
+    """
+    if recipe.stall.timeout_s is not None:
+        return recipe.stall.timeout_s
+    generation_s = recipe.generation.timeout_s * (2 if recipe.algorithm.beta > 0 else 1)
+    return _SLACK_S + _found_out_s(recipe) + generation_s + _rewards_s(recipe)
+
+
+def _found_out_s(recipe: GrpoRecipe) -> float:
+    return recipe.liveness.every_s + recipe.liveness.timeout_s
+
+
+def _rewards_s(recipe: GrpoRecipe) -> float:
+    return len(recipe.rewards.functions) * recipe.rewards.timeout_s

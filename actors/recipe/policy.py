@@ -1,0 +1,56 @@
+"""The model in training, and which of its weights move."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from actors.recipe.closed import CLOSED
+
+
+class LoraConfig(BaseModel):
+    """Adapters on linear layers are trained and published, and the model below them never moves; names are peft's."""
+
+    model_config = CLOSED
+
+    r: int = Field(16, ge=1, le=512)
+    """Rank of the adapters."""
+    lora_alpha: int = Field(32, ge=1)
+    """What an adapter adds is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of an adapter's inputs that training leaves out; for supervised recipes."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """`all-linear`, which leaves out the output head alone, or names of linear layers such as `[q_proj, v_proj]`."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        if given == "all-linear":
+            return given
+        if not (isinstance(given, list | tuple) and given and all(isinstance(name, str) and name for name in given)):
+            raise ValueError(
+                "target_modules: write all-linear, or a list with the names of one or more linear layers, such as "
+                "[q_proj, v_proj]"
+            )
+        return tuple(given)
+
+
+class PolicyConfig(BaseModel):
+    """The model in training: one DeepSpeed rank per worker of the policy pool."""
+
+    model_config = CLOSED
+
+    zero_stage: int = Field(1, ge=0, le=3)
+    """DeepSpeed ZeRO: 0 replicates everything, 1 shards the optimizer, 2 the gradients too, 3 the weights too."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_tokens_per_micro_batch: int = Field(8192, ge=16)
+    """Token budget of one forward pass."""
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train and publish adapters only; null trains and publishes every weight."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads of each rank; null takes the pool's cpus_per_worker, at least 1."""
+    timeout_s: float = Field(1800.0, gt=0.0)
+    """Deadline of one step."""
+    max_restarts: int = Field(3, ge=0)
+    """When a rank dies or hangs, all ranks are built again and go on from the last checkpoint, and the replicas keep
+    their engines; one more time than this in a process stops the run."""

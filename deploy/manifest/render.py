@@ -1,0 +1,127 @@
+"""A manifest is the recipe's run on Kubernetes: the same command, on a group of pods for each pool."""
+
+import importlib.metadata
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from actors.recipe.schema import Recipe
+from actors.run.lineage import trained_before
+from deploy.manifest.groups import PodGroup, bindings, pod_groups
+from deploy.manifest.inputs import check_name, check_paths
+from deploy.manifest.options import APP, ManifestOptions
+from deploy.manifest.pods import head_pod, worker_pod
+from deploy.manifest.rules import broken_rules
+
+API = "ray.io/v1"
+_IDLE_S = 900
+"""Longer than an engine takes to start: a pod that waits for the others is not idle."""
+
+
+def ray_version() -> str:
+    """Ray's, as it is pinned here and in the image."""
+    return importlib.metadata.version("ray")
+
+
+def manifest_text(
+    recipe: Recipe, path: str, overrides: Sequence[str], options: ManifestOptions, ray_version: str
+) -> str:
+    """The manifest as YAML, with how to use it in comments; ValueError names what must be mended."""
+    manifest = render(recipe, path, overrides, options, ray_version)
+    # A rule that is broken here is an error of ours, or of a value that the recipe and the options let through.
+    if broken := broken_rules(manifest):
+        raise ValueError("KubeRay would refuse this manifest:\n" + "\n".join(broken))
+    name = manifest["metadata"]["name"]
+    lines = [f"# {manifest['kind']} '{name}' of {path}; the claim '{options.claim}' must be there, readable and"]
+    lines.append("# writable from many nodes. Save this as a file, then: kubectl apply -f FILE")
+    if options.kind == "cluster":
+        submit = shlex.join(["ray", "job", "submit", "--", *_command(recipe, path, overrides, options)])
+        lines.append(f"# then, with the dashboard's port forwarded: {submit}")
+    return "\n".join(lines) + "\n" + yaml.safe_dump(manifest, sort_keys=False, width=120)
+
+
+def render(
+    recipe: Recipe, path: str, overrides: Sequence[str], options: ManifestOptions, ray_version: str
+) -> dict[str, Any]:
+    """The manifest as plain data."""
+    name = check_name(options.name or recipe.name, options.kind, given=options.name is not None)
+    before = trained_before(recipe, path)
+    for where, each in (*before, (path, recipe)):
+        check_paths(each, where, options.mount, options.claim)
+    groups = _groups(recipe, path, options)
+    cluster = _cluster(groups, options, ray_version)
+    match options.kind:
+        case "cluster":
+            kind, spec = "RayCluster", cluster | _suspended(options)
+        case "job":
+            kind, spec = "RayJob", _job(cluster, _command(recipe, path, overrides, options), options)
+    return {"apiVersion": API, "kind": kind, "metadata": _metadata(name, options), "spec": spec}
+
+
+def _groups(recipe: Recipe, path: str, options: ManifestOptions) -> tuple[PodGroup, ...]:
+    return pod_groups([*(first for _, first in trained_before(recipe, path)), recipe], options)
+
+
+def _command(recipe: Recipe, path: str, overrides: Sequence[str], options: ManifestOptions) -> list[str]:
+    bound = bindings(recipe, _groups(recipe, path, options))
+    return ["python", "-m", "deploy", "train", path, *overrides, *bound]
+
+
+def _metadata(name: str, options: ManifestOptions) -> dict[str, Any]:
+    labels = {"app.kubernetes.io/part-of": "paceline"}
+    if options.kueue is not None:
+        labels["kueue.x-k8s.io/queue-name"] = options.kueue
+    if options.volcano is not None:
+        labels |= {"ray.io/scheduler-name": "volcano", "volcano.sh/queue-name": options.volcano}
+    namespace = {} if options.namespace is None else {"namespace": options.namespace}
+    return {"name": name, **namespace, "labels": labels}
+
+
+def _suspended(options: ManifestOptions) -> dict[str, Any]:
+    """Kueue lets it go when there is room for all of it."""
+    return {"suspend": True} if options.kueue is not None else {}
+
+
+def _job(cluster: dict[str, Any], command: list[str], options: ManifestOptions) -> dict[str, Any]:
+    """A job that failed is given the same command again on a new cluster: the run goes on from its last checkpoint."""
+    return {
+        **_suspended(options),
+        "submissionMode": options.submission,
+        "entrypoint": shlex.join(command),
+        # Names and places alone: Ray keeps and shows this. Secrets come to the pods from the cluster.
+        "runtimeEnvYAML": yaml.safe_dump({"env_vars": {"PYTHONPATH": APP}}),
+        "backoffLimit": options.retries,
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": options.ttl_s,
+        "rayClusterSpec": cluster,
+    }
+
+
+def _cluster(groups: Sequence[PodGroup], options: ManifestOptions, ray_version: str) -> dict[str, Any]:
+    secret = {} if options.token_secret is None else {"secretName": options.token_secret}
+    scaling: dict[str, Any] = {}
+    if options.elastic is not None:
+        scaler = {"version": "v2", "idleTimeoutSeconds": _IDLE_S}
+        scaling = {"enableInTreeAutoscaling": True, "autoscalerOptions": scaler}
+    return {
+        "rayVersion": ray_version,
+        "authOptions": {"mode": "token", **secret},
+        **scaling,
+        "headGroupSpec": {"rayStartParams": {"num-cpus": "0", "num-gpus": "0"}, "template": head_pod(options)},
+        "workerGroupSpecs": [_worker_group(group, options) for group in groups],
+    }
+
+
+def _worker_group(group: PodGroup, options: ManifestOptions) -> dict[str, Any]:
+    """Fixed but for rollouts: the policy's ranks are one NCCL group from the beginning to the end."""
+    return {
+        "groupName": group.pool,
+        "replicas": group.num_pods,
+        "minReplicas": group.least,
+        "maxReplicas": group.most,
+        "rayStartParams": {},  # CPUs, GPUs and memory are the container's; said twice, the two could disagree
+        "resources": {group.resource: "1"},
+        "template": worker_pod(group, options),
+    }

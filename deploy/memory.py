@@ -1,0 +1,231 @@
+"""What `plan` says about memory: a column for each pool with GPUs, a refusal where one cannot fit, or why neither.
+
+A GB is 2**30 bytes here; GPUs are sold by nearly that.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError
+from rich.table import Table
+
+from actors.recipe.file import load_recipe
+from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
+from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
+from actors.run.folder import RunFolder
+from placement.cluster import ClusterSpec
+from placement.memory.accelerators import gpu_memory_gb
+from placement.memory.fit import check_policy, check_reference, check_rollout, sequences, total
+from placement.memory.footprint import (
+    GB,
+    Footprint,
+    PolicyLoad,
+    ReferenceLoad,
+    RolloutLoad,
+    policy_footprint,
+    reference_footprint,
+    rollout_footprint,
+)
+from placement.memory.shape import ModelShape, shape_of
+from placement.plan import PlacementPlan
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "KV cache", "buffers")
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a plan shows of memory: lines, and a table where the model's shape is known."""
+
+    lines: list[str]
+    table: Table | None = None
+
+
+def estimate(recipe: Recipe, placed: PlacementPlan, cluster: ClusterSpec, gpu_gb: float | None) -> Estimate:
+    """MemoryShortageError when a pool cannot fit on the GPUs that its plan gives it.
+
+    `gpu_gb` is each GPU's memory; with None the nodes tell it, where they can.
+    """
+    pools = [pool for pool, bundles in placed.bundles.items() if any(bundle.gpus for bundle in bundles)]
+    pools = [pool for pool in pools if pool != "reward"]  # a reward function's memory is its own
+    if not pools:
+        return Estimate([])
+    try:
+        shape = model_shape(recipe)
+    except ValueError as error:
+        return Estimate([f"memory: not estimated: {error}"])
+    if shape is None:
+        return Estimate([])
+    memory = {pool: gpu_gb or _told(pool, placed, cluster) for pool in pools}
+    for pool in pools:
+        if (gigabytes := memory[pool]) is not None:
+            _check(recipe, shape, pool, gigabytes * GB)
+    footprints = {pool: _footprint(recipe, shape, pool, (has := memory[pool]) and has * GB) for pool in pools}
+    lines = [f"memory: estimated for {shape.num_parameters / 1e9:.3g} B parameters{_unknown(memory)}"]
+    return Estimate(lines + _waiting(recipe, shape, memory.get("rollout")), _table(footprints, memory))
+
+
+def _table(footprints: Mapping[str, Footprint], memory: Mapping[str, float | None]) -> Table:
+    """A column for each pool, a row for each part."""
+    table = Table("GB on each GPU")
+    for pool in footprints:
+        table.add_column(pool, justify="right")
+    for part in _PARTS:
+        sizes = [footprint.get(part) for footprint in footprints.values()]
+        if any(sizes):
+            table.add_row(part, *("" if size is None else f"{size / GB:.1f}" for size in sizes))
+    table.add_section()
+    table.add_row("together", *(f"{total(footprint) / GB:.1f}" for footprint in footprints.values()))
+    table.add_row("the GPU has", *("?" if (has := memory[pool]) is None else f"{has:g}" for pool in footprints))
+    return table
+
+
+def _told(pool: str, placed: PlacementPlan, cluster: ClusterSpec) -> float | None:
+    """The smallest GPU of the pool's nodes."""
+    nodes = {node.name: node for node in cluster.nodes}
+    sizes = [gpu_memory_gb(nodes[bundle.node]) for bundle in placed.bundles[pool]]
+    known = [size for size in sizes if size is not None]
+    return min(known) if len(known) == len(sizes) else None
+
+
+def _unknown(memory: Mapping[str, float | None]) -> str:
+    if None not in memory.values():
+        return ""
+    return "; say --gpu-memory-gb to have it held against the GPUs"
+
+
+def _check(recipe: Recipe, shape: ModelShape, pool: str, gpu_bytes: float) -> None:
+    match pool:
+        case "policy":
+            check_policy(shape, policy_load(recipe, shape), gpu_bytes, _longest(recipe))
+        case "reference" if isinstance(recipe, GrpoRecipe):
+            check_reference(shape, reference_load(recipe), gpu_bytes, _longest(recipe))
+        case "rollout" if isinstance(recipe, GrpoRecipe):
+            check_rollout(shape, rollout_load(recipe, shape), gpu_bytes)
+
+
+def _footprint(recipe: Recipe, shape: ModelShape, pool: str, gpu_bytes: float | None) -> Footprint:
+    match pool:
+        case "reference" if isinstance(recipe, GrpoRecipe):
+            return reference_footprint(shape, reference_load(recipe))
+        case "rollout" if isinstance(recipe, GrpoRecipe):
+            return rollout_footprint(shape, rollout_load(recipe, shape), gpu_bytes)
+    return policy_footprint(shape, policy_load(recipe, shape))
+
+
+def _waiting(recipe: Recipe, shape: ModelShape, gpu_gb: float | None) -> list[str]:
+    """Whether a replica's cache holds as many sequences as it may decode at once."""
+    if gpu_gb is None or not isinstance(recipe, GrpoRecipe):
+        return []
+    fit, most = sequences(shape, rollout_load(recipe, shape), gpu_gb * GB), recipe.rollout.max_num_seqs
+    line = f"KV cache of a replica: {fit} sequences of the longest kind, and rollout.max_num_seqs is {most}"
+    return [line if fit >= most else f"{line}; beyond them vLLM lets sequences wait and computes their cache again"]
+
+
+# What the recipe says, in the words of the estimate ------------------------------------------------------------------
+
+
+def policy_load(recipe: Recipe, shape: ModelShape) -> PolicyLoad:
+    """Of one rank of the recipe's policy."""
+    policy, lora = recipe.policy, recipe.policy.lora
+    trained = None
+    if lora is not None:
+        modules = None if lora.target_modules == "all-linear" else tuple(lora.target_modules)
+        trained = shape.adapter_parameters(lora.r, modules)
+    return PolicyLoad(
+        num_ranks=recipe.pools.policy.num_workers,
+        zero_stage=policy.zero_stage,
+        bytes_per_weight=_BYTES[policy.dtype],
+        tokens=_tokens(recipe, _per_rank(recipe)),
+        gradient_checkpointing=policy.gradient_checkpointing,
+        num_trained=trained,
+    )
+
+
+def reference_load(recipe: GrpoRecipe) -> ReferenceLoad:
+    """Of one reference worker, which scores one group at a time."""
+    return ReferenceLoad(_BYTES[recipe.policy.dtype], _tokens(recipe, recipe.algorithm.num_generations))
+
+
+def rollout_load(recipe: GrpoRecipe, shape: ModelShape) -> RolloutLoad:
+    """Of one GPU of a replica; what is staged on the device is a whole version, or the adapters of one."""
+    size, lora = _BYTES[recipe.rollout.dtype], recipe.policy.lora
+    version = shape.num_parameters if lora is None else shape.adapter_parameters(lora.r, None)
+    return RolloutLoad(
+        tensor_parallel=max(1, recipe.pools.rollout.gpus_per_worker),
+        bytes_per_weight=size,
+        utilization=recipe.rollout.gpu_memory_utilization,
+        max_num_seqs=recipe.rollout.max_num_seqs,
+        context=_longest(recipe),
+        staged=float(size * version) if recipe.sync.staging == "device" else 0.0,
+    )
+
+
+def _longest(recipe: Recipe) -> int:
+    """Tokens of the longest sequence."""
+    match recipe:
+        case GrpoRecipe():
+            return recipe.generation.max_prompt_length + recipe.generation.max_completion_length
+        case SftRecipe():
+            return recipe.max_length
+
+
+def _per_rank(recipe: Recipe) -> int:
+    """Sequences of a batch that one rank gets, about."""
+    match recipe:
+        case GrpoRecipe():
+            num_sequences = recipe.groups_per_batch * recipe.algorithm.num_generations
+        case SftRecipe():
+            num_sequences = recipe.batch_size
+    return -(-num_sequences // recipe.pools.policy.num_workers)
+
+
+def _tokens(recipe: Recipe, num_sequences: int) -> int:
+    """The most tokens of a forward pass: the budget, but one sequence at least and all that there are at most."""
+    longest = _longest(recipe)
+    return max(longest, min(recipe.policy.max_tokens_per_micro_batch, num_sequences * longest))
+
+
+# The model's shape ---------------------------------------------------------------------------------------------------
+
+
+def model_shape(recipe: Recipe) -> ModelShape | None:
+    """From the config.json of the recipe's model; None for tiny models, which fit anywhere.
+
+    ValueError says why the shape is not known.
+    """
+    match recipe.model:
+        case TinyModel():
+            return None
+        case RecipeModel(recipe=path):
+            first = load_recipe(path)
+            folder = RunFolder(first.folder).model
+            return _read(folder / "config.json") if (folder / "config.json").is_file() else model_shape(first)
+        case PretrainedModel(path=name, revision=revision):
+            local = Path(name).expanduser()
+            if local.is_dir():
+                return _read(local / "config.json")
+            try:
+                cached: Any = try_to_load_from_cache(name, "config.json", revision=revision)
+            except HFValidationError:
+                cached = None
+            if isinstance(cached, str):
+                return _read(Path(cached))
+            raise ValueError(f"{name} is not on this machine; a folder with its config.json will do: model.path=FOLDER")
+
+
+def _read(path: Path) -> ModelShape:
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no mapping")
+    try:
+        return shape_of(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

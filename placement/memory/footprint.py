@@ -1,0 +1,165 @@
+"""Bytes on one GPU of each pool, part by part: upper estimates, of peaks that fall together.
+
+Weights, gradients and optimizer: Rajbhandari et al., ZeRO, arXiv 1910.02054, section 3.1 and figure 1 (AdamW in mixed
+precision holds K = 12 bytes a parameter: float32 weights and two moments), and DeepSpeed's own buffers at their
+defaults. Activations: the way of counting of Korthikanti et al., arXiv 2205.05198, section 4.1, carried over from GPT's
+layer to Llama's (gated MLP, RMSNorm in float32, no dropout, attention scores never kept), and its 2 s b h bytes a layer
+where activations are recomputed. Legend: P = parameters, T = those that are trained, N = ranks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from placement.memory.shape import ModelShape
+
+GB = 2.0**30
+
+CONTEXT = 1.5 * GB
+"""Of the CUDA context, NCCL and what the allocator loses between its blocks."""
+_BUCKET = 500_000_000
+"""DeepSpeed's reduce_bucket_size (elements)."""
+_LIVE = 1_050_000_000
+"""DeepSpeed's stage3_max_live_parameters and what it fetches ahead (elements)."""
+_SUB_GROUP = 1_000_000_000
+"""DeepSpeed's sub_group_size: ZeRO-3 steps through so many elements at a time."""
+_CHUNK = 2048
+"""Loss tokens whose float32 logits exist at once, in three copies."""
+_PADDING = 2.0
+"""Attention runs on sequences padded to the longest of their row: so much more than their tokens."""
+_ENGINE_TOKENS = 8192
+"""Tokens of one pass of vLLM while it fills prompts (max_num_batched_tokens)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLoad:
+    """What decides the memory of one policy rank."""
+
+    num_ranks: int
+    zero_stage: int
+    bytes_per_weight: int
+    tokens: int
+    """Of one micro-batch."""
+    gradient_checkpointing: bool
+    num_trained: int | None = None
+    """Parameters of the adapters; None trains every parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLoad:
+    """What decides the memory of one reference worker."""
+
+    bytes_per_weight: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutLoad:
+    """What decides the memory of one GPU of a replica."""
+
+    tensor_parallel: int
+    bytes_per_weight: int
+    utilization: float
+    """Share of the GPU that vLLM takes."""
+    max_num_seqs: int
+    context: int
+    """Longest prompt and completion together (tokens)."""
+    staged: float = 0.0
+    """Bytes of a version that waits in device memory, beside what vLLM takes."""
+
+
+Footprint = Mapping[str, float]
+"""Bytes by part; they are there at one time, so the GPU needs their sum."""
+
+
+def policy_footprint(shape: ModelShape, load: PolicyLoad) -> Footprint:
+    """One rank: ZeRO shards optimizer (1), gradients (2) and weights (3); what is frozen has no gradient.
+
+    Gradients are summed in float32. The optimizer's step comes when the activations are gone, so the larger of the two
+    counts.
+    """
+    total, size, ranks, stage = shape.num_parameters, load.bytes_per_weight, load.num_ranks, load.zero_stage
+    trained = total if load.num_trained is None else load.num_trained
+    whole = total if load.num_trained is None else total + load.num_trained
+    own = trained / ranks if stage >= 1 else float(trained)  # of the optimizer
+    summed = 4.0 * (trained / ranks if stage >= 2 else trained)
+    fresh = size * trained if stage <= 1 and size < 4 else 0.0  # a backward pass's own, before they are summed
+    has_masters = stage >= 1 or size < 4
+    step = 8.0 * min(_SUB_GROUP, own) if stage == 3 else 8.0 * own if stage >= 1 else 4.0 * own
+    activations = policy_activations(shape, load)
+    logits = logit_bytes(shape, load.tokens, size, with_gradient=True)
+    gathered = size * min(_LIVE, whole) if stage == 3 else 0.0
+    return {
+        "weights": size * whole / (ranks if stage == 3 else 1),
+        "gradients": summed + fresh,
+        "optimizer": (12.0 if has_masters else 8.0) * own,
+        "activations": max(activations, step - logits - gathered),
+        "logits": logits,
+        "buffers": CONTEXT + gathered + (size * min(_BUCKET, trained) if stage >= 1 else 0.0),
+    }
+
+
+def policy_activations(shape: ModelShape, load: PolicyLoad) -> float:
+    """What the backward pass needs of the forward pass, without the logits."""
+    layer = layer_activations(shape, load.bytes_per_weight) * load.tokens
+    if not load.gradient_checkpointing:
+        return shape.num_layers * layer
+    return shape.num_layers * load.bytes_per_weight * shape.hidden_size * load.tokens + layer
+
+
+def layer_activations(shape: ModelShape, size: int, padding: float = _PADDING) -> float:
+    """Bytes that one token leaves in one layer.
+
+    Each norm leaves its input and its quotient in float32 and its result, which the linear layers share; attention
+    leaves queries, keys and values as they are and, with its result, padded, and the result once more; the MLP leaves
+    its gate, the gate's activation, the other branch and their product, once for each expert that the token visits.
+    """
+    h, q, kv = shape.hidden_size, shape.query_size, shape.kv_size
+    norms = 2 * (4 + 2 * size) * h + (4 + size) * (q + kv) * shape.qk_norm
+    attention = size * (2 * q + 2 * kv) + padding * size * (2 * q + 2 * kv)
+    visits = max(1, shape.experts_per_token)
+    mlp = visits * 4 * size * shape.intermediate_size + (visits * size * h if shape.num_experts else 0)
+    return norms + attention + mlp
+
+
+def logit_bytes(shape: ModelShape, tokens: int, size: int, with_gradient: bool) -> float:
+    """The logits of a micro-batch of loss tokens alone, their gradient, and a chunk in float32."""
+    copies = 2 if with_gradient else 1
+    return shape.vocab_size * (copies * size * tokens + 3.0 * 4.0 * min(_CHUNK, tokens))
+
+
+def reference_footprint(shape: ModelShape, load: ReferenceLoad) -> Footprint:
+    """One worker: the whole model, and one layer's work at a time."""
+    size = load.bytes_per_weight
+    return {
+        "weights": float(size * shape.num_parameters),
+        "activations": layer_activations(shape, size) * load.tokens,
+        "logits": logit_bytes(shape, load.tokens, size, with_gradient=False),
+        "buffers": CONTEXT,
+    }
+
+
+def kv_bytes(shape: ModelShape, load: RolloutLoad) -> float:
+    """Keys and values of one token on one GPU; a head of them is not split."""
+    heads = max(1.0, shape.num_kv_heads / load.tensor_parallel)
+    return 2.0 * shape.num_layers * heads * shape.head_dim * load.bytes_per_weight
+
+
+def rollout_footprint(shape: ModelShape, load: RolloutLoad, gpu_bytes: float | None) -> Footprint:
+    """One GPU of a replica: vLLM gives its KV cache all that is left of its share.
+
+    With the GPU's memory unknown, the cache that every sequence at its longest would fill.
+    """
+    size, parallel = load.bytes_per_weight, load.tensor_parallel
+    weights = size * shape.num_parameters / parallel
+    passing = _ENGINE_TOKENS * size * (4.0 * shape.hidden_size + 2.0 * shape.intermediate_size / parallel)
+    sampling = 3.0 * 4.0 * load.max_num_seqs * shape.vocab_size
+    wanted = load.max_num_seqs * load.context * kv_bytes(shape, load)
+    taken = weights + passing + sampling + CONTEXT
+    room = wanted if gpu_bytes is None else load.utilization * gpu_bytes - taken
+    return {
+        "weights": weights,
+        "activations": passing,
+        "logits": sampling,
+        "KV cache": room,
+        "buffers": CONTEXT + load.staged,
+    }

@@ -1,0 +1,33 @@
+"""A deadline is longer than those inside of it, and a stall is told long before a whole queue could be late."""
+
+import pytest
+
+from actors.recipe.deadlines import group_timeout_s, score_timeout_s, stall_timeout_s
+from actors.recipe.file import load_recipe
+from actors.recipe.schema import GrpoRecipe
+
+
+def recipe(*overrides: str) -> GrpoRecipe:
+    found = load_recipe("recipes/demo.yaml", ["staleness.pipeline_depth=null", *overrides])
+    assert isinstance(found, GrpoRecipe)
+    return found
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("num_groups", [4, 64])
+def test_each_deadline_has_room_for_those_inside(beta: float, num_groups: int) -> None:
+    of = recipe(f"algorithm.beta={beta}", f"groups_per_batch={num_groups}", "rewards.timeout_s=90")
+    inside = of.generation.timeout_s + len(of.rewards.functions) * 90
+    assert group_timeout_s(of) > of.generation.timeout_s + score_timeout_s(of)
+    assert stall_timeout_s(of) > inside + of.liveness.every_s + of.liveness.timeout_s
+    assert stall_timeout_s(of) < group_timeout_s(of), "of groups that queue one finishes after the other"
+
+
+def test_a_stall_is_told_as_soon_however_many_groups_queue() -> None:
+    few, many = recipe("groups_per_batch=4"), recipe("groups_per_batch=256")
+    assert stall_timeout_s(few) == stall_timeout_s(many)
+    assert group_timeout_s(few) < group_timeout_s(many)
+
+
+def test_what_the_recipe_says_counts() -> None:
+    assert stall_timeout_s(recipe("stall.timeout_s=12.5")) == 12.5

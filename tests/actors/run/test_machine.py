@@ -1,0 +1,41 @@
+"""A run does not outlive the Ray of its own machine, and goes on when another machine is lost."""
+
+from typing import Any
+
+import pytest
+
+from actors.errors import RunError, first_cause
+from actors.recipe.upkeep import LivenessConfig
+from actors.run import machine
+from actors.run.machine import is_given_up, machine_watched
+
+
+def node(name: str, alive: bool) -> dict[str, Any]:
+    return {"NodeID": name, "Alive": alive}
+
+
+def test_only_the_own_machine_counts() -> None:
+    assert is_given_up("mine", [node("other", True), node("mine", False)])
+    assert not is_given_up("mine", [node("other", False), node("mine", True)])
+    assert not is_given_up("mine", [node("other", False)])
+    assert not is_given_up("mine", [])
+
+
+async def test_a_run_ends_when_its_machine_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third answer says so."""
+    answers = [[node("mine", True)], [node("mine", True)], [node("mine", False)]]
+
+    class Context:
+        @staticmethod
+        def get_node_id() -> str:
+            return "mine"
+
+    monkeypatch.setattr(machine.ray, "get_runtime_context", Context)
+    monkeypatch.setattr(machine.ray, "nodes", lambda: answers.pop(0))
+    with pytest.raises(BaseExceptionGroup) as ended:
+        async with machine_watched(LivenessConfig(every_s=0.01, timeout_s=1.0)):
+            await machine.asyncio.sleep(30.0)
+    error = first_cause(ended.value)
+    assert isinstance(error, RunError)
+    assert "raylet" in str(error)
+    assert answers == []
