@@ -17,7 +17,7 @@ from deploy.manifest.options import Elastic, ManifestOptions, SecretEnv
 from deploy.manifest.render import render
 
 ROOT = Path(__file__).parents[3]
-RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("recipes/*.yaml"))
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("recipes/**/*.yaml"))
 CRDS = os.environ.get("PACELINE_KUBERAY_CRDS")
 
 pytestmark = pytest.mark.skipif(
