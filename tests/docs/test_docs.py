@@ -113,7 +113,7 @@ def test_the_columns_of_others_look_like_theirs() -> None:
             for flag in re.findall("`(.*?)`", row["OpenRLHF"]):
                 assert re.fullmatch(r"--[a-z]+(\.[a-z_]+)+", flag), flag
             for key in re.findall("`(.*?)`", row["verl"]):
-                assert re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", key), key
+                assert re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)+", key), key
 
 
 @pytest.mark.parametrize("name", GUIDES)
