@@ -1,10 +1,11 @@
 """A name that Kubernetes refuses, or a path that the pods would not see, is told before anything is rendered."""
 
 import re
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from actors.recipe.model import PretrainedModel
-from actors.recipe.schema import Recipe
+from actors.recipe.model import PretrainedModel, RecipeModel
+from actors.recipe.schema import GrpoRecipe, Recipe
 from deploy.manifest.options import APP, Kind
 
 MAX_NAME = {"job": 47, "cluster": 53}
@@ -45,8 +46,7 @@ def check_paths(recipe: Recipe, path: str, mount: str, claim: str) -> None:
             f"{path}: run_dir: {folder} is not on the volume of claim '{claim}', which the pods see at {mount}, so the "
             f"run would be lost with them; set run_dir={mount}/{recipe.name}, or --mount to a folder above it"
         )
-    model = recipe.model.path if isinstance(recipe.model, PretrainedModel) else ""
-    for key, value in (("model.path", model), ("dataset.path", recipe.dataset.path), ("the recipe's path", path)):
+    for key, value in _named(recipe, path):
         local = PurePosixPath(value)
         if ".." in local.parts or value.startswith("~"):
             raise ValueError(f"{key}: {value} leads out of the project; write it as an absolute path below {mount}")
@@ -55,6 +55,20 @@ def check_paths(recipe: Recipe, path: str, mount: str, claim: str) -> None:
                 f"{key}: the pods do not see {value}; copy it to the volume of claim '{claim}' and name it as they do, "
                 f"{mount}/{local.name}"
             )
+
+
+def _named(recipe: Recipe, path: str) -> Iterator[tuple[str, str]]:
+    """The paths that a recipe may name, by who names them; a hub's name is one, too, and does no harm."""
+    yield "the recipe's path", path
+    yield "dataset.path", recipe.dataset.path
+    match recipe.model:
+        case PretrainedModel(path=name):
+            yield "model.path", name
+        case RecipeModel(recipe=first):
+            yield "model.recipe", first
+    if isinstance(recipe, GrpoRecipe):
+        for index, reward in enumerate(recipe.rewards.functions):
+            yield f"rewards.functions.{index}.function", reward.function.rpartition(":")[0]
 
 
 def _below(path: PurePosixPath, folder: str) -> bool:

@@ -203,6 +203,10 @@ TOO_LONG = "x" * 48
         (["--mount", "/data"], f"error: {LORA}: run_dir: /app/runs/qwen2-5-7b-lora is not on the volume"),
         (["model.path=/models/q"], "error: model.path: the pods do not see /models/q; copy it to the volume"),
         (["dataset.path=../x.jsonl"], "error: dataset.path: ../x.jsonl leads out of the project"),
+        (
+            ["rewards.functions.0.function=/home/me/mine.py:score"],
+            "error: rewards.functions.0.function: the pods do not see /home/me/mine.py; copy it to the volume",
+        ),
         (["--kueue", "a", "--volcano", "b"], "error: --kueue and --volcano are two queues"),
         (["--kueue", "a", "--elastic-rollout", "1..8"], "error: --elastic-rollout: Kueue admits a job whole"),
         (
