@@ -1,5 +1,6 @@
 """What a recipe's workers hold in their nodes' own memory: told by `plan`, and held against the pods of a manifest."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 
@@ -7,7 +8,8 @@ from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe
 from deploy.manifest.groups import PodGroup
 from deploy.manifest.options import ManifestOptions
-from deploy.memory import model_shape, policy_load, reference_load, version_bytes
+from deploy.memory import policy_load, reference_load, version_bytes
+from deploy.shapes import model_shape, reference_shape
 from placement.memory.footprint import GB
 from placement.memory.host import policy_host_bytes, reference_host_bytes
 from placement.memory.shape import ModelShape
@@ -51,7 +53,8 @@ def host_bytes(recipe: Recipe, shape: ModelShape, pool: str, workers: int, holds
         case "policy":
             return policy_host_bytes(shape, policy_load(recipe, shape), workers, holds_first)
         case "reference" if isinstance(recipe, GrpoRecipe):
-            return reference_host_bytes(shape, reference_load(recipe), workers)
+            with contextlib.suppress(ValueError):  # a teacher that is not here
+                return reference_host_bytes(reference_shape(recipe, shape), reference_load(recipe), workers)
         case "rollout" if isinstance(recipe, GrpoRecipe) and recipe.sync.staging == "host":
             return version_bytes(recipe, shape) * workers * max(1, recipe.pools.rollout.gpus_per_worker)
     return 0.0

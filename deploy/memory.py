@@ -3,22 +3,15 @@
 A GB is 2**30 bytes here; GPUs are sold by nearly that.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.utils import HFValidationError
 from rich.table import Table
 
 from actors.recipe.base import OfflineRecipe
-from actors.recipe.file import load_recipe
-from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
 from actors.recipe.preference import PreferenceRecipe
 from actors.recipe.schema import GrpoRecipe, Recipe
-from actors.run.folder import RunFolder
+from deploy.shapes import model_shape, reference_shape
 from placement.cluster import ClusterSpec
 from placement.memory.accelerators import gpu_memory_gb
 from placement.memory.fit import check_policy, check_reference, check_rollout, sequences, total
@@ -32,7 +25,7 @@ from placement.memory.footprint import (
     reference_footprint,
     rollout_footprint,
 )
-from placement.memory.shape import ModelShape, shape_of
+from placement.memory.shape import ModelShape
 from placement.plan import PlacementPlan
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -62,13 +55,26 @@ def estimate(recipe: Recipe, placed: PlacementPlan, cluster: ClusterSpec, gpu_gb
         return Estimate([f"memory: not estimated: {error}"])
     if shape is None:
         return Estimate([])
-    memory = {pool: gpu_gb or _told(pool, placed, cluster) for pool in pools}
-    for pool in pools:
+    shapes, lines = _shapes(recipe, shape, pools)
+    memory = {pool: gpu_gb or _told(pool, placed, cluster) for pool in shapes}
+    for pool, its in shapes.items():
         if (gigabytes := memory[pool]) is not None:
-            _check(recipe, shape, pool, gigabytes * GB)
-    footprints = {pool: _footprint(recipe, shape, pool, (has := memory[pool]) and has * GB) for pool in pools}
-    lines = [f"memory: estimated for {shape.num_parameters / 1e9:.3g} B parameters{_unknown(memory)}"]
+            _check(recipe, its, pool, gigabytes * GB)
+    footprints = {pool: _footprint(recipe, shapes[pool], pool, has and has * GB) for pool, has in memory.items()}
+    lines.insert(0, f"memory: estimated for {shape.num_parameters / 1e9:.3g} B parameters{_unknown(memory)}")
     return Estimate(lines + _waiting(recipe, shape, memory.get("rollout")), _table(footprints, memory))
+
+
+def _shapes(recipe: Recipe, shape: ModelShape, pools: Iterable[str]) -> tuple[dict[str, ModelShape], list[str]]:
+    """The model of each pool, and a line for one that is not known."""
+    shapes = dict.fromkeys(pools, shape)
+    if "reference" in shapes and isinstance(recipe, GrpoRecipe):
+        try:
+            shapes["reference"] = reference_shape(recipe, shape)
+        except ValueError as error:
+            del shapes["reference"]
+            return shapes, [f"memory: the reference is not estimated: {error}"]
+    return shapes, []
 
 
 def _table(footprints: Mapping[str, Footprint], memory: Mapping[str, float | None]) -> Table:
@@ -195,44 +201,3 @@ def _tokens(recipe: Recipe, num_sequences: int) -> int:
     """The most tokens of a forward pass: the budget, but one sequence at least and all that there are at most."""
     longest = _longest(recipe)
     return max(longest, min(recipe.policy.max_tokens_per_micro_batch, num_sequences * longest))
-
-
-# The model's shape ---------------------------------------------------------------------------------------------------
-
-
-def model_shape(recipe: Recipe) -> ModelShape | None:
-    """From the config.json of the recipe's model; None for tiny models, which fit anywhere.
-
-    ValueError says why the shape is not known.
-    """
-    match recipe.model:
-        case TinyModel():
-            return None
-        case RecipeModel(recipe=path):
-            first = load_recipe(path)
-            folder = RunFolder(first.folder).model
-            return _read(folder / "config.json") if (folder / "config.json").is_file() else model_shape(first)
-        case PretrainedModel(path=name, revision=revision):
-            local = Path(name).expanduser()
-            if local.is_dir():
-                return _read(local / "config.json")
-            try:
-                cached: Any = try_to_load_from_cache(name, "config.json", revision=revision)
-            except HFValidationError:
-                cached = None
-            if isinstance(cached, str):
-                return _read(Path(cached))
-            raise ValueError(f"{name} is not on this machine; a folder with its config.json will do: model.path=FOLDER")
-
-
-def _read(path: Path) -> ModelShape:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no mapping")
-    try:
-        return shape_of(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from actors.recipe.model import PretrainedModel, RecipeModel
+from actors.recipe.model import ModelConfig, PretrainedModel, RecipeModel
 from actors.recipe.schema import GrpoRecipe, Recipe
 from deploy.manifest.options import APP, Kind
 
@@ -61,14 +61,23 @@ def _named(recipe: Recipe, path: str) -> Iterator[tuple[str, str]]:
     """The paths that a recipe may name, by who names them; a hub's name is one, too, and does no harm."""
     yield "the recipe's path", path
     yield "dataset.path", recipe.dataset.path
-    match recipe.model:
-        case PretrainedModel(path=name):
-            yield "model.path", name
-        case RecipeModel(recipe=first):
-            yield "model.recipe", first
+    yield from _model("model", recipe.model)
     if isinstance(recipe, GrpoRecipe):
+        if recipe.reference is not None:
+            yield from _model("reference", recipe.reference)
         for index, reward in enumerate(recipe.rewards.functions):
-            yield f"rewards.functions.{index}.function", reward.function.rpartition(":")[0]
+            if reward.function is not None:
+                yield f"rewards.functions.{index}.function", reward.function.rpartition(":")[0]
+            if reward.model is not None:
+                yield f"rewards.functions.{index}.model", reward.model
+
+
+def _model(key: str, model: ModelConfig) -> Iterator[tuple[str, str]]:
+    match model:
+        case PretrainedModel(path=name):
+            yield f"{key}.path", name
+        case RecipeModel(recipe=first):
+            yield f"{key}.recipe", first
 
 
 def _below(path: PurePosixPath, folder: str) -> bool:

@@ -181,6 +181,15 @@ def test_a_live_cluster_tells_its_gpus(run: Run) -> None:
     assert "say --gpu-memory-gb" in run("32B", None).lines[0]  # too large for H100s, which nobody has told of
 
 
+def test_a_teacher_is_measured_by_its_own_shape(run: Run, tmp_path: Path) -> None:
+    teacher = ("algorithm.beta=0.1", f"reference={{kind: pretrained, path: {tmp_path / '32B'}}}")
+    with pytest.raises(MemoryShortageError, match=r"pool 'reference' needs \d+\.\d GB on each GPU, which has 48"):
+        run("7B", 48, *teacher)
+    assert run("7B", 48, "algorithm.beta=0.1").table is not None
+    unknown = run("7B", 48, "algorithm.beta=0.1", "reference={kind: pretrained, path: nobody/has-it}")
+    assert unknown.lines[1].startswith("memory: the reference is not estimated: nobody/has-it is not on this machine")
+
+
 def test_a_small_cache_is_told_and_not_refused(run: Run) -> None:
     lines = run("7B", 24, "rollout.max_num_seqs=512", "policy.max_tokens_per_micro_batch=1024", ranks(64)).lines
     assert re.search(r"KV cache of a replica: \d+ sequences of the longest kind, .* is 512; beyond them", lines[1])

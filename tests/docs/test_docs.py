@@ -166,7 +166,8 @@ def test_options_of_the_manifest_exist() -> None:
 
 
 def test_the_table_of_sizes_is_what_plan_computes(tmp_path: Path) -> None:
-    from deploy.memory import model_shape, policy_load, rollout_load
+    from deploy.memory import policy_load, rollout_load
+    from deploy.shapes import model_shape
     from placement.memory.fit import sequences, total
     from placement.memory.footprint import GB, policy_footprint
     from tests.recipes.test_sizes import RECIPES, sized
