@@ -47,6 +47,7 @@ from algorithms.losses import Normalizer, grpo_loss
 from algorithms.packed import PackedRow, pack_row
 from algorithms.packing import pack
 from algorithms.types import Rollout
+from benchmarks.usage import parser_of
 
 NUM_SEQUENCES, MEDIAN, MAX_TOKENS = 32, 40, 2048
 """Of a timed step; the last is the token budget of a forward pass, padded or packed."""
@@ -252,6 +253,7 @@ def balance() -> float:
 
 
 def main() -> None:
+    parser_of("benchmarks.policy_step", __doc__).parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     steps = Steps.make()
     difference = steps.loss_difference()

@@ -170,7 +170,9 @@ def test_a_killed_run_trains_what_the_unbroken_one_trains(tmp_path: Path) -> Non
     with (tmp_path / "log").open("w") as log:
         killed = psutil.Popen(train(tmp_path / "broken"), env=environment(), stdout=log, stderr=subprocess.STDOUT)
         try:
-            wait_for_steps(tmp_path / "broken" / "run", 5, killed)
+            run = tmp_path / "broken" / "run"
+            wait_for_steps(run, 5, killed)
+            wait_until(lambda: bool(CheckpointStore(run / "checkpoints").versions()), killed)
         finally:
             killed.kill()
             killed.wait(timeout=30)
