@@ -20,6 +20,8 @@ from algorithms.packed import PackedRow
 
 PACKED_ATTENTION = "paceline_packed"
 _CHUNK = 2048  # loss tokens whose log-probabilities are computed at once; bounds the float32 copy of the logits
+_ONE_BY_ONE = ("cpu",)
+"""Devices on which padding, and the copies that it takes, cost more than calls."""
 _ALIKE = 0.75
 """Sequences attend together that are at least so long, relative to the longest of them."""
 _SHORT = 64
@@ -37,19 +39,48 @@ class Grid:
     slot_K: Tensor
     """Which entry of the grid it is."""
 
+    def take(self, packed_1HTD: Tensor) -> Tensor:
+        """The grid's sequences, each from the left, as (S, H, L, D)."""
+        _, heads, _, size = packed_1HTD.shape
+        flat = packed_1HTD.new_zeros(self.num_sequences * self.longest, heads, size)
+        flat = flat.index_copy(0, self.slot_K, packed_1HTD[0].transpose(0, 1)[self.token_K])
+        return flat.view(self.num_sequences, self.longest, heads, size).transpose(1, 2)
+
+    def give(self, attended_SHLD: Tensor) -> Tensor:
+        """Its tokens alone, as (K, H, D)."""
+        return attended_SHLD.transpose(1, 2).flatten(0, 1)[self.slot_K]
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """One sequence as a grid: it lies in the row as it is needed, and nothing is copied."""
+
+    start: int
+    longest: int
+
+    def take(self, packed_1HTD: Tensor) -> Tensor:
+        return packed_1HTD[:, :, self.start : self.start + self.longest]
+
+    def give(self, attended_1HLD: Tensor) -> Tensor:
+        return attended_1HLD[0].transpose(0, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Where the sequences of a packed row lie, as grids that hold little but tokens."""
+    """Where the sequences of a packed row lie, and which of them attend in one call."""
 
-    grids: tuple[Grid, ...]
-    place_T: Tensor
-    """Where each token of the row is among those of all grids, one grid after the other."""
+    grids: tuple[Grid | Alone, ...]
+    place_T: Tensor | None
+    """Where each token of the row is among those of all grids, one grid after the other; None: they lie as in the row.
+    """
 
     @classmethod
     def of(cls, row: PackedRow) -> "Segments":
         device = row.token_ids_T.device
         start_S = np.cumsum([0, *row.lengths_S[:-1]])
+        if device.type in _ONE_BY_ONE:
+            alone = (Alone(int(start), length) for start, length in zip(start_S, row.lengths_S, strict=True))
+            return cls(tuple(alone), None)
         grids, tokens = [], []
         for members in alike(row.lengths_S):
             lengths = [row.lengths_S[index] for index in members]
@@ -91,10 +122,11 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sequence of the row; returns (1, T, H, D).
 
-    Sequences are padded for this one operation only, to the longest of those that are about as long, and start at the
-    left, so the plain causal kernel is exact: a real token never looks at padding. Everything else in the model runs on
-    the packed row. A sliding window is honoured; ValueError for models whose attention has soft-capped scores or sinks,
-    which this kernel cannot give.
+    On the CPU each sequence attends in a call of its own. On GPUs, where a call costs more than some padding, sequences
+    are padded for this one operation, to the longest of those that are about as long, and start at the left, so the
+    plain causal kernel is exact: a real token never looks at padding. Everything else in the model runs on the packed
+    row. A sliding window is honoured; ValueError for models whose attention has soft-capped scores or sinks, which this
+    kernel cannot give.
     """
     assert attention_mask is None, "packed rows carry no mask"
     if softcap is not None or s_aux is not None:
@@ -102,30 +134,22 @@ def packed_attention(
             "model.path: this model's attention has soft-capped scores or attention sinks, which the packed forward "
             "pass does not compute; choose a model without them"
         )
-    query_THD, key_THD, value_THD = (packed[0].transpose(0, 1) for packed in (query_1HTD, key_1HTD, value_1HTD))
     attended = []
     for grid in segments.grids:
         window_LL = None if sliding_window is None else _window(grid.longest, sliding_window, query_1HTD.device)
         attended_SHLD = nn.functional.scaled_dot_product_attention(
-            _spread(query_THD, grid),
-            _spread(key_THD, grid),
-            _spread(value_THD, grid),
+            grid.take(query_1HTD),
+            grid.take(key_1HTD),
+            grid.take(value_1HTD),
             attn_mask=window_LL,
             is_causal=window_LL is None,
             scale=scaling,
             dropout_p=dropout,
             enable_gqa=key_1HTD.shape[1] != query_1HTD.shape[1],
         )
-        attended.append(attended_SHLD.transpose(1, 2).flatten(0, 1)[grid.slot_K])
-    return torch.cat(attended)[segments.place_T].unsqueeze(0), None
-
-
-def _spread(packed_THD: Tensor, grid: Grid) -> Tensor:
-    """The grid's sequences, each from the left, as (S, H, L, D)."""
-    _, heads, size = packed_THD.shape
-    flat = packed_THD.new_zeros(grid.num_sequences * grid.longest, heads, size)
-    flat = flat.index_copy(0, grid.slot_K, packed_THD[grid.token_K])
-    return flat.view(grid.num_sequences, grid.longest, heads, size).transpose(1, 2)
+        attended.append(grid.give(attended_SHLD))
+    attended_THD = torch.cat(attended)
+    return (attended_THD if segments.place_T is None else attended_THD[segments.place_T]).unsqueeze(0), None
 
 
 def _window(length: int, sliding_window: int, device: torch.device) -> Tensor | None:

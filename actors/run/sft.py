@@ -20,6 +20,7 @@ from actors.recipe.schema import OfflineKind
 from actors.recipe.upkeep import LivenessConfig
 from actors.run.folder import RunFolder
 from actors.run.lessons import Lesson, Stream, lesson_of
+from actors.run.machine import machine_watched
 from actors.run.plot import plot_loss
 from actors.run.progress import RunProgress
 from actors.run.recovery import Recovery, new_policy
@@ -49,7 +50,8 @@ async def run_sft(
     """Train, from the beginning or from a cut; raises what stopped the run, after the workers are gone."""
     progress.say("starting the policy")
     config = recipe.model_dump(mode="json")
-    async with policy_ranks(recipe, model, pools, folder.path) as (ranks, policy):
+    starting = policy_ranks(recipe, model, pools, folder.path)
+    async with machine_watched(_LIVENESS, progress.say), starting as (ranks, policy):
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
             lives = Lives(recipe, stream, tokenizer, folder, progress, tracker, ranks, policy)
             with on_signal(lives.stop, progress.say):

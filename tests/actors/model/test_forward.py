@@ -45,8 +45,12 @@ def row_logprobs_alone(model: Any, rollout: Rollout, temperature: float) -> torc
     return logprobs[torch.from_numpy(rollout.loss_mask_T[1:])]
 
 
+@pytest.mark.parametrize("one_by_one", [("cpu",), ()], ids=["one by one", "in grids"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_packed_row_gives_what_each_sequence_gives_alone(name: str) -> None:
+def test_a_packed_row_gives_what_each_sequence_gives_alone(
+    name: str, one_by_one: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "_ONE_BY_ONE", one_by_one)
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="eager").eval()
     packed = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=PACKED_ATTENTION).eval()
@@ -80,7 +84,8 @@ def test_a_row_without_rollouts_still_has_a_gradient() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sequences_of_all_lengths_give_what_each_gives_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With lengths too different to share a grid, values and gradients."""
+    """In grids, as on GPUs, with lengths too different to share one: values and gradients."""
+    monkeypatch.setattr(forward, "_ONE_BY_ONE", ())
     monkeypatch.setattr(forward, "_SHORT", 4)
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="eager")

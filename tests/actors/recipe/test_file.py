@@ -16,7 +16,7 @@ from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 
 ROOT = Path(__file__).parents[3]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 GRPO: dict[str, Any] = {
     "kind": "grpo",
@@ -208,8 +208,8 @@ VALUES = {
     # Missing.
     "model={kind: pretrained}": "model.path: required, but missing; add it: a string",
     "rewards={timeout_s: 3}": "rewards.functions: required, but missing; add it: a list",
-    # What the models themselves say.
     "rewards.functions=[{weight: 1}]": "rewards.functions.0: write either function: 'path/to/file.py:name' or model: ",
+    # What the models themselves say.
     "algorithm.num_generations=1": "algorithm.num_generations: the advantage is measured against the group's mean",
     "staleness.pipeline_depth=2": "staleness.pipeline_depth: 2 groups in flight can never fill a batch of 4",
 }
