@@ -1,18 +1,28 @@
-"""`python -m deploy train` as it is, with a real policy, reference and rewards, but engines that need no model."""
+"""Runs of `python -m deploy train` one after another on one Ray, all real but for engines that need no model.
 
+On standard input: a JSON list of recipes, each a list of its path and its overrides.
+"""
+
+import json
 import sys
 from functools import partial
 from typing import Any
 
 import ray
+from rich.console import Console
 
 import deploy.train
+from actors.recipe.file import load_recipe
 from actors.run.grpo import run_grpo
 from actors.workers import Roles
-from deploy.__main__ import app
 from tests.chaos.replica import LightRollout
 
 if __name__ == "__main__":
     here: Any = deploy.train
     here.run_grpo = partial(run_grpo, roles=Roles(rollout=ray.remote(LightRollout)))
-    app(["train", *sys.argv[1:]])
+    jobs = [
+        job
+        for path, *overrides in json.load(sys.stdin)
+        for job in here.prepare(load_recipe(path, overrides), path, None, False)
+    ]
+    here.execute(jobs, None, Console())

@@ -19,12 +19,13 @@ from actors.recipe.model import TinyModel
 from actors.recipe.schema import GrpoRecipe
 from actors.run.folder import RunFolder
 from deploy.session import shut_in
-from tests.prove import ONLY_PROVE
+from tests.prove import PROVING
 
 ROOT = Path(__file__).parents[2]
 METHODS = sorted(path.stem for path in (ROOT / "recipes/methods").glob("*.yaml"))
-QUICK = {"dapo", "decoupled_ppo", "reinforce_plus_plus", "rloo"}
+QUICK = ["dapo", "decoupled_ppo", "reinforce_plus_plus", "rloo"]
 """Between them they reach every way from a recipe to the loss; the others are of `make prove`."""
+TRAINED = METHODS if PROVING else QUICK
 SMALL = '{"cpus_per_worker": 0.1}'
 LIGHT = [
     "steps=2",
@@ -58,21 +59,40 @@ def command_line(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.cluster
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [ONLY_PROVE]) for name in METHODS])
-def test_every_method_trains(name: str, tmp_path: Path) -> None:
-    """Two steps from the recipe as it ships, but for the sizes; there is a gradient, and no measure is missing."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(23)))
-    overrides = [*LIGHT, f"dataset={{path: {tmp_path}/rows.jsonl}}", f"run_dir={tmp_path}/run"]
-    if method(name).reference is not None:
-        make_tiny_model(TinyModel(kind="tiny", hidden_size=64, num_layers=2, num_heads=1), tmp_path / "teacher", seed=1)
-        overrides.append(f"reference={{kind: pretrained, path: {tmp_path}/teacher}}")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GrpoRecipe]:
+    """Two steps of each recipe as it ships, but for the sizes and the data."""
+    folder = tmp_path_factory.mktemp("methods")
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(23)))
+    make_tiny_model(TinyModel(kind="tiny", hidden_size=64, num_layers=2, num_heads=1), folder / "teacher", seed=1)
+    orders = {name: [f"recipes/methods/{name}.yaml", *overrides(name, folder)] for name in TRAINED}
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     shut_in(env)
-    command = [sys.executable, "-m", "tests.deploy.light_engines", f"recipes/methods/{name}.yaml", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=env, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.deploy.light_engines"],
+        input=json.dumps(list(orders.values())),
+        capture_output=True,
+        text=True,
+        timeout=60 + 60 * len(orders),
+        check=False,
+        env=env,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    recipe = method(name, *overrides)
+    return {name: method(name, *order[1:]) for name, order in orders.items()}
+
+
+def overrides(name: str, folder: Path) -> list[str]:
+    teacher = [f"reference={{kind: pretrained, path: {folder}/teacher}}"] if method(name).reference else []
+    return [*LIGHT, f"dataset={{path: {folder}/rows.jsonl}}", f"run_dir={folder}/{name}", *teacher]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(60 + 60 * len(METHODS))
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_method_trains(name: str, runs: dict[str, GrpoRecipe]) -> None:
+    """There is a gradient, and no measure is missing."""
+    recipe = runs[name]
     folder = RunFolder(recipe.folder)
     metrics = folder.read_metrics()
     assert [line["step"] for line in metrics] == [0, 1]
