@@ -1,5 +1,10 @@
 """What stops a run and can be said in one sentence; the command line prints the sentence and exits with 1."""
 
+import re
+
+_DEAD_NODE = re.compile(r"\bnode has died\. Node Id: (\w+)")
+_ADDRESS = re.compile(r"^\s*ip: (\S+)$", re.MULTILINE)
+
 
 class RunError(RuntimeError):
     """The run cannot go on; the message names the suspect."""
@@ -33,5 +38,12 @@ def first_cause(error: BaseException) -> BaseException:
 
 
 def last_line(error: BaseException) -> str:
-    """What went wrong, without the remote traceback that Ray puts before it."""
+    """What went wrong, without the remote traceback that Ray puts before it.
+
+    Of a worker whose machine is gone Ray tells where it was further up, and last why it has given the machine up.
+    """
+    node, address = _DEAD_NODE.search(str(error)), _ADDRESS.search(str(error))
+    if node is not None:
+        where = "its machine" if address is None else f"its machine, {address[1]},"
+        return f"{where} has died (Ray's node {node[1][:8]})"
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 _SLAB = 2**23
 """Logits that exist at once (32 MiB in float32): few enough to be no matter, enough for a large multiplication."""
+_LEAST = -1e4
 _NARROWEST = 128
 """Tokens of a slab at least, however many rows there are."""
 
@@ -63,9 +64,10 @@ class _HeadLogprobs(torch.autograd.Function):
             # Everything is kept relative to the greatest logit so far, and moves when a greater one is met.
             before_N, greatest_N = greatest_N, torch.maximum(greatest_N, scaled_NW.amax(-1))
             shift_N = before_N - greatest_N
-            exp_NW = scaled_NW.sub_(greatest_N[:, None]).exp_()
-            # entr(e) = -e log e is 0 at e = 0, so that a logit of -inf gives no NaN.
-            negentropy_N = shift_N.exp() * (negentropy_N + shift_N * sum_N) - torch.special.entr(exp_NW).sum(-1)
+            # e to the power of the least is 0, and so is its product with it; of -inf the product would be NaN.
+            below_NW = scaled_NW.sub_(greatest_N[:, None]).clamp_(min=_LEAST)
+            exp_NW = below_NW.exp()
+            negentropy_N = shift_N.exp() * (negentropy_N + shift_N * sum_N) + below_NW.mul_(exp_NW).sum(-1)
             sum_N = shift_N.exp() * sum_N + exp_NW.sum(-1)
         logsumexp_N = greatest_N + sum_N.log()
         entropy_N = sum_N.log() - negentropy_N / sum_N

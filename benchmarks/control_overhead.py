@@ -15,7 +15,6 @@ nominal 10 ms, and against the mean sleep during the run, which also excuses del
 first and last steps, which fill and drain the pipeline, are left out. Median of three runs.
 """
 
-import argparse
 import asyncio
 import contextlib
 import cProfile
@@ -44,6 +43,7 @@ from algorithms.config import GrpoConfig, StalenessConfig
 from algorithms.costs import SequenceCosts
 from algorithms.pacing import Pacer
 from algorithms.types import Batch, GroupSummary, Prompt, Update
+from benchmarks.usage import parser_of
 
 NUM_REPLICAS = 2
 NUM_SLOTS = 16
@@ -302,7 +302,7 @@ def _table(runs: Sequence[Overhead]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of("benchmarks.control_overhead", __doc__)
     parser.add_argument("--runs", type=int, default=NUM_RUNS)
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
     parser.add_argument("--profile", type=Path, help="write a cProfile of the controller's process there")

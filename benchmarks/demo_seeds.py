@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.usage import parser_of
+
 OUT = Path("runs/demo-seeds")
 
 
@@ -34,8 +36,9 @@ def _train(*arguments: str) -> None:
 
 
 def main() -> None:
-    seeds = [int(argument) for argument in sys.argv[1:]] or [0, 1, 2, 3, 4]
-    rows = [run(seed) for seed in seeds]
+    parser = parser_of("benchmarks.demo_seeds", __doc__)
+    parser.add_argument("seeds", metavar="SEED", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    rows = [run(seed) for seed in parser.parse_args().seeds]
     columns = ("seed", "reward first tenth", "reward last tenth", "gain", "staleness mean", "max", "bound", "seconds")
     table = Table(*columns)
     for row in rows:

@@ -17,7 +17,6 @@ where it is smaller. TRL reaches more than our pace mode, by throwing long group
 Last line: one JSON object.
 """
 
-import argparse
 import json
 import math
 import random
@@ -46,6 +45,7 @@ from algorithms.simulation.setup import Setup
 from algorithms.simulation.simulator import simulate
 from algorithms.slots import Slot
 from benchmarks.rivals import Areal, Rival, Trl, Verl
+from benchmarks.usage import parser_of
 
 K = 4
 G = 8
@@ -332,7 +332,7 @@ def headline(ours: dict[tuple[str, int], Outcome]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = parser_of("benchmarks.pacing", __doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--skip-ray", action="store_true", help="without the overhead of real Ray actors")

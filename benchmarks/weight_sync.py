@@ -31,6 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.usage import parser_of
 from benchmarks.weight_sync_engine import EngineFigures
 from benchmarks.weight_sync_engine import measure as measure_engine
 from benchmarks.weight_sync_lora import LORA, LoraFigures
@@ -154,6 +155,7 @@ def _rate(num_bytes: int, seconds: float) -> str:
 
 
 def main() -> None:
+    parser_of("benchmarks.weight_sync", __doc__).parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
     large = compare(large_parameters(), Wire.flat, num_runs=15)

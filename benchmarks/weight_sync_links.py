@@ -8,6 +8,7 @@ minutes. Prints a table and, as its last line, one JSON object: for each road th
 buckets over the time that a link takes for one copy, as measured and as `sync/fanout.py` predicts.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributed import TCPStore
 
+from benchmarks.usage import parser_of
 from sync.fanout import Link, cut, group_tree, relay_tree, time_of
 from sync.gloo import GlooGroup, reach_store
 from sync.relay import RelayGroup
@@ -124,13 +126,15 @@ def report(seconds: dict[str, float]) -> None:
 
 
 def main() -> None:
-    match sys.argv[1:]:
-        case []:
+    parser = parser_of("benchmarks.weight_sync_links", __doc__)
+    parser.add_argument("part", nargs="?", help=argparse.SUPPRESS)  # of the processes that it starts itself
+    match parser.parse_args().part:
+        case None:
             this = [sys.executable, "-m", "benchmarks.weight_sync_links", "build"]
             sys.exit(subprocess.run(["unshare", "--map-root-user", "--net", "--mount", *this]).returncode)
-        case ["build"]:
+        case "build":
             build()
-        case [rank]:
+        case rank:
             take_part(int(rank))
 
 

@@ -13,9 +13,11 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError
 from rich.table import Table
 
+from actors.recipe.base import OfflineRecipe
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
-from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
+from actors.recipe.preference import PreferenceRecipe
+from actors.recipe.schema import GrpoRecipe, Recipe
 from actors.run.folder import RunFolder
 from placement.cluster import ClusterSpec
 from placement.memory.accelerators import gpu_memory_gb
@@ -34,7 +36,7 @@ from placement.memory.shape import ModelShape, shape_of
 from placement.plan import PlacementPlan
 
 _BYTES = {"float32": 4, "bfloat16": 2}
-_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "KV cache", "buffers")
+_PARTS = ("weights", "gradients", "optimizer", "activations", "output head", "KV cache", "buffers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,7 @@ def _longest(recipe: Recipe) -> int:
     match recipe:
         case GrpoRecipe():
             return recipe.generation.max_prompt_length + recipe.generation.max_completion_length
-        case SftRecipe():
+        case OfflineRecipe():
             return recipe.max_length
 
 
@@ -179,8 +181,8 @@ def _per_rank(recipe: Recipe) -> int:
     match recipe:
         case GrpoRecipe():
             num_sequences = recipe.groups_per_batch * recipe.algorithm.num_generations
-        case SftRecipe():
-            num_sequences = recipe.batch_size
+        case OfflineRecipe():
+            num_sequences = recipe.batch_size * (2 if isinstance(recipe, PreferenceRecipe) else 1)
     return -(-num_sequences // recipe.pools.policy.num_workers)
 
 

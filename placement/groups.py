@@ -4,6 +4,7 @@ The plan proves that the pools fit; which node a bundle gets is Ray's decision.
 """
 
 import math
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,6 +16,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from placement.plan import NODE_RESOURCE_SHARE, Bundle, PlacementError, PlacementPlan
+
+_RELEASE_TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,15 @@ class ReservedPools:
         return {"num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "scheduling_strategy": strategy}
 
     def release(self) -> None:
-        """Give all bundles back; Ray kills the actors that are still in them."""
+        """Give all bundles back; Ray kills the actors that are still in them.
+
+        A cluster without its head takes nothing back, and what it held is gone with it: nobody waits for that.
+        """
+        giving = threading.Thread(target=self._release, name="release", daemon=True)
+        giving.start()
+        giving.join(_RELEASE_TIMEOUT_S)
+
+    def _release(self) -> None:
         for group in self.groups.values():
             remove_placement_group(group)
 

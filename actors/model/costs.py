@@ -10,8 +10,14 @@ from algorithms.costs import SequenceCosts
 
 
 def sequence_costs(path: str, revision: str | None, trust_remote_code: bool) -> SequenceCosts:
-    """For balancing ranks; reads the config alone. ValueError as in `load_skeleton`."""
-    return costs_of(load_skeleton(path, revision, trust_remote_code))
+    """For balancing ranks; reads the config alone. ValueError as in `load_skeleton`.
+
+    Of a model that does not say how large its heads are, or has no output head, the tokens alone are counted.
+    """
+    try:
+        return costs_of(load_skeleton(path, revision, trust_remote_code))
+    except AttributeError:
+        return SequenceCosts()
 
 
 def costs_of(model: PreTrainedModel) -> SequenceCosts:

@@ -1,11 +1,15 @@
 """The one forward pass of policy and reference: log-probabilities of the loss tokens of a packed row.
 
-Legend: T = tokens of the row, S = its sequences, L = longest of them, N = its loss tokens, H = heads, D = head size.
+Legend: T = tokens of the row, N = its loss tokens, S = sequences of the row or of a grid, L = the longest of a grid's,
+K = tokens of a grid, H = heads, D = head size.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -16,22 +20,89 @@ from algorithms.packed import PackedRow
 
 PACKED_ATTENTION = "paceline_packed"
 _CHUNK = 2048  # loss tokens whose log-probabilities are computed at once; bounds the float32 copy of the logits
+_ONE_BY_ONE = ("cpu",)
+"""Devices on which padding, and the copies that it takes, cost more than calls."""
+_ALIKE = 0.75
+"""Sequences attend together that are at least so long, relative to the longest of them."""
+_SHORT = 64
+"""Sequences of so few tokens attend together whatever they are, for a call costs more than their padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Sequences of about one length, S x L: entry k of the `_K` arrays is about one of their tokens."""
+
+    num_sequences: int
+    longest: int
+    token_K: Tensor
+    """Where in the row it is."""
+    slot_K: Tensor
+    """Which entry of the grid it is."""
+
+    def take(self, packed_1HTD: Tensor) -> Tensor:
+        """The grid's sequences, each from the left, as (S, H, L, D)."""
+        _, heads, _, size = packed_1HTD.shape
+        flat = packed_1HTD.new_zeros(self.num_sequences * self.longest, heads, size)
+        flat = flat.index_copy(0, self.slot_K, packed_1HTD[0].transpose(0, 1)[self.token_K])
+        return flat.view(self.num_sequences, self.longest, heads, size).transpose(1, 2)
+
+    def give(self, attended_SHLD: Tensor) -> Tensor:
+        """Its tokens alone, as (K, H, D)."""
+        return attended_SHLD.transpose(1, 2).flatten(0, 1)[self.slot_K]
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """One sequence as a grid: it lies in the row as it is needed, and nothing is copied."""
+
+    start: int
+    longest: int
+
+    def take(self, packed_1HTD: Tensor) -> Tensor:
+        return packed_1HTD[:, :, self.start : self.start + self.longest]
+
+    def give(self, attended_1HLD: Tensor) -> Tensor:
+        return attended_1HLD[0].transpose(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Where the sequences of a packed row lie: token t of the row is entry `slot_T[t]` of an S x L grid."""
+    """Where the sequences of a packed row lie, and which of them attend in one call."""
 
-    num_sequences: int
-    longest: int
-    slot_T: Tensor
+    grids: tuple[Grid | Alone, ...]
+    place_T: Tensor | None
+    """Where each token of the row is among those of all grids, one grid after the other; None: they lie as in the row.
+    """
 
     @classmethod
     def of(cls, row: PackedRow) -> "Segments":
-        longest = max(row.lengths_S)
-        lengths_S = torch.tensor(row.lengths_S, device=row.token_ids_T.device)
-        sequence_T = torch.repeat_interleave(torch.arange(len(row.lengths_S), device=lengths_S.device), lengths_S)
-        return cls(len(row.lengths_S), longest, sequence_T * longest + row.position_ids_T)
+        device = row.token_ids_T.device
+        start_S = np.cumsum([0, *row.lengths_S[:-1]])
+        if device.type in _ONE_BY_ONE:
+            alone = (Alone(int(start), length) for start, length in zip(start_S, row.lengths_S, strict=True))
+            return cls(tuple(alone), None)
+        grids, tokens = [], []
+        for members in alike(row.lengths_S):
+            lengths = [row.lengths_S[index] for index in members]
+            longest = lengths[0]
+            token_K = np.concatenate([start_S[i] + np.arange(n) for i, n in zip(members, lengths, strict=True)])
+            slot_K = np.concatenate([place * longest + np.arange(n) for place, n in enumerate(lengths)])
+            tokens.append(token_K)
+            where = (torch.from_numpy(each).to(device) for each in (token_K, slot_K))
+            grids.append(Grid(len(members), longest, *where))
+        return cls(tuple(grids), torch.from_numpy(np.argsort(np.concatenate(tokens))).to(device))
+
+
+def alike(lengths_S: Sequence[int]) -> list[list[int]]:
+    """Every sequence in one list, longest first, each at least `_ALIKE` of the list's first, or all of them short."""
+    lists: list[list[int]] = []
+    least = math.inf
+    for index in sorted(range(len(lengths_S)), key=lambda index: -lengths_S[index]):
+        if lengths_S[index] < least:
+            lists.append([])
+            least = lengths_S[index] * _ALIKE if lengths_S[index] > _SHORT else 0
+        lists[-1].append(index)
+    return lists
 
 
 def packed_attention(
@@ -51,9 +122,11 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sequence of the row; returns (1, T, H, D).
 
-    Sequences are padded for this one operation only and start at the left, so the plain causal kernel is exact: a real
-    token never looks at padding. Everything else in the model runs on the packed row. A sliding window is honoured;
-    ValueError for models whose attention has soft-capped scores or sinks, which this kernel cannot give.
+    On the CPU each sequence attends in a call of its own. On GPUs, where a call costs more than some padding, sequences
+    are padded for this one operation, to the longest of those that are about as long, and start at the left, so the
+    plain causal kernel is exact: a real token never looks at padding. Everything else in the model runs on the packed
+    row. A sliding window is honoured; ValueError for models whose attention has soft-capped scores or sinks, which this
+    kernel cannot give.
     """
     assert attention_mask is None, "packed rows carry no mask"
     if softcap is not None or s_aux is not None:
@@ -61,30 +134,31 @@ def packed_attention(
             "model.path: this model's attention has soft-capped scores or attention sinks, which the packed forward "
             "pass does not compute; choose a model without them"
         )
-    window_LL = None
-    if sliding_window is not None and sliding_window < segments.longest:
-        place_L = torch.arange(segments.longest, device=query_1HTD.device)
-        distance_LL = place_L[:, None] - place_L[None, :]
-        window_LL = (distance_LL >= 0) & (distance_LL < sliding_window)
+    attended = []
+    for grid in segments.grids:
+        window_LL = None if sliding_window is None else _window(grid.longest, sliding_window, query_1HTD.device)
+        attended_SHLD = nn.functional.scaled_dot_product_attention(
+            grid.take(query_1HTD),
+            grid.take(key_1HTD),
+            grid.take(value_1HTD),
+            attn_mask=window_LL,
+            is_causal=window_LL is None,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=key_1HTD.shape[1] != query_1HTD.shape[1],
+        )
+        attended.append(grid.give(attended_SHLD))
+    attended_THD = torch.cat(attended)
+    return (attended_THD if segments.place_T is None else attended_THD[segments.place_T]).unsqueeze(0), None
 
-    def spread(packed_1HTD: Tensor) -> Tensor:
-        heads, size = packed_1HTD.shape[1], packed_1HTD.shape[3]
-        grid = packed_1HTD.new_zeros(segments.num_sequences * segments.longest, heads, size)
-        grid = grid.index_copy(0, segments.slot_T, packed_1HTD[0].transpose(0, 1))
-        return grid.view(segments.num_sequences, segments.longest, heads, size).transpose(1, 2)
 
-    attended_SHLD = nn.functional.scaled_dot_product_attention(
-        spread(query_1HTD),
-        spread(key_1HTD),
-        spread(value_1HTD),
-        attn_mask=window_LL,
-        is_causal=window_LL is None,
-        scale=scaling,
-        dropout_p=dropout,
-        enable_gqa=key_1HTD.shape[1] != query_1HTD.shape[1],
-    )
-    flat = attended_SHLD.transpose(1, 2).flatten(0, 1)
-    return flat[segments.slot_T].unsqueeze(0), None
+def _window(length: int, sliding_window: int, device: torch.device) -> Tensor | None:
+    """Which token sees which; None when the window is no shorter than the sequence."""
+    if sliding_window >= length:
+        return None
+    place_L = torch.arange(length, device=device)
+    distance_LL = place_L[:, None] - place_L[None, :]
+    return (distance_LL >= 0) & (distance_LL < sliding_window)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
@@ -109,3 +183,24 @@ def row_logprobs(model: nn.Module, row: PackedRow, temperature: float) -> tuple[
         return logprobs_and_entropy(model(**inputs).logits[0], row.targets_N, temperature, _CHUNK)
     with head.scoring(row.targets_N, temperature):
         return scores_of(model(**inputs).logits)
+
+
+def row_scores(model: nn.Module, row: PackedRow) -> Tensor:
+    """A reward model's score at each loss token of the row, with gradient: a tensor of shape (N,), in float32.
+
+    `model` is what `load_scorer` gives.
+    """
+    scores_N: Tensor = model(
+        input_ids=row.token_ids_T.unsqueeze(0),
+        position_ids=row.position_ids_T.unsqueeze(0),
+        places_N=row.predictor_N + 1,
+        segments=Segments.of(row),
+    )
+    return scores_N.float()
+
+
+def score_places(model: Any, input_ids: Tensor, position_ids: Tensor, places_N: Tensor, segments: Segments) -> Tensor:
+    """In place of a sequence classifier's own forward pass, which scores the end of a whole row alone."""
+    hidden = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, segments=segments)
+    scores_N1: Tensor = model.score(hidden.last_hidden_state[0, places_N])
+    return scores_N1[:, 0]

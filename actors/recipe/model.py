@@ -44,4 +44,5 @@ class RecipeModel(BaseModel):
 
 
 ModelConfig = Annotated[PretrainedModel | TinyModel | RecipeModel, Field(discriminator="kind")]
+
 ReferenceConfig = Annotated[PretrainedModel | RecipeModel, Field(discriminator="kind")]

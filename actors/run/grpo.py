@@ -44,7 +44,7 @@ async def run_grpo(
         max_completion_length=recipe.generation.max_completion_length,
     )
     starting = grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles())
-    async with machine_watched(recipe.liveness), starting as started:
+    async with machine_watched(recipe.liveness, progress.say), starting as started:
         workers, policy = started
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
             lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), policy)

@@ -112,31 +112,11 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, rolled_bac
     if resume is not None:
         reporter.resume(resume.cut.progress)
     health = Health(recipe.health, waiting, policy, run.progress.say, ledger.num_roll_backs)
-    attempts = Attempts(
-        limits=_limits(recipe),
-        dynamic_sampling=recipe.algorithm.dynamic_sampling,
-        rewards=RewardBudget(recipe.rewards.max_failed_share),
-        prompts=run.prompts,
-        pacer=waiting,
-        router=run.router,
-        fleet=run.workers.fleet,
-        ledger=ledger,
-    )
+    attempts = _attempts(run, waiting, ledger)
     moment = GrpoMoment(waiting, ledger, attempts, _depth(recipe, pacer), reporter.progress)
     if resume is not None:
         await moment.restore(resume.cut)
-    checkpointer = Checkpointer(
-        store=CheckpointStore(folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
-        config=recipe.checkpoint,
-        num_steps=recipe.steps,
-        policy=policy,
-        tokenizer=run.tokenizer,
-        moment=moment.take,
-        metrics=lambda: reporter.metrics,
-        say=run.progress.say,
-        healthy=health.healthy,
-        cut_version=None if resume is None else version,
-    )
+    checkpointer = _checkpointer(run, policy, moment, reporter, health, None if resume is None else version)
     controller = Controller(
         num_steps=recipe.steps,
         staleness=recipe.staleness,
@@ -154,22 +134,61 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, rolled_bac
         stopped=checkpointer.last,
         first_version=version,
     )
-    watchdog = Watchdog(
-        policies=policy.ranks,
-        references=run.workers.references,
-        rewards=run.workers.rewards,
-        fleet=run.workers.fleet,
-        router=run.router,
-        pacer=waiting,
-        publisher=publisher,
-        path=folder.stall,
-        then=recipe.stall.then,
-        say=run.progress.say,
-        leave=checkpointer.last,
-        starting=lambda: run.workers.starting,
-    )
+    watchdog = _watchdog(run, policy, waiting, publisher, checkpointer)
     waiting.on_stall = watchdog.idle
     return Life(run, policy, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
+
+
+def _attempts(run: Run, pacer: AsyncPacer, ledger: Ledger) -> Attempts:
+    recipe = run.recipe
+    return Attempts(
+        limits=_limits(recipe),
+        dynamic_sampling=recipe.algorithm.dynamic_sampling,
+        rewards=RewardBudget(recipe.rewards.max_failed_share),
+        prompts=run.prompts,
+        pacer=pacer,
+        router=run.router,
+        fleet=run.workers.fleet,
+        ledger=ledger,
+    )
+
+
+def _checkpointer(
+    run: Run, policy: PolicyGroup, moment: GrpoMoment, reporter: Reporter, health: Health, cut_version: int | None
+) -> Checkpointer:
+    recipe = run.recipe
+    return Checkpointer(
+        store=CheckpointStore(run.folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
+        config=recipe.checkpoint,
+        num_steps=recipe.steps,
+        policy=policy,
+        tokenizer=run.tokenizer,
+        moment=moment.take,
+        metrics=lambda: reporter.metrics,
+        say=run.progress.say,
+        healthy=health.healthy,
+        cut_version=cut_version,
+    )
+
+
+def _watchdog(
+    run: Run, policy: PolicyGroup, pacer: AsyncPacer, publisher: Publisher, checkpointer: Checkpointer
+) -> Watchdog:
+    workers = run.workers
+    return Watchdog(
+        policies=policy.ranks,
+        references=workers.references,
+        rewards=workers.rewards,
+        fleet=workers.fleet,
+        router=run.router,
+        pacer=pacer,
+        publisher=publisher,
+        path=run.folder.stall,
+        then=run.recipe.stall.then,
+        say=run.progress.say,
+        leave=checkpointer.last,
+        starting=lambda: workers.starting,
+    )
 
 
 def _ledger(folder: RunFolder, resume: Resume | None, rolled_back: bool) -> Ledger:

@@ -1,11 +1,14 @@
-"""A run ends within seconds of the death of Ray's own process on its machine, and says so.
+"""A run ends within seconds of the death of Ray's own process on its machine, or of the cluster's head, and says so.
 
-Nothing can be started through it any more, and every worker would be waited for until a deadline of its own.
+Nothing can be started through the one any more, nor through the other, and every worker would be waited for until a
+deadline of its own. Ray itself ends a process whose head is away for a minute, without a word to whoever reads ours.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import ray
@@ -14,27 +17,62 @@ from actors.deadline import DeadlineError, aside, within
 from actors.errors import RunError
 from actors.recipe.upkeep import LivenessConfig
 
+_HEAD_AWAY_S = 20.0
+"""A head that is away for less may come back; Ray gives it 60 s, after which nothing can be said any more."""
+_KNOCK_EVERY_S = 5.0
+_KNOCK_TIMEOUT_S = 3.0
+
 
 @contextlib.asynccontextmanager
-async def machine_watched(config: LivenessConfig) -> AsyncIterator[None]:
-    """RunError, in a group, when the cluster has given up the machine of this process while the context is open."""
+async def machine_watched(config: LivenessConfig, say: Callable[[str], None]) -> AsyncIterator[None]:
+    """RunError, in a group, when the cluster has lost its head, or given up the machine of this process, meanwhile."""
+    context = ray.get_runtime_context()
     async with asyncio.TaskGroup() as tasks:
-        watch = tasks.create_task(_watch(ray.get_runtime_context().get_node_id(), config), name="watch the machine")
+        watches = [
+            tasks.create_task(_watch_machine(context.get_node_id(), config), name="watch the machine"),
+            tasks.create_task(_watch_head(context.gcs_address, config, say), name="watch the head"),
+        ]
         yield
-        watch.cancel()
+        for watch in watches:
+            watch.cancel()
 
 
-async def _watch(node: str, config: LivenessConfig) -> NoReturn:
+async def _watch_machine(node: str, config: LivenessConfig) -> NoReturn:
     while True:
         await asyncio.sleep(config.every_s)
         nodes: list[dict[str, Any]] = []
-        with contextlib.suppress(DeadlineError):  # the cluster's head is away: Ray itself waits for it, and ends us
+        with contextlib.suppress(DeadlineError):  # the head is away: that is the other watch's
             nodes = await within(config.timeout_s, aside(ray.nodes), "the list of the machines")
         if is_given_up(node, nodes):
             raise RunError(
-                "Ray's own process on this machine (the raylet) has died, and with it the workers here; give the same "
-                "command again"
+                f"Ray's own process on this machine (the raylet of node {node[:8]}) has died, and with it the workers "
+                "here; give the same command again"
             )
+
+
+async def _watch_head(address: str, config: LivenessConfig, say: Callable[[str], None]) -> NoReturn:
+    heard = time.monotonic()
+    while True:
+        await asyncio.sleep(min(config.every_s, _KNOCK_EVERY_S))
+        if await within(2 * _KNOCK_TIMEOUT_S, aside(answers, address), f"knocking at {address}"):
+            heard = time.monotonic()
+        elif time.monotonic() - heard > _HEAD_AWAY_S:
+            why = (
+                f"the head of the Ray cluster, {address}, is gone: nobody has answered there for {_HEAD_AWAY_S:g} s; "
+                "give the same command again when there is a cluster"
+            )
+            say(f"error: {why}")  # at once: to close what the cluster held may take longer than Ray lets us live
+            raise RunError(why)
+
+
+def answers(address: str) -> bool:
+    """Whether somebody listens at `host:port`."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def is_given_up(node: str, nodes: Iterable[Mapping[str, Any]]) -> bool:

@@ -22,8 +22,9 @@ _LIVE = 1_050_000_000
 """DeepSpeed's stage3_max_live_parameters and what it fetches ahead (elements)."""
 _SUB_GROUP = 1_000_000_000
 """DeepSpeed's sub_group_size: ZeRO-3 steps through so many elements at a time."""
-_CHUNK = 2048
-"""Loss tokens whose float32 logits exist at once, in three copies."""
+_SLAB = 2**23
+"""Logits that exist at once, in three float32 copies; of a token 128 at least."""
+_NARROWEST = 128
 _PADDING = 2.0
 """Attention runs on sequences padded to the longest of their row: so much more than their tokens."""
 _ENGINE_TOKENS = 8192
@@ -86,20 +87,20 @@ def policy_footprint(shape: ModelShape, load: PolicyLoad) -> Footprint:
     has_masters = stage >= 1 or size < 4
     step = 8.0 * min(_SUB_GROUP, own) if stage == 3 else 8.0 * own if stage >= 1 else 4.0 * own
     activations = policy_activations(shape, load)
-    logits = logit_bytes(shape, load.tokens, size, with_gradient=True)
+    head = head_bytes(shape, load.tokens, size, trained=load.num_trained is None)
     gathered = size * min(_LIVE, whole) if stage == 3 else 0.0
     return {
         "weights": size * whole / (ranks if stage == 3 else 1),
         "gradients": summed + fresh,
         "optimizer": (12.0 if has_masters else 8.0) * own,
-        "activations": max(activations, step - logits - gathered),
-        "logits": logits,
+        "activations": max(activations, step - head - gathered),
+        "output head": head,
         "buffers": CONTEXT + gathered + (size * min(_BUCKET, trained) if stage >= 1 else 0.0),
     }
 
 
 def policy_activations(shape: ModelShape, load: PolicyLoad) -> float:
-    """What the backward pass needs of the forward pass, without the logits."""
+    """What the backward pass needs of the forward pass, without the output head."""
     layer = layer_activations(shape, load.bytes_per_weight) * load.tokens
     if not load.gradient_checkpointing:
         return shape.num_layers * layer
@@ -121,10 +122,13 @@ def layer_activations(shape: ModelShape, size: int, padding: float = _PADDING) -
     return norms + attention + mlp
 
 
-def logit_bytes(shape: ModelShape, tokens: int, size: int, with_gradient: bool) -> float:
-    """The logits of a micro-batch of loss tokens alone, their gradient, and a chunk in float32."""
-    copies = 2 if with_gradient else 1
-    return shape.vocab_size * (copies * size * tokens + 3.0 * 4.0 * min(_CHUNK, tokens))
+def head_bytes(shape: ModelShape, tokens: int, size: int, trained: bool, backward: bool = True) -> float:
+    """Of the output head: a slab of logits, and going back the gradients of hidden states and of the head itself."""
+    slab = 3.0 * 4.0 * max(_SLAB, _NARROWEST * tokens)
+    if not backward:
+        return slab
+    hidden = (4.0 + size) * tokens * shape.hidden_size
+    return slab + hidden + (size * shape.embedding_parameters if trained else 0.0)
 
 
 def reference_footprint(shape: ModelShape, load: ReferenceLoad) -> Footprint:
@@ -133,7 +137,7 @@ def reference_footprint(shape: ModelShape, load: ReferenceLoad) -> Footprint:
     return {
         "weights": float(size * shape.num_parameters),
         "activations": layer_activations(shape, size) * load.tokens,
-        "logits": logit_bytes(shape, load.tokens, size, with_gradient=False),
+        "output head": head_bytes(shape, load.tokens, size, trained=False, backward=False),
         "buffers": CONTEXT,
     }
 
@@ -159,7 +163,7 @@ def rollout_footprint(shape: ModelShape, load: RolloutLoad, gpu_bytes: float | N
     return {
         "weights": weights,
         "activations": passing,
-        "logits": sampling,
+        "output head": sampling,
         "KV cache": room,
         "buffers": CONTEXT + load.staged,
     }

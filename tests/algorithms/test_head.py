@@ -51,13 +51,22 @@ def test_values_and_gradients_are_those_of_full_logits(
     assert logprobs_N.dtype == entropy_N.dtype == expected_N.dtype
     torch.testing.assert_close(logprobs_N, expected_N, rtol=0, atol=value_tolerance)
     torch.testing.assert_close(entropy_N, expected_entropy_N, rtol=0, atol=value_tolerance)
-    upstream_N = torch.randn(num_tokens, dtype=torch.float64).to(logprobs_N.dtype)
-    for one_N, other_N in ((logprobs_N, expected_N), (entropy_N, expected_entropy_N)):
-        ours = torch.autograd.grad(one_N, inputs, upstream_N, retain_graph=True)
-        theirs = torch.autograd.grad(other_N, inputs, upstream_N, retain_graph=True)
-        for given_grad, wanted in zip(ours, theirs, strict=True):
+    upstream_N2 = torch.randn(num_tokens, 2, dtype=torch.float64).to(logprobs_N.dtype)
+    # Of each alone, and of both together as they come out of the model.
+    for weights in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])):
+        given = torch.stack([logprobs_N, entropy_N], -1)
+        wanted = torch.stack([expected_N, expected_entropy_N], -1)
+        ours, theirs = (
+            torch.autograd.grad(both, inputs, upstream_N2 * weights.to(upstream_N2), retain_graph=True)
+            for both in (given, wanted)
+        )
+        for given_grad, wanted_grad in zip(ours, theirs, strict=True):
             assert given_grad.dtype == dtype
-            torch.testing.assert_close(given_grad, wanted, rtol=gradient_tolerance, atol=gradient_tolerance)
+            torch.testing.assert_close(given_grad, wanted_grad, rtol=gradient_tolerance, atol=gradient_tolerance)
+    for one, other in ((logprobs_N, expected_N), (entropy_N, expected_entropy_N)):
+        (alone,) = torch.autograd.grad(one.sum(), [hidden_NH], retain_graph=True)
+        (expected,) = torch.autograd.grad(other.sum(), [hidden_NH], retain_graph=True)
+        torch.testing.assert_close(alone, expected, rtol=gradient_tolerance, atol=gradient_tolerance)
 
 
 @settings(deadline=None, max_examples=30)

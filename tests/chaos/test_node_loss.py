@@ -1,4 +1,4 @@
-"""A machine with a replica on it is lost in mid-run: the others go on, and a spare machine gets the replica."""
+"""A machine is lost in mid-run, with a replica or a scorer on it: a spare one gets it, and the run goes on."""
 
 import contextlib
 import os
@@ -24,6 +24,7 @@ from tests.deploy.test_job_submit import BIN, ROOT, free_port
 from tests.prove import ONLY_PROVE
 
 STEPS = 150
+SCORERS = '--resources={"scorers": 1}'
 
 
 class Machines:
@@ -32,7 +33,7 @@ class Machines:
     def __init__(self, log: Path) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.env = env | {f"RAY_health_check_{name}": value for name, value in HEALTH.items()}
+        self.env = env | HEALTH
         self.env |= {"PATH": f"{BIN}{os.pathsep}{env['PATH']}", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._path = log
@@ -46,9 +47,9 @@ class Machines:
         until(node, lambda: self._path.read_text().count("Ray runtime started") == len(self._nodes), 90)
         return node
 
-    def head(self) -> None:
+    def head(self) -> psutil.Popen:
         port = self.address.partition(":")[2]
-        self.start("--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false")
+        return self.start("--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false")
 
     def rollout_node(self) -> psutil.Popen:
         """With room for one replica."""
@@ -80,34 +81,55 @@ def test_a_lost_machine_costs_its_replica_alone(machines: Machines, tmp_path: Pa
     machines.head()
     # All of them now: on one machine, a node that starts clears away what the others have unpacked for the job.
     nodes = [machines.rollout_node() for _ in range(3)]
-    recipe = write_recipe(tmp_path, steps=STEPS, seed=0, num_replicas=2)
-    prepare(tmp_path / "faults")
-    log = (tmp_path / "log").open("wb")
     on_nodes = ["pools.rollout.cpus_per_worker=1", "pools.rollout.node_resource=rollouts"]
+    train_and_lose(machines, tmp_path, 2, on_nodes, lambda: next(node for node in nodes if holds(node, "LightRollout")))
+    replicas = {event["replica"] for event in read(tmp_path / "run" / "ledger.jsonl") if event["event"] == "dispatched"}
+    assert len(replicas) == 3, "the spare machine's replica has served"
+
+
+@ONLY_PROVE
+@pytest.mark.cluster
+@pytest.mark.parametrize("pool", ["reward", "reference"])
+def test_a_lost_machine_with_a_scorer_costs_time_alone(machines: Machines, tmp_path: Path, pool: str) -> None:
+    """Ray starts the worker again on the spare machine, and what it owed is asked for again."""
+    machines.head()
+    nodes = [machines.start(f"--address={machines.address}", "--num-cpus=1", SCORERS) for _ in range(2)]
+    on_nodes = ["pools.reward.num_workers=1", f"pools.{pool}.node_resource=scorers"]
+    actor = {"reward": "ChaosReward", "reference": "LightReference"}[pool]
+    train_and_lose(machines, tmp_path, 2, on_nodes, lambda: next(node for node in nodes if holds(node, actor)))
+    said = (tmp_path / "log").read_text()
+    assert f"warning: {pool} worker 0 had died and was started again" in said
+
+
+def train_and_lose(
+    machines: Machines, folder: Path, num_replicas: int, overrides: list[str], victim: Callable[[], psutil.Popen]
+) -> None:
+    """A whole run that loses a machine on its way, and nothing else."""
+    recipe = write_recipe(folder, steps=STEPS, seed=0, num_replicas=num_replicas)
+    prepare(folder / "faults")
+    log = (folder / "log").open("wb")
     train = subprocess.Popen(
-        [sys.executable, "-m", "tests.chaos.driver", "light", str(recipe), *on_nodes, "--address", machines.address],
-        env=machines.env | {FOLDER: str(tmp_path / "faults")}, cwd=ROOT, stdout=log, stderr=log,
+        [sys.executable, "-m", "tests.chaos.driver", "light", str(recipe), *overrides, "--address", machines.address],
+        env=machines.env | {FOLDER: str(folder / "faults")}, cwd=ROOT, stdout=log, stderr=log,
     )  # fmt: skip
-    journal = tmp_path / "run" / "ledger.jsonl"
+    journal = folder / "run" / "ledger.jsonl"
 
     def trained() -> int:
         return sum(fates(read(journal)).trained.values()) if journal.exists() else 0
 
     try:
         until(train, lambda: trained() >= 6 * GROUPS_PER_BATCH, 150)
-        machines.lose(next(node for node in nodes if holds_a_replica(node)))
-        assert train.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+        machines.lose(victim())
+        assert train.wait(timeout=200) == 0, (folder / "log").read_text()
     finally:
         train.kill()
         log.close()
-    found = audit(tmp_path, GROUPS_PER_BATCH, STEPS)
+    found = audit(folder, GROUPS_PER_BATCH, STEPS)
     assert (found.lost, found.duplicated, found.unknown_version_tokens, found.silent_zero_rewards) == (0, 0, 0, 0)
-    replicas = {event["replica"] for event in read(journal) if event["event"] == "dispatched"}
-    assert len(replicas) == 3, "the spare machine's replica has served"
 
 
-def holds_a_replica(node: psutil.Popen) -> bool:
-    return any("LightRollout" in " ".join(process.cmdline()) for process in node.children(recursive=True))
+def holds(node: psutil.Popen, actor: str) -> bool:
+    return any(actor in " ".join(process.cmdline()) for process in node.children(recursive=True))
 
 
 def until(process: Any, reached: Callable[[], bool], timeout_s: float) -> None:

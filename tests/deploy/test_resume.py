@@ -1,4 +1,7 @@
-"""A run whose driver is killed goes on by the same command, and trains every group exactly once."""
+"""A run whose driver is killed goes on by the same command, and trains every group exactly once.
+
+Without staleness it trains what the unbroken run trains: the same prompts in the same order, of the same weights.
+"""
 
 import json
 import os
@@ -8,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -110,3 +114,79 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
     )
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "each ordinal was trained once" in shown.stdout
+
+
+ON_POLICY = (
+    RECIPE
+    + """
+seed: 11
+staleness: {{max_staleness: 0}}
+logging: {{completions_every: 1, num_completions: 2}}
+"""
+)
+
+
+def standing(run: Path) -> list[dict[str, Any]]:
+    """The journal's lines without those that were undone by going back to a cut."""
+    events: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate((run / "ledger.jsonl").read_text().splitlines()):
+        event = json.loads(line)
+        if event["event"] == "resumed":
+            events = [(place, past) for place, past in events if place < event["lines"]]
+        else:
+            events.append((number, event))
+    return [event for _, event in events]
+
+
+def story(run: Path) -> dict[str, Any]:
+    """What was trained, when, in which order and on which weights' tokens, and what became of everything else."""
+    events = standing(run)
+    scored = {event["ordinal"]: event for event in events if event["event"] == "scored"}
+    trained = [(event["step"], event["version"], event["ordinal"]) for event in events if event["event"] == "trained"]
+    said = {
+        step: [(sample["ordinal"], sample["prompt"]) for sample in map(json.loads, path.read_text().splitlines())]
+        for step, path in enumerate(sorted((run / "completions").iterdir()))
+    }
+    found = fates(read(run / "ledger.jsonl"))
+    return {
+        "trained": trained,
+        "versions of the tokens": {
+            ordinal: sorted(map(int, event["tokens_by_version"])) for ordinal, event in scored.items()
+        },
+        "versions at dispatch": {e["ordinal"]: e["version"] for e in events if e["event"] == "dispatched"},
+        "prompts": said,
+        "fates": (dict(found.trained), found.left_out, found.quarantined, found.lost()),
+    }
+
+
+@ONLY_PROVE
+@pytest.mark.cluster
+def test_a_killed_run_trains_what_the_unbroken_one_trains(tmp_path: Path) -> None:
+    for name in ("whole", "broken"):
+        (folder := tmp_path / name).mkdir()
+        (folder / "rows.jsonl").write_text("".join(f'{{"prompt": "{letter}"}}\n' for letter in "abcdefghijk"))
+        (folder / "reward.py").write_text(REWARD)
+        (folder / "recipe.yaml").write_text(ON_POLICY.format(folder=folder))
+    with (tmp_path / "log").open("w") as log:
+        killed = psutil.Popen(train(tmp_path / "broken"), env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        try:
+            run = tmp_path / "broken" / "run"
+            wait_for_steps(run, 5, killed)
+            wait_until(lambda: bool(CheckpointStore(run / "checkpoints").versions()), killed)
+        finally:
+            killed.kill()
+            killed.wait(timeout=30)
+    for name in ("broken", "whole"):
+        done = subprocess.run(train(tmp_path / name), env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert fates(read(tmp_path / "broken" / "run" / "ledger.jsonl")).num_cuts == 1, "it went on from a checkpoint"
+    broken, whole = story(tmp_path / "broken" / "run"), story(tmp_path / "whole" / "run")
+    assert broken == whole
+    steps = {ordinal: step for step, _, ordinal in whole["trained"]}
+    assert whole["versions of the tokens"] == {ordinal: [step] for ordinal, step in steps.items()}
+    order = [ordinal for _, _, ordinal in whole["trained"]]
+    assert order == list(range(2 * NUM_STEPS)), "the data comes in the order of the ordinals"
+    assert whole["prompts"].keys() == set(range(NUM_STEPS))
+    prompts = [prompt for step in range(NUM_STEPS) for _, prompt in whole["prompts"][step]]
+    assert prompts[:11] != sorted(prompts[:11]), "the rows are shuffled"
+    assert sorted(prompts[:11]) == list("abcdefghijk"), "each row once in an epoch"

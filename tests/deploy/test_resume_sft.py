@@ -1,6 +1,7 @@
-"""A supervised run that was killed, and stopped, ends with the weights of one that was not, to the bit."""
+"""A supervised run that was killed, was stopped and lost its policy ends, to the bit, as one that was not."""
 
 import json
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.checkpoint.store import CheckpointStore
-from tests.deploy.test_faults import wait_for_steps
+from tests.deploy.test_faults import wait_for_steps, workers
 from tests.deploy.test_resume import environment, train
 from tests.prove import ONLY_PROVE
 
@@ -54,7 +55,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     [pytest.param(ADAPTERS, id="adapters"), pytest.param("{num_threads: 1}", marks=ONLY_PROVE, id="whole model")],
 )
 def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path, policy: str) -> None:
-    """With a learning rate that depends on the step."""
+    """With a learning rate that depends on the step; the last of its processes loses its only rank."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
@@ -80,7 +81,13 @@ def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path, policy
     assert f"stopped after {at} of {NUM_STEPS} steps; the same command goes on" in said
     assert first < at == len(lines(run)) < NUM_STEPS
 
-    train_whole(broken)
+    survivor = begin(broken)
+    wait_for_steps(run, at + EVERY, survivor)
+    (rank,) = workers(survivor, "PolicyActor")
+    rank.kill()
+    said, _ = survivor.communicate(timeout=200)
+    assert survivor.returncode == 0, said
+    assert re.search(r"warning: .*; the policy is built again and goes on from step \d+\n", said)
     for name in ("model.safetensors", *(["adapter/adapter_model.safetensors"] if policy == ADAPTERS else [])):
         assert (run / "model" / name).read_bytes() == (whole / "run" / "model" / name).read_bytes(), name
     for mine, other in zip(lines(run), lines(whole / "run"), strict=True):
@@ -89,7 +96,8 @@ def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path, policy
     mine, other = (json.loads((folder / "run" / "summary.json").read_text()) for folder in (broken, whole))
     for figure in ("loss_first", "loss_last", "tokens_trained", "weight_version"):
         assert mine[figure] == other[figure], figure
-    assert (mine["resumed"], other["resumed"]) == (2, 0)
+    assert (mine["resumed"], other["resumed"]) == (3, 0)
+    assert (mine["policy_restarts"], other["policy_restarts"]) == (1, 0)
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert best["version"] in store.versions()
 

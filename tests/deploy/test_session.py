@@ -49,10 +49,27 @@ def test_a_cluster_is_open_when_it_asks_for_no_token_and_is_reached_from_elsewhe
 
 
 SESSION = """
-import json, os, psutil, subprocess, sys, time
+import json, os, psutil, socket, subprocess, sys, time
+from pathlib import Path
 from deploy.session import ray_session, shut_in
 shut_in(os.environ)
+token = os.environ["RAY_AUTH_TOKEN"]
 started = time.monotonic()
+
+def look(session):
+    ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = [(process.name(), found.laddr.ip)
+                 for process in ours for found in process.net_connections("inet") if found.status == "LISTEN"]
+    told = [process.name() for process in ours if any(token in word for word in process.cmdline())]
+    written = subprocess.run(["grep", "-rlaF", token, session], capture_output=True, text=True).stdout.split()
+    return {"listening": listening, "told": told, "written": written}
+
+def let_in(gcs, mode):
+    knock = f"import ray; ray.init('{gcs}', logging_level='CRITICAL'); print('LET IN')"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run([sys.executable, "-c", knock], env=env | mode, capture_output=True, text=True)
+    return "LET IN" in done.stdout
+
 with ray_session(None, print):
     import ray
     from sync.transport import open_wire
@@ -67,35 +84,47 @@ with ray_session(None, print):
     wire = Wire.remote()
     address = ray.get(wire.open.remote(), timeout=60)
     seconds = time.monotonic() - started
-    ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    listening = [(process.name(), found.laddr.ip)
-                 for process in ours for found in process.net_connections("inet") if found.status == "LISTEN"]
-    told = [word for process in ours for word in process.cmdline() if os.environ["RAY_AUTH_TOKEN"] in word]
     session = ray._private.worker._global_node.get_session_dir_path()
-    written = subprocess.run(["grep", "-rlaF", os.environ["RAY_AUTH_TOKEN"], session], capture_output=True, text=True)
     gcs = ray.get_runtime_context().gcs_address
-    knock = f"import ray; ray.init('{gcs}', logging_level='CRITICAL'); print('LET IN')"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    for mode in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}):
-        stranger = subprocess.run([sys.executable, "-c", knock], env=env | mode, capture_output=True, text=True)
-        told += ["a stranger was let in"] * ("LET IN" in stranger.stdout)
-print(json.dumps({"listening": listening, "told": told, "written": written.stdout, "wire": address, "s": seconds}))
+    seen = look(session)
+    modes = {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}
+    strangers = [mode for mode in modes if let_in(gcs, mode)]
+    friend = let_in(gcs, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+    # The same once more, when there is something to see.
+    door = socket.create_server(("0.0.0.0", 0))
+    Path(session, "careless.txt").write_text(f"the token is {token}")
+    careless = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", token])
+    control = look(session)
+    careless.kill()
+    door.close()
+print(json.dumps({"seen": seen, "strangers": strangers, "wire": address, "s": seconds, "friend": friend,
+                  "control": control}))
 """
+
+
+def outside(listening: list[list[str]]) -> set[str]:
+    """Processes that listen on other addresses than this machine's own."""
+    return {name for name, ip in listening if not ip.startswith(("127.", "::1", "::ffff:127."))}
 
 
 @pytest.mark.cluster
 def test_a_local_ray_listens_on_this_machine_alone_and_lets_no_stranger_in() -> None:
+    """And a port, a file, an argument and a guest that should not be there would be seen."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, "-c", SESSION], env=env, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
-    print(seen)
-    assert seen["told"] == [], "no argument of any process holds the token, and no stranger was let in"
-    assert seen["written"] == "", "Ray's session folder does not hold the token"
-    assert seen["wire"].startswith("127.")
-    here = ("127.", "::1", "::ffff:127.")
-    outside = {name for name, ip in seen["listening"] if not ip.startswith(here)}
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    seen, control = found["seen"], found["control"]
+    assert seen["told"] == [], "no argument of any process holds the token"
+    assert seen["written"] == [], "Ray's session folder does not hold the token"
+    assert found["strangers"] == [], "no stranger was let in"
+    assert found["wire"].startswith("127.")
     assert seen["listening"]
-    assert outside == set(), "these listen on other addresses than this machine's own"
+    assert outside(seen["listening"]) == set(), "these listen on other addresses than this machine's own"
+    assert len(control["told"]) == 1
+    assert [path.rpartition("/")[2] for path in control["written"]] == ["careless.txt"]
+    assert len(outside(control["listening"])) == 1
+    assert found["friend"], "who has the token is let in"

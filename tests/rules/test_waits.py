@@ -39,7 +39,7 @@ ALLOWED = {
     "actors/run/life.py: Life.live: self.ledger": "no lock: it closes a file",
     "actors/workers.py: grpo_workers: policy.result()": "its task group has ended, so it is done",
     "actors/fleet.py: Fleet._watch: True": IDLE,
-    "actors/run/machine.py: _watch: True": IDLE,
+    "actors/run/machine.py: _watch_machine: True": IDLE,
     "actors/scorers.py: _ping: *": "`_watch` gives it its deadline",
     "actors/run/watchdog.py: Watchdog._checkpoint: *": "Checkpointer.last: deadlines inside",
     "actors/policy.py: PolicyActor._is_true_anywhere: torch.distributed.all_reduce(*": MET,

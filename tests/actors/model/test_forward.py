@@ -1,14 +1,18 @@
 """Sequences of a packed row never see each other, whatever the model's attention looks like."""
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from actors.model.forward import PACKED_ATTENTION, row_logprobs
+from actors.model import forward
+from actors.model.forward import PACKED_ATTENTION, Segments, alike, row_logprobs
 from algorithms.packed import pack_row
 from algorithms.types import Rollout
 
@@ -24,19 +28,29 @@ CONFIGS = {
 }
 
 
+def rollout(prompt: int, completion: int) -> Rollout:
+    total = prompt + completion
+    tokens = np.random.default_rng(total).integers(1, 97, total).astype(np.int32)
+    return Rollout(tokens, np.arange(total) >= prompt, np.zeros(total, np.float32), (), "stop")
+
+
 def rollouts() -> list[Rollout]:
-    random = np.random.default_rng(1)
-    made = []
-    for prompt, completion in ((4, 9), (1, 1), (7, 13), (2, 3)):
-        total = prompt + completion
-        mask = np.arange(total) >= prompt
-        tokens = random.integers(1, 97, total).astype(np.int32)
-        made.append(Rollout(tokens, mask, np.zeros(total, np.float32), (), "stop"))
-    return made
+    return [rollout(prompt, completion) for prompt, completion in ((4, 9), (1, 1), (7, 13), (2, 3))]
 
 
+def row_logprobs_alone(model: Any, rollout: Rollout, temperature: float) -> torch.Tensor:
+    """Of the loss tokens, from the model's own logits of the sequence."""
+    ids = torch.from_numpy(rollout.token_ids_T.astype(np.int64))[None]
+    logprobs = torch.log_softmax(model(ids).logits[0, :-1] / temperature, -1).gather(1, ids[0, 1:, None])[:, 0]
+    return logprobs[torch.from_numpy(rollout.loss_mask_T[1:])]
+
+
+@pytest.mark.parametrize("one_by_one", [("cpu",), ()], ids=["one by one", "in grids"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_packed_row_gives_what_each_sequence_gives_alone(name: str) -> None:
+def test_a_packed_row_gives_what_each_sequence_gives_alone(
+    name: str, one_by_one: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "_ONE_BY_ONE", one_by_one)
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="eager").eval()
     packed = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=PACKED_ATTENTION).eval()
@@ -45,11 +59,7 @@ def test_a_packed_row_gives_what_each_sequence_gives_alone(name: str) -> None:
     row = pack_row(made, [0.0] * len(made), pad_id=0)
     with torch.no_grad():
         together, entropy = row_logprobs(packed, row, temperature=0.7)
-        alone = []
-        for rollout in made:
-            ids = torch.from_numpy(rollout.token_ids_T.astype(np.int64))[None]
-            logprobs = torch.log_softmax(plain(ids).logits[0, :-1] / 0.7, -1).gather(1, ids[0, 1:, None])[:, 0]
-            alone.append(logprobs[torch.from_numpy(rollout.loss_mask_T[1:])])
+        alone = [row_logprobs_alone(plain, rollout, 0.7) for rollout in made]
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
     assert (entropy > 0).all()
 
@@ -70,3 +80,35 @@ def test_a_row_without_rollouts_still_has_a_gradient() -> None:
     assert logprobs.shape == (0,)
     (logprobs.sum() * 0).backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sequences_of_all_lengths_give_what_each_gives_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In grids, as on GPUs, with lengths too different to share one: values and gradients."""
+    monkeypatch.setattr(forward, "_ONE_BY_ONE", ())
+    monkeypatch.setattr(forward, "_SHORT", 4)
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="eager")
+    packed = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=PACKED_ATTENTION)
+    packed.load_state_dict(plain.state_dict())
+    lengths = (3, 60, 17, 2, 45, 16, 3, 30)
+    made = [rollout(length // 2, length - length // 2) for length in lengths]
+    row = pack_row(made, [0.0] * len(made), pad_id=0)
+    assert len(Segments.of(row).grids) == 4
+    row_logprobs(packed, row, temperature=1.0)[0].sum().backward()
+    for each in made:
+        row_logprobs_alone(plain, each, 1.0).sum().backward()
+    wanted = dict(plain.named_parameters())
+    for key, parameter in packed.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[key].grad, rtol=1e-3, atol=1e-4)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=40))
+def test_sequences_attend_together_that_are_about_as_long(lengths: list[int]) -> None:
+    lists = alike(lengths)
+    assert sorted(index for members in lists for index in members) == list(range(len(lengths)))
+    for members in lists:
+        longest = max(lengths[index] for index in members)
+        assert longest <= 64 or min(lengths[index] for index in members) >= 0.75 * longest
+    assert len(lists) <= 2 + math.log(max(lengths) / 64, 4 / 3) if max(lengths) > 64 else len(lists) == 1

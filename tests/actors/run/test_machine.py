@@ -1,5 +1,7 @@
 """A run does not outlive the Ray of its own machine, and goes on when another machine is lost."""
 
+import asyncio
+import socket
 from typing import Any
 
 import pytest
@@ -26,6 +28,8 @@ async def test_a_run_ends_when_its_machine_is_given_up(monkeypatch: pytest.Monke
     answers = [[node("mine", True)], [node("mine", True)], [node("mine", False)]]
 
     class Context:
+        gcs_address = "127.0.0.1:1"
+
         @staticmethod
         def get_node_id() -> str:
             return "mine"
@@ -33,9 +37,27 @@ async def test_a_run_ends_when_its_machine_is_given_up(monkeypatch: pytest.Monke
     monkeypatch.setattr(machine.ray, "get_runtime_context", Context)
     monkeypatch.setattr(machine.ray, "nodes", lambda: answers.pop(0))
     with pytest.raises(BaseExceptionGroup) as ended:
-        async with machine_watched(LivenessConfig(every_s=0.01, timeout_s=1.0)):
+        async with machine_watched(LivenessConfig(every_s=0.01, timeout_s=1.0), print):
             await machine.asyncio.sleep(30.0)
     error = first_cause(ended.value)
     assert isinstance(error, RunError)
     assert "raylet" in str(error)
     assert answers == []
+
+
+async def test_a_run_ends_when_the_head_is_away_for_long_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_HEAD_AWAY_S", 0.5)
+    said: list[str] = []
+    door = socket.create_server(("127.0.0.1", 0))
+    host, port = door.getsockname()
+    watch = asyncio.create_task(machine._watch_head(f"{host}:{port}", LivenessConfig(every_s=0.02), said.append))
+    await asyncio.sleep(0.7)
+    assert not watch.done()
+    door.close()
+    await asyncio.sleep(0.2)
+    with socket.create_server((host, port)):  # it is there again, as after a restart
+        await asyncio.sleep(0.5)
+        assert not watch.done()
+    with pytest.raises(RunError, match=f"the head of the Ray cluster, {host}:{port}, is gone"):
+        await asyncio.wait_for(watch, 5.0)
+    assert len(said) == 1

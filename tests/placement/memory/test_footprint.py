@@ -84,11 +84,13 @@ def test_recomputed_activations_are_one_vector_a_layer_and_one_layer() -> None:
     assert again == pytest.approx(28 * 2 * 3584 * tokens + layer * tokens)  # 2 s b h a layer: arXiv 2205.05198
 
 
-def test_logits_have_a_gradient_in_the_policy_alone() -> None:
-    policy = policy_footprint(SEVEN, load())["logits"]
-    reference = reference_footprint(SEVEN, ReferenceLoad(2, 4096))["logits"]
-    assert policy - reference == 2 * 4096 * 152064
-    assert reference == 152064 * (2 * 4096 + 3 * 4 * 2048)
+def test_the_output_head_costs_a_slab_of_logits_and_its_gradients() -> None:
+    slab = 3 * 4 * 2**23
+    assert reference_footprint(SEVEN, ReferenceLoad(2, 4096))["output head"] == slab
+    assert policy_footprint(SEVEN, load())["output head"] == slab + 6 * 4096 * 3584 + 2 * 152064 * 3584
+    frozen = policy_footprint(SEVEN, load(num_trained=1))["output head"]
+    assert frozen == slab + 6 * 4096 * 3584  # no adapter is on the head, so it has no gradient
+    assert reference_footprint(SEVEN, ReferenceLoad(2, 2**17))["output head"] == 3 * 4 * 128 * 2**17
 
 
 @pytest.mark.parametrize(

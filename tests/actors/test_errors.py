@@ -1,0 +1,37 @@
+"""What Ray says of a dead worker is told in one sentence, with the machine's name when that is what has died."""
+
+import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+from actors.errors import RunError, last_line
+
+NODE = "8f" * 28
+DIED = f"The actor died because its node has died. Node Id: {NODE}"
+REASON = "\n\tthe actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats"
+
+
+def died(message: str, ip: str = "10.0.0.7") -> ActorDiedError:
+    context = ActorDiedErrorContext(
+        error_message=message, node_ip_address=ip, pid=12, class_name="LightRollout", actor_id=b"\2" * 16
+    )
+    return ActorDiedError(context)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (died(DIED + REASON), "its machine, 10.0.0.7, has died (Ray's node 8f8f8f8f)"),
+        (died(DIED, ip=""), "its machine has died (Ray's node 8f8f8f8f)"),
+        (
+            ActorUnavailableError(DIED + REASON, b"\2" * 16),
+            "its machine has died (Ray's node 8f8f8f8f)",
+        ),
+        (died("Worker unexpectedly exits with a connection error code 2."), "Worker unexpectedly exits with a "
+         "connection error code 2."),
+        (RunError("one\ntwo"), "two"),
+        (RunError(""), "RunError"),
+    ],
+)  # fmt: skip
+def test_one_sentence_says_what_went_wrong(error: Exception, told: str) -> None:
+    assert last_line(error) == told
