@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from actors.errors import RunError
 from actors.policy_state import PolicyState, collect, restore
 from actors.recipe.policy import PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig
+from algorithms.corrections import sequence_sum
 from algorithms.losses import Normalizer, grpo_loss, sft_loss
 from algorithms.packed import PackedRow, pack_row
+from algorithms.preference.weigh import weighted_sum
 from algorithms.stats import LossStats, merge
 from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup
 from sync.gloo import open_store, reach_store
@@ -41,11 +43,14 @@ _MEET_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a step minimises: GRPO when `grpo` is given, else the supervised loss."""
+    """What a step minimises: GRPO when `grpo` is given, the weighted sum of `numbers` if those are, else the
+    supervised loss."""
 
     grpo: GrpoConfig | None
     temperature: float
     max_completion_length: int
+    numbers: Literal["logprobs", "scores"] | None = None
+    """What each sequence amounts to: the log-probability of its loss tokens, or a reward model's score at its end."""
 
     @property
     def num_iterations(self) -> int:
@@ -159,7 +164,7 @@ class PolicyActor:
         from actors.model.files import make_savable
         from actors.model.forward import PACKED_ATTENTION
         from actors.model.head import put_scoring_head
-        from actors.model.load import load_causal_lm
+        from actors.model.load import disable_dropout, load_causal_lm, load_scorer
         from actors.model.lora import adapt, base_digest, trained_parameters
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
@@ -170,7 +175,8 @@ class PolicyActor:
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
         deepspeed.init_distributed(backend, verbose=False, timeout=_MEET_TIMEOUT)  # takes the group that is there
-        model = load_causal_lm(
+        scores = settings.objective.numbers == "scores"
+        model = (load_scorer if scores else load_causal_lm)(
             settings.model_path,
             settings.revision,
             settings.trust_remote_code,
@@ -178,7 +184,10 @@ class PolicyActor:
             attn_implementation=PACKED_ATTENTION,
         )
         make_savable(model)
-        put_scoring_head(model)
+        if not scores:
+            put_scoring_head(model)
+        if settings.objective.numbers is not None:
+            disable_dropout(model)  # a sequence must amount to the same whenever it is asked
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
@@ -243,9 +252,9 @@ class PolicyActor:
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batch.micro_batches) - 1)
             row = self._row(micro_batch, groups, batch.oldest_version)
-            logprobs_N, entropy_N = self._logprobs(row)
-            start_logprobs_N = starts.setdefault(index, logprobs_N.detach())
-            loss, micro_stats = self._loss(row, logprobs_N, entropy_N, start_logprobs_N, batch.normalizer)
+            values_N, entropy_N = self._values(row)
+            start_N = starts.setdefault(index, values_N.detach())
+            loss, micro_stats = self._loss(row, values_N, entropy_N, start_N, batch.normalizer)
             # DeepSpeed averages gradients over the ranks; our shares are to be summed.
             self.engine.backward(loss * self.settings.num_ranks)
             losses.append(loss.item())
@@ -274,19 +283,38 @@ class PolicyActor:
         row = pack_row(rollouts, advantages, self.pad_id, oldest_version, self.version)
         return row.to(self.engine.device)
 
-    def _logprobs(self, row: PackedRow) -> tuple[Tensor, Tensor]:
-        from actors.model.forward import row_logprobs
+    def numbers(self, batch: RankBatch, *groups: ScoredGroup | Group) -> list[list[float]]:
+        """Log-probability, or score, of each sample of each micro-batch, without dropout; every rank is called."""
+        self.engine.eval()
+        numbers = []
+        with torch.no_grad():
+            for micro_batch in batch.micro_batches:
+                row = self._row(micro_batch, groups, batch.oldest_version)
+                values_N, _ = self._values(row)
+                numbers.append(sequence_sum(values_N.double(), row.sequence_N, len(micro_batch.samples)).tolist())
+        self.engine.train()
+        return numbers
 
-        return row_logprobs(self.engine, row, self.settings.objective.temperature)
+    def _values(self, row: PackedRow) -> tuple[Tensor, Tensor | None]:
+        """Log-probability and entropy of each loss token; of a reward model the score there, and no entropy."""
+        from actors.model.forward import row_logprobs, row_scores
+
+        objective = self.settings.objective
+        if objective.numbers == "scores":
+            return row_scores(self.engine, row), None
+        return row_logprobs(self.engine, row, objective.temperature)
 
     def _loss(
-        self, row: PackedRow, logprobs_N: Tensor, entropy_N: Tensor, start_logprobs_N: Tensor, normalizer: Normalizer
+        self, row: PackedRow, values_N: Tensor, entropy_N: Tensor | None, start_N: Tensor, normalizer: Normalizer
     ) -> tuple[Tensor, LossStats]:
         objective = self.settings.objective
+        if objective.numbers is not None:
+            return weighted_sum(values_N, entropy_N, row.advantages_N)
+        assert entropy_N is not None, "only scores have none"
         if objective.grpo is None:
-            return sft_loss(logprobs_N, entropy_N, normalizer.num_loss_tokens)
+            return sft_loss(values_N, entropy_N, normalizer.num_loss_tokens)
         return grpo_loss(
-            logprobs_N,
+            values_N,
             entropy_N,
             sampled_logprobs_N=row.sampled_logprobs_N,
             reference_logprobs_N=row.reference_logprobs_N,
@@ -297,7 +325,7 @@ class PolicyActor:
             normalizer=normalizer,
             fresh_N=row.fresh_N,
             age_N=row.age_N,
-            start_logprobs_N=start_logprobs_N,
+            start_logprobs_N=start_N,
         )
 
     def _step_optimizer(self) -> tuple[float, bool]:
@@ -387,7 +415,7 @@ class PolicyActor:
         """Log-probability of each loss token under the current weights; every rank is called with the same rollouts."""
         row = pack_row(rollouts, [0.0] * len(rollouts), self.pad_id).to(self.engine.device)
         with torch.no_grad():
-            logprobs_N, _ = self._logprobs(row)
+            logprobs_N, _ = self._values(row)
         return [logprobs_N[row.sequence_N == index].tolist() for index in range(len(rollouts))]
 
     # Checkpoints -------------------------------------------------------------------------------------------------

@@ -48,18 +48,37 @@ class PolicyGroup:
     async def step(self, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> Update:
         """Train on one batch; each rank is sent only the groups that it needs, by reference."""
         started = time.perf_counter()
-        normalizer = Normalizer.of(batch, self.max_completion_length)
-        calls: list[Any] = []
-        for rank, micro_batches in zip(self.ranks, batch.ranks, strict=True):
-            needed = sorted({sample.group for micro in micro_batches for sample in micro.samples})
-            share = RankBatch(_renumbered(micro_batches, needed), normalizer, batch.oldest_version)
-            calls.append(rank.step.remote(share, *(groups[index] for index in needed)))
+        calls = self._calls("step", batch, groups)
         what = f"the policy step at version {batch.version}"
         with _lost():
             updates: list[RankUpdate] = await _answer(self.timeout_s, asyncio.gather(*calls), what)
         assert {update.version for update in updates} == {batch.version + 1}, "only the policy counts versions, by one"
         assert len({update.skipped for update in updates}) == 1, "all ranks step, or none does"
         return _merge(batch, updates, time.perf_counter() - started)
+
+    async def numbers(self, batch: Batch, groups: Sequence[Group]) -> dict[tuple[int, int], float]:
+        """What each sample of the batch amounts to under the current weights, by group and rollout."""
+        what = f"log-probabilities or scores at version {batch.version}"
+        with _lost():
+            found: list[list[list[float]]] = await _answer(
+                self.timeout_s, asyncio.gather(*self._calls("numbers", batch, groups)), what
+            )
+        return {
+            (sample.group, sample.rollout): number
+            for rank, numbers in zip(batch.ranks, found, strict=True)
+            for micro_batch, of_samples in zip(rank, numbers, strict=True)
+            for sample, number in zip(micro_batch.samples, of_samples, strict=True)
+        }
+
+    def _calls(self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> list[Any]:
+        """Every rank is called with its share of the batch, and with no other groups than it needs."""
+        normalizer = Normalizer.of(batch, self.max_completion_length)
+        calls: list[Any] = []
+        for rank, micro_batches in zip(self.ranks, batch.ranks, strict=True):
+            needed = sorted({sample.group for micro in micro_batches for sample in micro.samples})
+            share = RankBatch(_renumbered(micro_batches, needed), normalizer, batch.oldest_version)
+            calls.append(getattr(rank, method).remote(share, *(groups[index] for index in needed)))
+        return calls
 
     async def scale_learning_rate(self, factor: float) -> None:
         """From the next step on, on every rank, whatever the schedule; kept in checkpoints."""

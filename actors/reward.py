@@ -28,10 +28,10 @@ class RewardActor:
     """Scores groups, one after another; several actors score side by side."""
 
     def __init__(self, functions: tuple[RewardConfig, ...], timeout_s: float) -> None:
-        self._names = score_names([config.function for config in functions])
+        self._names = score_names([config.source for config in functions])
         self._weights = tuple(config.weight for config in functions)
         self._timeout_s = timeout_s
-        self._process = RewardProcess(tuple(config.function for config in functions))
+        self._process = RewardProcess(tuple(config.source for config in functions))
         # One thread for the life of the actor: it orders the calls, and a child ends with the thread that started it.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
         self._closed = False

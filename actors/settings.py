@@ -7,6 +7,7 @@ from actors.policy import Objective, PolicySettings
 from actors.recipe.deadlines import score_timeout_s
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel
+from actors.recipe.preference import PreferenceRecipe, RewardRecipe
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.reference import ReferenceSettings
 from actors.rollout import RolloutSettings
@@ -88,3 +89,7 @@ def _objective(recipe: Recipe) -> Objective:
             return Objective(recipe.algorithm, generation.temperature, generation.max_completion_length)
         case SftRecipe():
             return Objective(None, temperature=1.0, max_completion_length=recipe.max_length)
+        case RewardRecipe():
+            return Objective(None, 1.0, recipe.max_length, numbers="scores")
+        case PreferenceRecipe():
+            return Objective(None, 1.0, recipe.max_length, numbers="logprobs")

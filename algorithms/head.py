@@ -27,7 +27,7 @@ def head_logprobs_and_entropy(
     temperature: float,
     slab: int = _SLAB,
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) with gradient, and the entropy without, both of softmax((hidden weight^T + bias) / temperature).
+    """log p(target) and the entropy, both of softmax((hidden weight^T + bias) / temperature), both with gradient.
 
     The same numbers as `logprobs_and_entropy` gives for the logits of a linear layer: logits in the weight's dtype,
     everything after in at least float32. Gradients reach the hidden states, the weight and the bias, those that require
@@ -69,26 +69,35 @@ class _HeadLogprobs(torch.autograd.Function):
             sum_N = shift_N.exp() * sum_N + exp_NW.sum(-1)
         logsumexp_N = greatest_N + sum_N.log()
         entropy_N = sum_N.log() - negentropy_N / sum_N
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N)
-        ctx.mark_non_differentiable(entropy_N)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N, entropy_N)
+        ctx.set_materialize_grads(False)
         ctx.temperature, ctx.slab = temperature, slab
         return target_N - logsumexp_N, entropy_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N = ctx.saved_tensors
+    def backward(ctx: Any, grad_N: Tensor | None, grad_entropy_N: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N, entropy_N = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         # Slabs of a lower precision are added up in float32, and rounded once.
         grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=logsumexp_N.dtype) if needs_hidden else None
         grad_weight_VH = torch.empty_like(weight_VH) if needs_weight else None
         grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
-        scale_N = grad_N / ctx.temperature
+        scale_N = torch.zeros_like(entropy_N) if grad_N is None else grad_N / ctx.temperature
+        # Who stacks the two gets zeros for the one that is not used, and a pass over the vocabulary is worth a look.
+        by_entropy = grad_entropy_N is not None and bool(grad_entropy_N.any())
         for columns in _slabs(len(weight_VH), len(hidden_NH), ctx.slab):
             scaled_NW = _scaled(hidden_NH, weight_VH, bias_V, columns, ctx.temperature)
             place_N, inside_N = _place(targets_N, columns)
-            grad_NW = scaled_NW.sub_(logsumexp_N[:, None]).exp_().mul_(-scale_N[:, None])
+            probs_NW = scaled_NW.sub_(logsumexp_N[:, None]).exp_()
+            by_entropy_NW = None
+            if by_entropy:
+                by_entropy_NW = torch.special.entr(probs_NW).sub_(probs_NW * entropy_N[:, None])
+                by_entropy_NW.mul_((grad_entropy_N / ctx.temperature)[:, None])
+            grad_NW = probs_NW.mul_(-scale_N[:, None])
             grad_NW = grad_NW.scatter_add_(-1, place_N[:, None], scale_N.where(inside_N, 0.0)[:, None])
+            if by_entropy_NW is not None:
+                grad_NW = grad_NW.add_(by_entropy_NW)
             grad_NW = grad_NW.to(weight_VH.dtype)
             if grad_hidden_NH is not None:
                 grad_hidden_NH += grad_NW @ weight_VH[columns]

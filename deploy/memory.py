@@ -13,9 +13,11 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError
 from rich.table import Table
 
+from actors.recipe.base import OfflineRecipe
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
-from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
+from actors.recipe.preference import PreferenceRecipe
+from actors.recipe.schema import GrpoRecipe, Recipe
 from actors.run.folder import RunFolder
 from placement.cluster import ClusterSpec
 from placement.memory.accelerators import gpu_memory_gb
@@ -170,7 +172,7 @@ def _longest(recipe: Recipe) -> int:
     match recipe:
         case GrpoRecipe():
             return recipe.generation.max_prompt_length + recipe.generation.max_completion_length
-        case SftRecipe():
+        case OfflineRecipe():
             return recipe.max_length
 
 
@@ -179,7 +181,9 @@ def _per_rank(recipe: Recipe) -> int:
     match recipe:
         case GrpoRecipe():
             num_sequences = recipe.groups_per_batch * recipe.algorithm.num_generations
-        case SftRecipe():
+        case PreferenceRecipe():
+            num_sequences = 2 * recipe.batch_size  # an answer, and what it is compared with
+        case OfflineRecipe():
             num_sequences = recipe.batch_size
     return -(-num_sequences // recipe.pools.policy.num_workers)
 

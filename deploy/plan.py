@@ -15,6 +15,7 @@ from actors.recipe.deadlines import stall_timeout_s
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
 from actors.recipe.pools import used_pools
+from actors.recipe.preference import PreferenceRecipe
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.run.folder import RunFolder
 from actors.run.lineage import trained_before
@@ -106,6 +107,9 @@ def _summarize(recipe: Recipe) -> str:
     match recipe:
         case SftRecipe():
             return f"sft, {recipe.steps} steps of {recipe.batch_size} sequences; leaves {recipe.folder}"
+        case PreferenceRecipe():
+            unit = "judged sequences" if recipe.kind == "kto" else "pairs"
+            return f"{recipe.kind}, {recipe.steps} steps of {recipe.batch_size} {unit}; leaves {recipe.folder}"
         case GrpoRecipe():
             groups, bound = recipe.groups_per_batch, recipe.staleness.max_staleness
             group_size = recipe.algorithm.num_generations

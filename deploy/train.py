@@ -17,24 +17,29 @@ from actors.checkpoint.resume import Resume, changes, find
 from actors.checkpoint.store import CheckpointStore
 from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.examples import ExampleStream
+from actors.data.preferences import JudgementStream, PairStream
 from actors.data.prompts import PromptStream
 from actors.errors import RunError, first_cause, last_line
 from actors.journal import check
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
+from actors.recipe.base import OfflineRecipe
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
 from actors.recipe.pools import used_pools
-from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
+from actors.recipe.schema import GrpoRecipe, Recipe
+from actors.rewards.classifier import check_reward_model
 from actors.rewards.functions import check_reward
 from actors.run.folder import RunFolder
 from actors.run.grpo import run_grpo
+from actors.run.lessons import Stream
 from actors.run.lineage import trained_before
 from actors.run.progress import RunProgress
 from actors.run.sft import run_sft
 from actors.run.tracker import check_tracker
 from actors.settings import ModelSource, source_of
+from deploy.columns import example_stream, needed_columns
 from deploy.session import ray_session
 from deploy.trust import trusted_code
 from placement.cluster import from_ray, this_machine
@@ -68,10 +73,13 @@ def prepare(
     """
     jobs: list[Job] = []
     for run in [before for _, before in trained_before(recipe, path)] + [recipe]:
-        rows = load_rows(run.dataset)
+        rows = load_rows(run.dataset, needed_columns(run))
         if isinstance(run, GrpoRecipe):
             for reward in run.rewards.functions:
-                check_reward(reward.function, reward_column_names(rows.column_names))
+                if reward.model is not None:
+                    check_reward_model(reward.model)
+                else:
+                    check_reward(reward.source, reward_column_names(rows.column_names))
         if address is None:
             plan(used_pools(run), this_machine())
         check_tracker(run.logging.wandb_project)
@@ -187,7 +195,7 @@ def _train(job: Job, pools: ReservedPools, console: Console) -> None:
         match recipe, stream:
             case GrpoRecipe(), PromptStream():
                 asyncio.run(run_grpo(recipe, model, stream, tokenizer, pools, folder, progress, job.resume))
-            case SftRecipe(), ExampleStream():
+            case OfflineRecipe(), ExampleStream() | PairStream() | JudgementStream():
                 asyncio.run(run_sft(recipe, model, stream, tokenizer, pools, folder, progress, job.resume))
 
 
@@ -267,7 +275,7 @@ def _skeleton(recipe: Recipe) -> PreTrainedModel:
 
 def _stream(
     recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, num_positions: int
-) -> PromptStream | ExampleStream:
+) -> PromptStream | Stream:
     """The tokenized data, its first rows looked at; ValueError when the model has no room for it."""
     match recipe:
         case GrpoRecipe():
@@ -282,12 +290,10 @@ def _stream(
             prompts = PromptStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, generation.max_prompt_length)
             prompts.preflight(max_bad_rows=recipe.dataset.max_bad_rows)
             return prompts
-        case SftRecipe():
+        case OfflineRecipe():
             if recipe.max_length > num_positions:
                 raise ValueError(
                     f"max_length: {recipe.max_length} tokens, but the model has {num_positions} positions; "
                     "lower max_length"
                 )
-            examples = ExampleStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, recipe.max_length)
-            examples.preflight()
-            return examples
+            return example_stream(recipe, rows, tokenizer)

@@ -1,14 +1,16 @@
 """Rows by number: `row(i)` depends on the recipe and i alone, and bad data is a ValueError that names source and fix.
 
-Column types are TRL's: prompt-only (`prompt`) and prompt-completion (`prompt`, `completion`), standard (strings) or
-conversational (lists of messages). All other columns go to the reward functions, as JSON.
+Column types are TRL's: prompt-only (`prompt`), prompt-completion (`prompt`, `completion`), conversations (`messages`),
+preferences (`chosen`, `rejected`, and `prompt` unless both begin with it) and judgements (`prompt`, `completion`,
+`label`), standard (strings) or conversational (lists of messages). All other columns go to the reward functions, as
+JSON.
 """
 
 import dataclasses
 import difflib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,7 +76,7 @@ class TableRows:
             raise ValueError(
                 f"{self.source}: row {index} cannot be read ({_reason(error)}); correct the row or remove it"
             ) from error
-        if isinstance(row["prompt"], str):
+        if isinstance(row.get("prompt"), str):
             row["prompt"] += self.prompt_suffix
         return row
 
@@ -116,8 +118,9 @@ class TaskRows:
         }
 
 
-def load_rows(config: DatasetConfig) -> Rows:
-    """The rows that the recipe names, checked as far as their columns and the first row tell.
+def load_rows(config: DatasetConfig, needed: Sequence[str] = ("prompt",)) -> Rows:
+    """The rows that the recipe names, with the columns that are needed; prompts are checked as far as the first row
+    tells.
 
     ValueError names the key, file or hub name, the column and the fix.
     """
@@ -127,11 +130,22 @@ def load_rows(config: DatasetConfig) -> Rows:
     else:
         _refuse(config.task, config, "task", f"only '{TASK_PREFIX}<task>' has settings; remove dataset.task")
         rows = _table_rows(config)
-    if "prompt" not in rows.column_names:
-        raise ValueError(
-            f"dataset.path: {rows.source} has no column 'prompt'{_did_you_mean('prompt', rows.column_names)}; its "
-            f"columns are {_listed(rows.column_names)}; rename the one that holds the prompt to 'prompt'"
+    for name in needed:
+        if name not in rows.column_names:
+            talks = name == "prompt" and "messages" in rows.column_names
+            hint = "; recipes of kind 'sft' learn whole conversations with assistant_only_loss: true" if talks else ""
+            raise ValueError(
+                f"dataset.path: {rows.source} has no column '{name}'{_did_you_mean(name, rows.column_names)}; its "
+                f"columns are {_listed(rows.column_names)}; rename the one that holds the {name} to '{name}'{hint}"
+            )
+    if "prompt" not in needed:
+        _refuse(
+            config.prompt_suffix and "prompt" not in rows.column_names,
+            config,
+            "prompt_suffix",
+            "it has no column 'prompt' to append it to; remove prompt_suffix",
         )
+        return rows
     for name in RESERVED:
         if name in rows.column_names:
             raise ValueError(

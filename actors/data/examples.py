@@ -1,10 +1,16 @@
-"""`example(ordinal)` is a pure function, and its loss is on the completion alone, the end of sequence included."""
+"""`example(ordinal)` is a pure function, and its loss is on the completion alone, the end of sequence included.
 
+With `assistant_only_loss` it is on what the assistant says, in every turn, and on nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from actors.data.chat import assistant_tokens
 from actors.data.dataset import Rows, prompt_of
 from actors.data.prompts import conversation_ids, prompt_ids, text_ids
 from algorithms.order import row_of
@@ -13,19 +19,28 @@ from algorithms.types import Messages, Rollout
 
 @dataclass(frozen=True)
 class ExampleStream:
-    """Prompt-completion rows as sequences to learn from, by ordinal, each at most `max_length` tokens."""
+    """Prompt-completion rows, or whole conversations, as sequences to learn from, each at most `max_length` tokens."""
 
     rows: Rows
     tokenizer: PreTrainedTokenizerBase
     seed: int
     shuffle: bool
     max_length: int
+    assistant_only_loss: bool = False
 
     def __post_init__(self) -> None:
-        if "completion" not in self.rows.column_names:
+        columns = self.rows.column_names
+        if "messages" in columns and "prompt" not in columns:
+            if not self.assistant_only_loss:
+                raise ValueError(
+                    f"dataset.path: {self.rows.source} holds whole conversations ('messages'), of which only what the "
+                    "assistant says can be learned; set assistant_only_loss to true, or split them into 'prompt' and "
+                    "'completion'"
+                )
+        elif "completion" not in columns:
             raise ValueError(
                 f"dataset.path: {self.rows.source} has no column 'completion', which supervised fine-tuning learns; "
-                f"its columns are {', '.join(self.rows.column_names)}; rename the one that holds the completion"
+                f"its columns are {', '.join(columns)}; rename the one that holds the completion"
             )
 
     def example(self, ordinal: int) -> Rollout:
@@ -41,22 +56,47 @@ class ExampleStream:
     def _example_of_row(self, index: int) -> Rollout:
         where = f"{self.rows.source}: row {index}"
         row = self.rows.row(index)
+        if self.assistant_only_loss:
+            messages, first = _conversation(row, where)
+            return as_rollout(*assistant_tokens(self.tokenizer, messages, where, first), self.max_length, where)
         prompt, completion = prompt_of(row, "prompt", where), prompt_of(row, "completion", where)
         given_ids = prompt_ids(self.tokenizer, prompt, where)
         learned_ids = completion_ids(self.tokenizer, prompt, given_ids, completion, where)
-        num_tokens = len(given_ids) + len(learned_ids)
-        if num_tokens > self.max_length:
-            raise ValueError(
-                f"{where}: prompt and completion have {num_tokens} tokens, max_length allows {self.max_length}; raise "
-                f"max_length to {num_tokens} or remove the row"
-            )
-        return Rollout(
-            token_ids_T=np.array(given_ids + learned_ids, dtype=np.int32),
-            loss_mask_T=np.arange(num_tokens) >= len(given_ids),
-            logprobs_T=np.zeros(num_tokens, dtype=np.float32),
-            spans=(),
-            finish_reason="stop",
+        learned_T = [False] * len(given_ids) + [True] * len(learned_ids)
+        return as_rollout(given_ids + learned_ids, learned_T, self.max_length, where)
+
+
+def _conversation(row: Mapping[str, Any], where: str) -> tuple[Messages, int]:
+    """The conversation of a row, and the message from which on it is learned: that after the prompt."""
+    if "prompt" not in row:
+        messages = prompt_of(row, "messages", where)
+        if isinstance(messages, list):
+            return messages, 0
+        raise ValueError(f"{where}: 'messages' must be a list of messages; correct the row or remove it")
+    prompt, completion = prompt_of(row, "prompt", where), prompt_of(row, "completion", where)
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        raise ValueError(
+            f"{where}: assistant_only_loss learns from conversations, and 'prompt' or 'completion' is text; write "
+            "both as messages, or set assistant_only_loss to false"
         )
+    return prompt + completion, len(prompt)
+
+
+def as_rollout(token_ids: Sequence[int], learned_T: Sequence[bool], max_length: int, where: str) -> Rollout:
+    """A sequence that nobody sampled, whose loss is on the tokens in `learned_T`; ValueError when it is too long."""
+    num_tokens = len(token_ids)
+    if num_tokens > max_length:
+        raise ValueError(
+            f"{where}: prompt and completion have {num_tokens} tokens, max_length allows {max_length}; raise "
+            f"max_length to {num_tokens} or remove the row"
+        )
+    return Rollout(
+        token_ids_T=np.array(token_ids, dtype=np.int32),
+        loss_mask_T=np.array(learned_T, dtype=bool),
+        logprobs_T=np.zeros(num_tokens, dtype=np.float32),
+        spans=(),
+        finish_reason="stop",
+    )
 
 
 def completion_ids(
@@ -65,6 +105,7 @@ def completion_ids(
     given_ids: list[int],
     completion: str | Messages,
     where: str,
+    column: str = "completion",
 ) -> list[int]:
     """Token ids that follow the prompt's `given_ids`, with EOS at their end unless the template has written it."""
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -81,7 +122,7 @@ def completion_ids(
         learned_ids = full_ids[len(given_ids) :]
     else:
         raise ValueError(
-            f"{where}: 'prompt' and 'completion' must both be text or both be messages; correct the row or remove it"
+            f"{where}: 'prompt' and '{column}' must both be text or both be messages; correct the row or remove it"
         )
     assert tokenizer.eos_token_id is not None
     # Templates often close a turn with EOS and a line break.

@@ -87,17 +87,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, where
         token_ids = conversation_ids(tokenizer, prompt, where, add_generation_prompt=True)
     if not token_ids:
         raise ValueError(f"{where}: the prompt is empty, there is nothing to continue; correct the row or remove it")
-    if tokenizer.bos_token_id is not None and token_ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise ValueError(
-            f"{where}: the prompt begins with two BOS tokens '{tokenizer.bos_token}', which the model has never seen; "
-            "remove the token from the text of the row, where the tokenizer or the chat template adds it already"
-        )
+    refuse_two_bos(tokenizer, token_ids, where)
     if isinstance(prompt, str) and token_ids[-1] == tokenizer.eos_token_id and not _ends_with_eos(tokenizer, prompt):
         raise ValueError(
             f"{where}: the tokenizer ends the prompt with EOS '{tokenizer.eos_token}', so nothing would follow; "
             "set add_eos_token to false in the model's tokenizer_config.json"
         )
     return token_ids
+
+
+def refuse_two_bos(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], where: str) -> None:
+    """ValueError when a text that brings its own BOS was given another by the tokenizer or the chat template."""
+    if tokenizer.bos_token_id is not None and token_ids[:2] == [tokenizer.bos_token_id] * 2:
+        raise ValueError(
+            f"{where}: the prompt begins with two BOS tokens '{tokenizer.bos_token}', which the model has never seen; "
+            "remove the token from the text of the row, where the tokenizer or the chat template adds it already"
+        )
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, where: str, special_tokens: bool) -> list[int]:

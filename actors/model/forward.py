@@ -159,3 +159,24 @@ def row_logprobs(model: nn.Module, row: PackedRow, temperature: float) -> tuple[
         return logprobs_and_entropy(model(**inputs).logits[0], row.targets_N, temperature, _CHUNK)
     with head.scoring(row.targets_N, temperature):
         return scores_of(model(**inputs).logits)
+
+
+def row_scores(model: nn.Module, row: PackedRow) -> Tensor:
+    """A reward model's score at each loss token of the row, with gradient: a tensor of shape (N,), in float32.
+
+    `model` is what `load_scorer` gives.
+    """
+    scores_N: Tensor = model(
+        input_ids=row.token_ids_T.unsqueeze(0),
+        position_ids=row.position_ids_T.unsqueeze(0),
+        places_N=row.predictor_N + 1,
+        segments=Segments.of(row),
+    )
+    return scores_N.float()
+
+
+def score_places(model: Any, input_ids: Tensor, position_ids: Tensor, places_N: Tensor, segments: Segments) -> Tensor:
+    """In place of a sequence classifier's own forward pass, which scores the end of a whole row alone."""
+    hidden = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, segments=segments)
+    scores_N1: Tensor = model.score(hidden.last_hidden_state[0, places_N])
+    return scores_N1[:, 0]

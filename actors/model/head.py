@@ -45,9 +45,9 @@ class ScoringHead(nn.Linear):
 
 
 def scores_of(logits_1N2: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (with gradient) and entropies (without) from what the model gave inside `scoring`."""
+    """Log-probabilities and entropies, both with gradient, from what the model gave inside `scoring`."""
     logprobs_N, entropy_N = logits_1N2[0].unbind(-1)
-    return logprobs_N, entropy_N.detach()
+    return logprobs_N, entropy_N
 
 
 def put_scoring_head(model: PreTrainedModel) -> bool:

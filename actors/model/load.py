@@ -1,12 +1,16 @@
 """A model that cannot be loaded is one ValueError that names the path and the fix."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -43,8 +47,46 @@ def load_causal_lm(
     attn_implementation: str = "sdpa",
 ) -> PreTrainedModel:
     """The causal language model with its weights in `dtype`, on the CPU; ValueError as in `load_tokenizer`."""
+    return _load(AutoModelForCausalLM.from_pretrained, path, revision, trust_remote_code, dtype, attn_implementation)
+
+
+def load_scorer(
+    path: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    dtype: Dtype,
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """The model with a head that gives a sequence one score, for `row_scores`; ValueError as in `load_tokenizer`.
+
+    The head is new, drawn from torch's random state, unless the model is a reward model already.
+    """
+    from actors.model.forward import score_places
+
+    with_one_score = partial(AutoModelForSequenceClassification.from_pretrained, num_labels=1)
+    model: Any = _load(with_one_score, path, revision, trust_remote_code, dtype, attn_implementation)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise ValueError(
+            f"model.path: transformers gives '{path}' another head than one linear layer 'score'; choose a decoder "
+            "model such as Llama, Mistral or Qwen"
+        )
+    # Others find the end of a padded sequence by it.
+    model.config.pad_token_id = load_tokenizer(path, revision, trust_remote_code).pad_token_id
+    model.forward = MethodType(score_places, model)
+    scorer: PreTrainedModel = model
+    return scorer
+
+
+def _load(
+    from_pretrained: Callable[..., Any],
+    path: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    dtype: Dtype,
+    attn_implementation: str,
+) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = from_pretrained(
             path,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -60,6 +102,16 @@ def load_causal_lm(
             "sequences would see each other; choose a model of attention layers only"
         )
     return model
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Training gives what evaluation gives, whatever dropout the model's config asks for."""
+    module: Any
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # what transformers hands to its kernels
+            module.attention_dropout = 0.0
 
 
 def load_skeleton(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:

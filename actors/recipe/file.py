@@ -57,7 +57,7 @@ def _read(path: Path) -> dict[str, Any]:
     except PlainYamlError as error:
         raise RecipeError(f"{path}: line {error.line}: {error}" if error.line else f"{path}: {error}") from None
     if tree is None:
-        raise RecipeError(f"{path}: is empty; a recipe begins with 'kind: grpo' or 'kind: sft'")
+        raise RecipeError(f"{path}: is empty; a recipe begins with its kind, such as 'kind: grpo' or 'kind: sft'")
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: holds {show(tree)} where a recipe is a mapping; write its keys as 'key: value'")
     return tree

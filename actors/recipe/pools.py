@@ -1,6 +1,7 @@
 """A pool is placed iff the recipe has work for it."""
 
-from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
+from actors.recipe.base import OfflineRecipe
+from actors.recipe.schema import GrpoRecipe, Recipe
 from placement.config import PoolConfig
 
 
@@ -8,7 +9,7 @@ def used_pools(recipe: Recipe) -> dict[str, PoolConfig]:
     """The pools that a run of the recipe starts; no KL penalty, no reference."""
     pools = recipe.pools
     match recipe:
-        case SftRecipe():
+        case OfflineRecipe():
             return {"policy": pools.policy}
         case GrpoRecipe():
             reference = {"reference": pools.reference} if recipe.algorithm.beta > 0 else {}

@@ -1,18 +1,35 @@
 """What scores completions, and what becomes of a score that fails."""
 
-from pydantic import BaseModel, Field
+from typing import Self
+
+from pydantic import BaseModel, Field, model_validator
 
 from actors.recipe.closed import CLOSED
+from actors.rewards.functions import CLASSIFIER
 
 
 class RewardConfig(BaseModel):
-    """One reward function: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`."""
+    """One reward function, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, or one model."""
 
     model_config = CLOSED
 
-    function: str = Field(min_length=1)
+    function: str | None = Field(None, min_length=1)
     """`path/to/file.py:name` or `package.module:name`; sync or async."""
+    model: str | None = Field(None, min_length=1)
+    """A reward model in place of a function: the folder or hub name of a sequence classifier with one label, such as
+    the `runs/<name>/model` that a recipe of kind `reward` leaves."""
     weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.function is None) == (self.model is None):
+            raise ValueError("write either function: 'path/to/file.py:name' or model: path/to/a/reward/model")
+        return self
+
+    @property
+    def source(self) -> str:
+        """What the process that scores is told to load."""
+        return self.function or f"{CLASSIFIER}{self.model}"
 
 
 class RewardsConfig(BaseModel):

@@ -3,62 +3,24 @@
 `load_recipe` reads one YAML file and `dotted.key=value` overrides (see file.py for how keys are checked).
 """
 
-from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
-from actors.checkpoint.config import CheckpointConfig
-from actors.recipe.closed import CLOSED
-from actors.recipe.data import DatasetConfig
-from actors.recipe.model import ModelConfig, ReferenceConfig
-from actors.recipe.policy import PolicyConfig
+from actors.recipe.base import BaseRecipe, OfflineRecipe
+from actors.recipe.model import ReferenceConfig
+from actors.recipe.preference import KtoRecipe, PairRecipe
 from actors.recipe.rewards import RewardsConfig
 from actors.recipe.rollout import GenerationConfig, RolloutConfig
-from actors.recipe.upkeep import LivenessConfig, LoggingConfig, StallConfig
-from algorithms.config import GrpoConfig, OptimizerConfig, StalenessConfig
+from actors.recipe.upkeep import LivenessConfig, StallConfig
+from algorithms.config import GrpoConfig, StalenessConfig
 from algorithms.health.config import HealthConfig
 from algorithms.pacing import default_depth
 from algorithms.simulation.config import SimulationConfig
-from placement.config import PoolsConfig
 from sync.config import SyncConfig
 
 
-class _Recipe(BaseModel):
-    model_config = CLOSED
-
-    name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?$")
-    """Name of the run: lower-case letters, digits and dashes, at most 47 characters."""
-    seed: int = Field(0, ge=0)
-    steps: int = Field(ge=1)
-    """Updates of the policy."""
-    run_dir: Path | None = None
-    """Where the run leaves everything; null takes `runs/<name>`."""
-    model: ModelConfig
-    dataset: DatasetConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    policy: PolicyConfig = PolicyConfig()
-    pools: PoolsConfig = PoolsConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
-
-    @model_validator(mode="after")
-    def _one_gpu_a_rank(self) -> Self:
-        for name in ("policy", "reference"):
-            gpus = getattr(self.pools, name).gpus_per_worker
-            if gpus > 1:
-                raise ValueError(
-                    f"pools.{name}.gpus_per_worker: {gpus}, but each {name} worker drives one GPU; raise "
-                    f"pools.{name}.num_workers instead"
-                )
-        return self
-
-    @property
-    def folder(self) -> Path:
-        return self.run_dir or Path("runs") / self.name
-
-
-class GrpoRecipe(_Recipe):
+class GrpoRecipe(BaseRecipe):
     """Asynchronous GRPO: rollouts on one pool, the policy on another, at most `max_staleness` versions apart."""
 
     kind: Literal["grpo"]
@@ -175,34 +137,24 @@ class GrpoRecipe(_Recipe):
         return min(self.pipeline_depth, self.max_groups_per_replica * self.pools.rollout.num_workers)
 
 
-class SftRecipe(_Recipe):
+class SftRecipe(OfflineRecipe):
     """Supervised fine-tuning on prompt-completion data, on the same policy ranks; the loss is on completions only."""
 
     kind: Literal["sft"]
-    batch_size: int = Field(ge=1)
-    """Sequences that one update trains on."""
-    max_length: int = Field(1024, ge=2)
-    """Longest sequence (tokens), prompt and completion together; a longer one is an error that names the row."""
+    assistant_only_loss: bool = False
+    """Learn what the assistant says, in every turn of a completion or of whole conversations (a column `messages`), and
+    nothing else; false learns all that follows the prompt."""
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        if self.dataset.max_bad_rows > 0:
-            raise ValueError(
-                f"dataset.max_bad_rows: {self.dataset.max_bad_rows}, but supervised runs set no row aside; remove it, "
-                "and the bad rows"
-            )
         best = self.checkpoint.best
         if best is not None and best.metric.startswith("reward"):
             raise ValueError(
                 f"checkpoint.best.metric: supervised runs measure no {best.metric!r}; name another, such as "
                 "{metric: loss, mode: min}"
             )
-        if self.batch_size < self.pools.policy.num_workers:
-            raise ValueError(
-                f"batch_size: {self.batch_size} sequences cannot feed {self.pools.policy.num_workers} policy ranks; "
-                "raise batch_size or lower pools.policy.num_workers"
-            )
         return self
 
 
-Recipe = GrpoRecipe | SftRecipe
+OfflineKind = SftRecipe | PairRecipe | KtoRecipe
+Recipe = GrpoRecipe | OfflineKind

@@ -2,4 +2,5 @@
 
 functions.py   load and check a function    child.py   the child process
 process.py     start, call and kill it      pipe.py    the wire between the two
+classifier.py  a reward model as a reward function
 """

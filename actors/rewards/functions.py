@@ -19,6 +19,9 @@ from typing import Any
 KEYWORDS = ("prompts", "completions", "completion_ids")
 """Every reward function is called with these keywords, and with one more for each column of the data set."""
 
+CLASSIFIER = "sequence-classifier:"
+"""What is written before the path of a reward model, in place of a function's name; no module can be called so."""
+
 TRL_ONLY = ("trainer_state", "log_extra", "log_metric", "environments")
 """Objects of TRL's trainer, which no function in another process can hold; with a default of None they are optional."""
 
@@ -45,12 +48,17 @@ def check_reward(function: str, columns: Collection[str] | None = None, timeout_
 
 
 def name_of(function: str) -> str:
-    """The name under which the scores of `file.py:name` or `package.module:name` are logged."""
+    """The name under which the scores of `file.py:name`, `package.module:name` or a reward model are logged."""
+    if function.startswith(CLASSIFIER):
+        parts = Path(function.removeprefix(CLASSIFIER)).parts
+        return next((part for part in reversed(parts) if part != "model"), "model")
     return function.rpartition(":")[2]
 
 
 def load(function: str, columns: Collection[str] | None = None) -> Callable[..., Any]:
     """The function that `path/to/file.py:name` or `package.module:name` names; RewardError says what is wrong."""
+    if function.startswith(CLASSIFIER):
+        return _classifier(function.removeprefix(CLASSIFIER))
     place, separator, name = function.rpartition(":")
     if not (separator and place and name.isidentifier()):
         raise RewardError(f"rewards.functions: '{function}' must read 'path/to/file.py:name' or 'package.module:name'")
@@ -67,6 +75,15 @@ def load(function: str, columns: Collection[str] | None = None) -> Callable[...,
     if problem:
         raise RewardError(f"rewards.functions: {function}: {problem}")
     return found
+
+
+def _classifier(path: str) -> Callable[..., Any]:
+    from actors.rewards.classifier import reward_model  # which imports torch: only where there is such a model
+
+    try:
+        return reward_model(path)
+    except ValueError as error:
+        raise RewardError(str(error)) from error
 
 
 def checked_scores(output: Any, num_completions: int) -> tuple[list[float | None], str]:

@@ -31,7 +31,7 @@ def plot_run(metrics: Sequence[dict[str, float]], max_staleness: int, path: Path
 
 
 def plot_loss(metrics: Sequence[dict[str, float]], path: Path) -> None:
-    """Loss over the steps of a supervised run."""
+    """Loss over the steps of a run that samples nothing."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -40,7 +40,7 @@ def plot_loss(metrics: Sequence[dict[str, float]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4))
     axes.plot([row["step"] for row in metrics], [row["loss"] for row in metrics])
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per completion token)")
+    axes.set_ylabel("loss")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

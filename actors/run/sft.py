@@ -1,8 +1,8 @@
-"""One supervised run from its recipe to its run folder, on the same policy ranks that GRPO uses."""
+"""One run that samples nothing, from its recipe to its run folder, on the same policy ranks that GRPO uses."""
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,14 @@ from actors.checkpoint.checkpointer import Checkpointer
 from actors.checkpoint.cut import Cut, Progress
 from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
-from actors.data.examples import ExampleStream
 from actors.errors import PolicyLostError, RunError, StoppedError
 from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
-from actors.recipe.schema import SftRecipe
+from actors.recipe.base import OfflineRecipe
+from actors.recipe.schema import OfflineKind
 from actors.recipe.upkeep import LivenessConfig
 from actors.run.folder import RunFolder
+from actors.run.lessons import Lesson, Stream, lesson_of
 from actors.run.machine import machine_watched
 from actors.run.plot import plot_loss
 from actors.run.progress import RunProgress
@@ -30,10 +31,7 @@ from actors.run.suspect import POLICY
 from actors.run.tracker import Tracker
 from actors.settings import ModelSource
 from actors.workers import Ranks, policy_ranks
-from algorithms.costs import SequenceCosts
-from algorithms.packing import pack
 from algorithms.slots import PacerState
-from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample
 from placement.groups import ReservedPools
 
 _LIVENESS = LivenessConfig()
@@ -41,9 +39,9 @@ _LIVENESS = LivenessConfig()
 
 
 async def run_sft(
-    recipe: SftRecipe,
+    recipe: OfflineKind,
     model: ModelSource,
-    examples: ExampleStream,
+    stream: Stream,
     tokenizer: PreTrainedTokenizerBase,
     pools: ReservedPools,
     folder: RunFolder,
@@ -56,7 +54,7 @@ async def run_sft(
     starting = policy_ranks(recipe, model, pools, folder.path)
     async with machine_watched(_LIVENESS, progress.say), starting as (ranks, policy):
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
-            lives = Lives(recipe, examples, tokenizer, folder, progress, tracker, ranks, policy)
+            lives = Lives(recipe, stream, tokenizer, folder, progress, tracker, ranks, policy)
             with on_signal(lives.stop, progress.say):
                 summary = await lives.recovery.live(resume)
     tokenizer.save_pretrained(folder.model)
@@ -68,8 +66,8 @@ async def run_sft(
 class Lives:
     """The lives of a run: each has its ranks and what it has learned, and nothing of those before."""
 
-    recipe: SftRecipe
-    examples: ExampleStream
+    recipe: OfflineKind
+    stream: Stream
     tokenizer: PreTrainedTokenizerBase
     folder: RunFolder
     progress: RunProgress
@@ -88,8 +86,11 @@ class Lives:
 
     async def _lived(self, resume: Resume | None, _: bool) -> dict[str, Any]:
         """One life, to its end; no rule of health ever rolls a supervised run back."""
-        learner = Learner(self.recipe, self.examples, self.policy, self.folder, self.progress, self.tracker)
+        recipe, say = self.recipe, self.progress.say
+        lesson = lesson_of(recipe, self.stream, self.policy, self.folder.path, say)
+        learner = Learner(recipe, lesson, self.policy, self.folder, self.progress, self.tracker)
         async with suspected(self._look, self.folder.stall), self.policy.watched(_LIVENESS):
+            await lesson.prepare(range(0 if resume is None else resume.cut.version, recipe.steps))
             if resume is not None:
                 await learner.restore(resume)
             checkpointer = self._checkpointer(learner, resume)
@@ -133,8 +134,8 @@ class Lives:
 class Learner:
     """Step n trains on the n-th batch of the examples, whenever and however often the run goes on."""
 
-    recipe: SftRecipe
-    examples: ExampleStream
+    recipe: OfflineRecipe
+    lesson: Lesson
     policy: PolicyGroup
     folder: RunFolder
     progress: RunProgress
@@ -160,12 +161,8 @@ class Learner:
             await checkpointer.after(self.version)
 
     async def _step(self) -> None:
-        recipe, step = self.recipe, self.version
-        first = step * recipe.batch_size
-        rollouts = _examples(self.examples, first, recipe.batch_size)
-        max_tokens = recipe.policy.max_tokens_per_micro_batch
-        batch = _batch(rollouts, step, len(self.policy.ranks), max_tokens, self.policy.costs)
-        update = await self.policy.step(batch, [_group(first + index, r) for index, r in enumerate(rollouts)])
+        step = self.version
+        update, num_tokens = await self.lesson.step(step)
         if update.skipped:
             raise RunError(
                 f"the loss or the gradient of step {step} is not finite, and the weights were left as they were; lower "
@@ -173,7 +170,7 @@ class Learner:
             )
         self.version = update.version
         self._totals.losses.append(update.metrics["loss"])
-        self._totals.tokens_trained += batch.num_loss_tokens
+        self._totals.tokens_trained += num_tokens
         self.metrics = {**update.metrics, "num_tokens": float(self._totals.tokens_trained)}
         self.folder.write_metrics(step, self.metrics)
         self.tracker.log(step, self.metrics)
@@ -204,29 +201,3 @@ class Learner:
             "resumed": totals.num_resumed,
             "wall_s": totals.wall_s,
         }
-
-
-def _examples(examples: ExampleStream, first: int, count: int) -> list[Rollout]:
-    try:
-        return [examples.example(first + index) for index in range(count)]
-    except ValueError as error:  # a row behind those that were looked at before the run
-        raise RunError(str(error)) from error
-
-
-def _batch(rollouts: Sequence[Rollout], version: int, num_ranks: int, max_tokens: int, costs: SequenceCosts) -> Batch:
-    samples = [Sample(group, 0, rollout.num_tokens, advantage=0.0) for group, rollout in enumerate(rollouts)]
-    costs_S = [costs.of(rollout.num_tokens, rollout.num_loss_tokens) for rollout in rollouts]
-    packed = pack([rollout.num_tokens for rollout in rollouts], num_ranks, max_tokens, costs_S)
-    return Batch(
-        version=version,
-        ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed),
-        num_sequences=len(rollouts),
-        num_loss_tokens=sum(rollout.num_loss_tokens for rollout in rollouts),
-        oldest_version=0,
-    )
-
-
-def _group(ordinal: int, example: Rollout) -> Group:
-    """An example as a group of one: nothing was sampled, so there is no replica and no version."""
-    prompt = Prompt(ordinal, epoch=0, token_ids=(), text="", columns={})
-    return Group(prompt, (example,), attempt=0, replica=-1)

@@ -49,15 +49,23 @@ def test_values_and_gradients_are_those_of_full_logits(
     expected_N, expected_entropy_N = logprobs_and_entropy(logits_NV, targets_N, temperature, 64)
     logprobs_N, entropy_N = head_logprobs_and_entropy(hidden_NH, weight_VH, bias_V, targets_N, temperature, slab)
     assert logprobs_N.dtype == entropy_N.dtype == expected_N.dtype
-    assert not entropy_N.requires_grad
     torch.testing.assert_close(logprobs_N, expected_N, rtol=0, atol=value_tolerance)
     torch.testing.assert_close(entropy_N, expected_entropy_N, rtol=0, atol=value_tolerance)
-    upstream_N = torch.randn(num_tokens, dtype=torch.float64).to(logprobs_N.dtype)
-    ours = torch.autograd.grad(logprobs_N, inputs, upstream_N)
-    theirs = torch.autograd.grad(expected_N, inputs, upstream_N)
-    for given_grad, wanted in zip(ours, theirs, strict=True):
-        assert given_grad.dtype == dtype
-        torch.testing.assert_close(given_grad, wanted, rtol=gradient_tolerance, atol=gradient_tolerance)
+    upstream_N2 = torch.randn(num_tokens, 2, dtype=torch.float64).to(logprobs_N.dtype)
+    # Of each alone, and of both together as they come out of the model.
+    for weights in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])):
+        given = torch.stack([logprobs_N, entropy_N], -1)
+        wanted = torch.stack([expected_N, expected_entropy_N], -1)
+        ours, theirs = (
+            torch.autograd.grad(both, inputs, upstream_N2 * weights.to(upstream_N2), retain_graph=True)
+            for both in (given, wanted)
+        )
+        for given_grad, wanted_grad in zip(ours, theirs, strict=True):
+            assert given_grad.dtype == dtype
+            torch.testing.assert_close(given_grad, wanted_grad, rtol=gradient_tolerance, atol=gradient_tolerance)
+    (alone,) = torch.autograd.grad(entropy_N.sum(), [hidden_NH], retain_graph=True)
+    (expected,) = torch.autograd.grad(expected_entropy_N.sum(), [hidden_NH], retain_graph=True)
+    torch.testing.assert_close(alone, expected, rtol=gradient_tolerance, atol=gradient_tolerance)
 
 
 @settings(deadline=None, max_examples=30)

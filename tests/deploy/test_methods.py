@@ -19,7 +19,8 @@ from rich.console import Console
 import deploy.train
 from actors.model.tiny import make_tiny_model
 from actors.recipe.file import load_recipe
-from actors.recipe.schema import GrpoRecipe, TinyModel
+from actors.recipe.model import TinyModel
+from actors.recipe.schema import GrpoRecipe
 from actors.run.folder import RunFolder
 from actors.run.grpo import run_grpo
 from actors.workers import Roles

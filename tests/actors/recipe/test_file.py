@@ -36,6 +36,8 @@ SFT: dict[str, Any] = {
     "dataset": {"path": "rows.jsonl"},
 }
 
+KINDS = "'grpo', 'sft', 'dpo', 'orpo', 'cpo', 'reward', 'kto'"
+
 
 @pytest.fixture
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -195,9 +197,9 @@ VALUES = {
     "algorithm.loss_type=drgrpo": "algorithm.loss_type: 'drgrpo' is not one of 'grpo', 'dr_grpo', 'dapo', 'bnpo', "
     "'cispo'; did you mean 'dr_grpo'?",
     "policy.zero_stage=4": "policy.zero_stage: 4 is out of range; it must be at most 3",
-    "kind=gropo": "kind: 'gropo' is not one of 'grpo', 'sft'; did you mean 'grpo'?",
-    "kind=": "kind: null is not one of 'grpo', 'sft'",
-    "kind=[grpo]": "kind: a list is not one of 'grpo', 'sft'",
+    "kind=gropo": f"kind: 'gropo' is not one of {KINDS}; did you mean 'grpo'?",
+    "kind=": f"kind: null is not one of {KINDS}",
+    "kind=[grpo]": f"kind: a list is not one of {KINDS}",
     "model.kind=tny": "model.kind: 'tny' is not one of 'pretrained', 'tiny', 'recipe'; did you mean 'tiny'?",
     "model={hidden_size: 64}": "model.kind: required, but missing; add it: one of 'pretrained', 'tiny', 'recipe'",
     "name=My Run": "name: 'My Run' is not of the right form; it must match ^",
@@ -206,7 +208,7 @@ VALUES = {
     # Missing.
     "model={kind: pretrained}": "model.path: required, but missing; add it: a string",
     "rewards={timeout_s: 3}": "rewards.functions: required, but missing; add it: a list",
-    "rewards.functions=[{weight: 1}]": "rewards.functions.0.function: required, but missing; add it: a string (`path",
+    "rewards.functions=[{weight: 1}]": "rewards.functions.0: write either function: 'path/to/file.py:name' or model: ",
     # What the models themselves say.
     "algorithm.num_generations=1": "algorithm.num_generations: the advantage is measured against the group's mean",
     "staleness.pipeline_depth=2": "staleness.pipeline_depth: 2 groups in flight can never fill a batch of 4",
@@ -250,7 +252,7 @@ FILES: dict[str, tuple[dict[str, Any], str]] = {
         {"sync": {"delta": True, "staging": "none"}},
         "recipes/bad.yaml: sync.delta: changes are applied to the version before, which staging 'none' does not keep",
     ),
-    "unknown kind": ({"kind": "ppo"}, "recipes/bad.yaml: kind: 'ppo' is not one of 'grpo', 'sft'"),
+    "unknown kind": ({"kind": "ppo"}, f"recipes/bad.yaml: kind: 'ppo' is not one of {KINDS}"),
     "long values are cut": ({"steps": "x" * 500}, "recipes/bad.yaml: steps: 'xxxxxxxx"),
 }
 
@@ -266,7 +268,7 @@ def test_a_bad_file_is_named_as_the_source(recipes: Path, change: dict[str, Any]
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        ("kind", "kind: required, but missing; add it: one of 'grpo', 'sft'"),
+        ("kind", f"kind: required, but missing; add it: one of {KINDS}"),
         ("steps", "steps: required, but missing; add it: an integer (Updates of the policy)"),
         ("model", "model: required, but missing; add it: a mapping with 'kind'"),
         ("rewards", "rewards: required, but missing; add it: a mapping with 'functions'"),
@@ -278,7 +280,7 @@ def test_a_missing_key_is_named(recipes: Path, key: str, expected: str) -> None:
 
 
 TEXTS = {
-    "": "recipes/bad.yaml: is empty; a recipe begins with 'kind: grpo' or 'kind: sft'",
+    "": "recipes/bad.yaml: is empty; a recipe begins with its kind, such as 'kind: grpo' or 'kind: sft'",
     "# only a comment\n": "recipes/bad.yaml: is empty",
     "- a\n- b\n": "recipes/bad.yaml: holds a list where a recipe is a mapping",
     "grpo\n": "recipes/bad.yaml: holds 'grpo' where a recipe is a mapping",

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,14 +20,17 @@ from placement.cluster import ClusterSpec, NodeSpec
 from placement.plan import plan
 
 ROOT = Path(__file__).parents[3]
-RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("recipes/*.yaml"))
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("recipes/**/*.yaml"))
 DEMO = "recipes/demo.yaml"
 LORA = "recipes/qwen2.5_7b_lora.yaml"
 
 
 @pytest.fixture(autouse=True)
-def _in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def _house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with the recipes that ship, and no runs."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def rendered(path: str = LORA, *overrides: str, **options: Any) -> dict[str, Any]:

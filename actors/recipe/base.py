@@ -1,0 +1,74 @@
+"""What the recipes of all kinds have in common, and what those have that learn from data alone."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from actors.checkpoint.config import CheckpointConfig
+from actors.recipe.closed import CLOSED
+from actors.recipe.data import DatasetConfig
+from actors.recipe.model import ModelConfig
+from actors.recipe.policy import PolicyConfig
+from actors.recipe.upkeep import LoggingConfig
+from algorithms.config import OptimizerConfig
+from placement.config import PoolsConfig
+
+
+class BaseRecipe(BaseModel):
+    """What a recipe of any kind says."""
+
+    model_config = CLOSED
+
+    name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?$")
+    """Name of the run: lower-case letters, digits and dashes, at most 47 characters."""
+    seed: int = Field(0, ge=0)
+    steps: int = Field(ge=1)
+    """Updates of the policy."""
+    run_dir: Path | None = None
+    """Where the run leaves everything; null takes `runs/<name>`."""
+    model: ModelConfig
+    dataset: DatasetConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    policy: PolicyConfig = PolicyConfig()
+    pools: PoolsConfig = PoolsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _one_gpu_a_rank(self) -> Self:
+        for name in ("policy", "reference"):
+            gpus = getattr(self.pools, name).gpus_per_worker
+            if gpus > 1:
+                raise ValueError(
+                    f"pools.{name}.gpus_per_worker: {gpus}, but each {name} worker drives one GPU; raise "
+                    f"pools.{name}.num_workers instead"
+                )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return self.run_dir or Path("runs") / self.name
+
+
+class OfflineRecipe(BaseRecipe):
+    """A run that samples nothing: each step trains on the next examples of the data."""
+
+    batch_size: int = Field(ge=1)
+    """Examples that one update trains on: sequences, or pairs of sequences that are compared."""
+    max_length: int = Field(1024, ge=2)
+    """Longest sequence (tokens), prompt and completion together; a longer one is an error that names the row."""
+
+    @model_validator(mode="after")
+    def _feeds_every_rank(self) -> Self:
+        if self.dataset.max_bad_rows > 0:
+            raise ValueError(
+                f"dataset.max_bad_rows: {self.dataset.max_bad_rows}, but supervised runs set no row aside; remove it, "
+                "and the bad rows"
+            )
+        if self.batch_size < self.pools.policy.num_workers:
+            raise ValueError(
+                f"batch_size: {self.batch_size} sequences cannot feed {self.pools.policy.num_workers} policy ranks; "
+                "raise batch_size or lower pools.policy.num_workers"
+            )
+        return self

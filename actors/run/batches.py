@@ -1,0 +1,34 @@
+"""Sequences that nobody sampled become a batch: over all ranks each of them exactly once."""
+
+from collections.abc import Sequence
+
+from actors.policy_group import PolicyGroup
+from algorithms.packing import pack
+from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample
+
+
+def group_of(ordinal: int, rollouts: tuple[Rollout, ...]) -> Group:
+    """An example as a group: nothing was sampled, so there is no replica and no version."""
+    prompt = Prompt(ordinal, epoch=0, token_ids=(), text="", columns={})
+    return Group(prompt, rollouts, attempt=0, replica=-1)
+
+
+def batch_of(
+    groups: Sequence[Group], weights: Sequence[Sequence[float]], version: int, policy: PolicyGroup, max_tokens: int
+) -> Batch:
+    """The first sequences of each group, one for each of its weights, which take the place of advantages."""
+    samples = [
+        Sample(place, rollout, group.rollouts[rollout].num_tokens, weight)
+        for place, (group, of_group) in enumerate(zip(groups, weights, strict=True))
+        for rollout, weight in enumerate(of_group)
+    ]
+    rollouts = [groups[sample.group].rollouts[sample.rollout] for sample in samples]
+    costs_S = [policy.costs.of(rollout.num_tokens, rollout.num_loss_tokens) for rollout in rollouts]
+    packed = pack([sample.num_tokens for sample in samples], len(policy.ranks), max_tokens, costs_S)
+    return Batch(
+        version=version,
+        ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed),
+        num_sequences=len(samples),
+        num_loss_tokens=sum(rollout.num_loss_tokens for rollout in rollouts),
+        oldest_version=0,
+    )

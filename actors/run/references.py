@@ -1,0 +1,78 @@
+"""Each sequence's log-probability under the weights that the run began with is computed once, by the policy itself.
+
+The ranks hold those weights until the first step, so no other model is needed; an adapter adds nothing yet. What was
+computed stays in the run folder: a run that goes on compares with the same numbers, to the bit.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from actors.errors import RunError
+from actors.policy_group import PolicyGroup
+from actors.run.batches import batch_of, group_of
+from algorithms.types import Rollout
+
+FILE = "reference_logprobs.msgpack"
+_WRITE_EVERY_S = 60.0
+_SAY_EVERY_S = 15.0
+
+
+class References:
+    """What the policy's ranks said of sequences before the first step, by the tokens of the sequence."""
+
+    def __init__(self, policy: PolicyGroup, folder: Path, max_tokens: int, say: Callable[[str], None]) -> None:
+        self._policy = policy
+        self._path = folder / FILE
+        self._max_tokens = max_tokens
+        self._say = say
+        self._sums: dict[bytes, float] = {}
+
+    async def compute(self, steps: range, sequences: Callable[[int], Iterable[Rollout]]) -> None:
+        """Of all sequences of these steps; the policy holds the weights that the run began with."""
+        self._sums = self._read()
+        written = said = time.monotonic()
+        for step in steps:
+            missing = {key: rollout for rollout in sequences(step) if (key := _key(rollout)) not in self._sums}
+            if not missing:
+                continue
+            await self._ask(missing)
+            now = time.monotonic()
+            if now - written > _WRITE_EVERY_S:
+                self._write()
+                written = time.monotonic()
+            if now - said > _SAY_EVERY_S:
+                self._say(f"log-probabilities of the reference: {step + 1 - steps.start} of {len(steps)} steps")
+                said = now
+        self._write()
+
+    def of(self, rollout: Rollout) -> float:
+        """Log-probability of the sequence's loss tokens, summed."""
+        return self._sums[_key(rollout)]
+
+    async def _ask(self, missing: dict[bytes, Rollout]) -> None:
+        groups = [group_of(place, (rollout,)) for place, rollout in enumerate(missing.values())]
+        batch = batch_of(groups, [(0.0,)] * len(groups), 0, self._policy, self._max_tokens)
+        numbers = await self._policy.numbers(batch, groups)
+        self._sums |= {key: numbers[place, 0] for place, key in enumerate(missing)}
+
+    def _read(self) -> dict[bytes, float]:
+        if not self._path.exists():
+            return {}
+        try:
+            return msgspec.msgpack.decode(self._path.read_bytes(), type=dict[bytes, float])
+        except msgspec.MsgspecError as error:
+            raise RunError(f"{self._path}: {error}; the file is damaged: begin anew with --overwrite") from error
+
+    def _write(self) -> None:
+        staged = self._path.with_suffix(".staged")
+        staged.write_bytes(msgspec.msgpack.encode(self._sums))
+        staged.rename(self._path)
+
+
+def _key(rollout: Rollout) -> bytes:
+    """The tokens, and which of them count."""
+    return xxhash.xxh3_128(rollout.token_ids_T.tobytes() + rollout.loss_mask_T.tobytes()).digest()

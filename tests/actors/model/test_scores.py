@@ -1,0 +1,82 @@
+"""A reward model's score of a packed sequence is the one that transformers gives the sequence alone, padded or not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    Qwen3Config,
+)
+
+from actors.model.forward import PACKED_ATTENTION, row_logprobs, row_scores
+from actors.model.load import disable_dropout, load_scorer
+from actors.model.tiny import byte_tokenizer, make_tiny_model
+from actors.recipe.model import TinyModel
+from algorithms.packed import pack_row
+from algorithms.types import Rollout
+from tests.actors.model.test_forward import SIZES, rollouts
+
+TINY = TinyModel(kind="tiny", hidden_size=64, num_layers=2, num_heads=2, tie_word_embeddings=True)
+
+
+def ends() -> list[Rollout]:
+    return [replace(r, loss_mask_T=np.arange(r.num_tokens) == r.num_tokens - 1) for r in rollouts()]
+
+
+def test_scores_of_a_packed_row(tmp_path: Path) -> None:
+    make_tiny_model(TINY, tmp_path / "model", seed=0)
+    torch.manual_seed(0)
+    scorer = load_scorer(str(tmp_path / "model"), None, False, "float32", PACKED_ATTENTION).eval()
+    scorer.save_pretrained(tmp_path / "scorer")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer").eval()
+    made = ends()
+    with torch.no_grad():
+        together = row_scores(scorer, pack_row(made, [0.0] * len(made), pad_id=0))
+        alone = [plain(torch.from_numpy(r.token_ids_T.astype(np.int64))[None]).logits[0, 0] for r in made]
+        pad = byte_tokenizer(256).pad_token_id
+        longest = max(r.num_tokens for r in made)
+        padded = [np.pad(r.token_ids_T, (0, longest - r.num_tokens), constant_values=pad) for r in made]
+        batched = plain(torch.from_numpy(np.stack(padded).astype(np.int64))).logits[:, 0]
+    assert torch.allclose(together, torch.stack(alone), atol=1e-6)
+    assert torch.allclose(together, batched, atol=1e-6)
+    assert together.std() > 1e-3, "the scores must not be all alike"
+
+
+def test_a_row_without_sequences_still_has_a_gradient(tmp_path: Path) -> None:
+    make_tiny_model(TINY, tmp_path / "model", seed=0)
+    scorer = load_scorer(str(tmp_path / "model"), None, False, "float32", PACKED_ATTENTION)
+    scores = row_scores(scorer, pack_row([], [], pad_id=0))
+    assert scores.shape == (0,)
+    scores.sum().backward()
+    missing = [name for name, parameter in scorer.named_parameters() if parameter.grad is None]
+    assert not missing
+
+
+def test_a_model_without_such_a_head_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(**sizes, intermediate_size=32)).save_pretrained(tmp_path / "model")
+    byte_tokenizer(64).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="another head than one linear layer 'score'; choose a decoder"):
+        load_scorer(str(tmp_path / "model"), None, False, "float32", "eager")
+
+
+def test_without_dropout_training_gives_what_evaluation_gives(tmp_path: Path) -> None:
+    config = Qwen3Config(**SIZES, attention_dropout=0.5)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION).train()
+    model.model.embed_tokens = torch.nn.Sequential(model.model.embed_tokens, torch.nn.Dropout(0.5))
+    made = rollouts()
+    row = pack_row(made, [0.0] * len(made), pad_id=0)
+
+    def twice() -> list[torch.Tensor]:
+        return [row_logprobs(model, row, 1.0)[0] for _ in range(2)]
+
+    assert not torch.equal(*twice())
+    disable_dropout(model)
+    assert torch.equal(*twice())
+    assert torch.equal(twice()[0], row_logprobs(model.eval(), row, 1.0)[0])
