@@ -175,8 +175,8 @@ class PolicyActor:
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
         deepspeed.init_distributed(backend, verbose=False, timeout=_MEET_TIMEOUT)  # takes the group that is there
-        scores = settings.objective.numbers == "scores"
-        model = (load_scorer if scores else load_causal_lm)(
+        load = load_scorer if settings.objective.numbers == "scores" else load_causal_lm
+        model = load(
             settings.model_path,
             settings.revision,
             settings.trust_remote_code,
@@ -184,10 +184,10 @@ class PolicyActor:
             attn_implementation=PACKED_ATTENTION,
         )
         make_savable(model)
-        if not scores:
-            put_scoring_head(model)
         if settings.objective.numbers is not None:
             disable_dropout(model)  # a sequence must amount to the same whenever it is asked
+        if settings.objective.numbers != "scores":
+            put_scoring_head(model)
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
@@ -252,9 +252,9 @@ class PolicyActor:
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batch.micro_batches) - 1)
             row = self._row(micro_batch, groups, batch.oldest_version)
-            values_N, entropy_N = self._values(row)
-            start_N = starts.setdefault(index, values_N.detach())
-            loss, micro_stats = self._loss(row, values_N, entropy_N, start_N, batch.normalizer)
+            logprobs_N, entropy_N = self._values(row)
+            start_logprobs_N = starts.setdefault(index, logprobs_N.detach())
+            loss, micro_stats = self._loss(row, logprobs_N, entropy_N, start_logprobs_N, batch.normalizer)
             # DeepSpeed averages gradients over the ranks; our shares are to be summed.
             self.engine.backward(loss * self.settings.num_ranks)
             losses.append(loss.item())
@@ -295,26 +295,26 @@ class PolicyActor:
         self.engine.train()
         return numbers
 
-    def _values(self, row: PackedRow) -> tuple[Tensor, Tensor | None]:
-        """Log-probability and entropy of each loss token; of a reward model the score there, and no entropy."""
+    def _values(self, row: PackedRow) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each loss token; of a reward model the score there, and entropy 0."""
         from actors.model.forward import row_logprobs, row_scores
 
-        objective = self.settings.objective
-        if objective.numbers == "scores":
-            return row_scores(self.engine, row), None
-        return row_logprobs(self.engine, row, objective.temperature)
+        if self.settings.objective.numbers == "scores":
+            scores_N = row_scores(self.engine, row)
+            return scores_N, torch.zeros_like(scores_N)
+
+        return row_logprobs(self.engine, row, self.settings.objective.temperature)
 
     def _loss(
-        self, row: PackedRow, values_N: Tensor, entropy_N: Tensor | None, start_N: Tensor, normalizer: Normalizer
+        self, row: PackedRow, logprobs_N: Tensor, entropy_N: Tensor, start_logprobs_N: Tensor, normalizer: Normalizer
     ) -> tuple[Tensor, LossStats]:
         objective = self.settings.objective
         if objective.numbers is not None:
-            return weighted_sum(values_N, entropy_N, row.advantages_N)
-        assert entropy_N is not None, "only scores have none"
+            return weighted_sum(logprobs_N, entropy_N, row.advantages_N)
         if objective.grpo is None:
-            return sft_loss(values_N, entropy_N, normalizer.num_loss_tokens)
+            return sft_loss(logprobs_N, entropy_N, normalizer.num_loss_tokens)
         return grpo_loss(
-            values_N,
+            logprobs_N,
             entropy_N,
             sampled_logprobs_N=row.sampled_logprobs_N,
             reference_logprobs_N=row.reference_logprobs_N,
@@ -325,7 +325,7 @@ class PolicyActor:
             normalizer=normalizer,
             fresh_N=row.fresh_N,
             age_N=row.age_N,
-            start_logprobs_N=start_N,
+            start_logprobs_N=start_logprobs_N,
         )
 
     def _step_optimizer(self) -> tuple[float, bool]:

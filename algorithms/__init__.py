@@ -12,12 +12,18 @@ budgets.py      how much of the user's own code may fail
 health/         rules over the metrics of the last steps: when a run is not learning any more
 bias.py         whether what is trained differs from what is sampled
 simulation/     a run in virtual time, by the same pacer and router
+combinations.py which choices of a recipe contradict one another
 advantages.py   rewards of a group -> one advantage per rollout
+costs.py        what a sequence costs the policy to compute
+partition.py    items -> parts of nearly equal weight
+overlong.py     what a completion near the length limit is punished with
+signal.py       rewards of a batch -> its advantages, penalties, baseline and scale included
 packing.py      rollouts -> balanced micro-batches of every policy rank
 packed.py       one micro-batch as the tensors of one row
-logprobs.py     logits -> log-probabilities and entropies of the sampled tokens
+head.py         hidden states and output head -> log-probabilities and entropies, without logits
+logprobs.py     the same from logits, for models that change what the head gives
 corrections.py  importance weights against the weights that sampled the tokens
-losses.py       one micro-batch's share of the loss of the global batch
+losses/         one micro-batch's share of the loss of the global batch, a file for each ingredient of the formula
 stats.py        what a loss measures, mergeable over micro-batches and ranks
 metrics.py      what a batch says of itself before it is trained: rewards, lengths, staleness
 """

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 _SLAB = 2**23
 """Logits that exist at once (32 MiB in float32): few enough to be no matter, enough for a large multiplication."""
+_LEAST = -1e4
 _NARROWEST = 128
 """Tokens of a slab at least, however many rows there are."""
 
@@ -63,41 +64,37 @@ class _HeadLogprobs(torch.autograd.Function):
             # Everything is kept relative to the greatest logit so far, and moves when a greater one is met.
             before_N, greatest_N = greatest_N, torch.maximum(greatest_N, scaled_NW.amax(-1))
             shift_N = before_N - greatest_N
-            exp_NW = scaled_NW.sub_(greatest_N[:, None]).exp_()
-            # entr(e) = -e log e is 0 at e = 0, so that a logit of -inf gives no NaN.
-            negentropy_N = shift_N.exp() * (negentropy_N + shift_N * sum_N) - torch.special.entr(exp_NW).sum(-1)
+            # e to the power of the least is 0, and so is its product with it; of -inf the product would be NaN.
+            below_NW = scaled_NW.sub_(greatest_N[:, None]).clamp_(min=_LEAST)
+            exp_NW = below_NW.exp()
+            negentropy_N = shift_N.exp() * (negentropy_N + shift_N * sum_N) + below_NW.mul_(exp_NW).sum(-1)
             sum_N = shift_N.exp() * sum_N + exp_NW.sum(-1)
         logsumexp_N = greatest_N + sum_N.log()
         entropy_N = sum_N.log() - negentropy_N / sum_N
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N, entropy_N)
-        ctx.set_materialize_grads(False)
         ctx.temperature, ctx.slab = temperature, slab
         return target_N - logsumexp_N, entropy_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor | None, grad_entropy_N: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_N: Tensor, grad_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N, entropy_N = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         # Slabs of a lower precision are added up in float32, and rounded once.
         grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=logsumexp_N.dtype) if needs_hidden else None
         grad_weight_VH = torch.empty_like(weight_VH) if needs_weight else None
         grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
-        scale_N = torch.zeros_like(entropy_N) if grad_N is None else grad_N / ctx.temperature
-        # Who stacks the two gets zeros for the one that is not used, and a pass over the vocabulary is worth a look.
-        by_entropy = grad_entropy_N is not None and bool(grad_entropy_N.any())
+        scale_N, entropy_scale_N = grad_N / ctx.temperature, grad_entropy_N / ctx.temperature
+        by_entropy = bool(entropy_scale_N.any())  # hardly ever: only a bonus for entropy asks for it
         for columns in _slabs(len(weight_VH), len(hidden_NH), ctx.slab):
             scaled_NW = _scaled(hidden_NH, weight_VH, bias_V, columns, ctx.temperature)
             place_N, inside_N = _place(targets_N, columns)
             probs_NW = scaled_NW.sub_(logsumexp_N[:, None]).exp_()
-            by_entropy_NW = None
-            if by_entropy:
-                by_entropy_NW = torch.special.entr(probs_NW).sub_(probs_NW * entropy_N[:, None])
-                by_entropy_NW.mul_((grad_entropy_N / ctx.temperature)[:, None])
+            of_entropy_NW = _of_entropy(probs_NW, entropy_N, entropy_scale_N) if by_entropy else None
             grad_NW = probs_NW.mul_(-scale_N[:, None])
+            if of_entropy_NW is not None:
+                grad_NW += of_entropy_NW
             grad_NW = grad_NW.scatter_add_(-1, place_N[:, None], scale_N.where(inside_N, 0.0)[:, None])
-            if by_entropy_NW is not None:
-                grad_NW = grad_NW.add_(by_entropy_NW)
             grad_NW = grad_NW.to(weight_VH.dtype)
             if grad_hidden_NH is not None:
                 grad_hidden_NH += grad_NW @ weight_VH[columns]
@@ -107,6 +104,11 @@ class _HeadLogprobs(torch.autograd.Function):
                 grad_bias_V[columns] = grad_NW.sum(0)
         grad_hidden = None if grad_hidden_NH is None else grad_hidden_NH.to(hidden_NH.dtype)
         return grad_hidden, grad_weight_VH, grad_bias_V, None, None, None
+
+
+def _of_entropy(probs_NW: Tensor, entropy_N: Tensor, scale_N: Tensor) -> Tensor:
+    """The slab's logits' gradient of the entropy: -p (log p + entropy)."""
+    return torch.special.entr(probs_NW).sub_(probs_NW * entropy_N[:, None]).mul_(scale_N[:, None])
 
 
 def _slabs(vocabulary: int, num_rows: int, slab: int) -> Iterator[slice]:

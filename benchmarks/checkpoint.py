@@ -1,8 +1,9 @@
 """What checkpoints cost a policy in training: how long it stands still, and how slow it is while one is written.
 
-    python -m benchmarks.checkpoint
+    python -m benchmarks.checkpoint [--quick]
 
-Prints a table and, as its last line, one JSON object; about three minutes on two cores. One DeepSpeed rank (ZeRO 1,
+Prints a table and, as its last line, one JSON object; about three minutes on two cores. `--quick` takes a smaller model
+and fewer rounds, half a minute, and says little about the shares that are reported. One DeepSpeed rank (ZeRO 1,
 AdamW, float32) trains a model of 34 M parameters in this process; what the run's driver does to a checkpoint, digests
 and syncs, is done in a process of its own, as in a run. Everything is measured in this run, in turns, medians.
 
@@ -45,9 +46,11 @@ from algorithms.types import Group, MicroBatch, Prompt, Rollout, Sample
 from benchmarks.usage import parser_of
 
 MODEL = TinyModel(kind="tiny", hidden_size=512, num_layers=8, num_heads=8)
+NUM_ROUNDS = 5
+QUICK_MODEL = TinyModel(kind="tiny", hidden_size=256, num_layers=4, num_heads=4)
+QUICK_ROUNDS = 2
 NUM_SEQUENCES, LENGTH = 4, 32
 """Of a batch: fewer tokens than a run has, so that the stall is a larger share of the time."""
-NUM_ROUNDS = 5
 NUM_STEPS = 3
 """Without a checkpoint, in each round."""
 EVERY = CheckpointConfig().every
@@ -102,9 +105,9 @@ class Measured:
         return shown
 
 
-def policy(folder: Path) -> PolicyActor:
+def policy(folder: Path, model: TinyModel) -> PolicyActor:
     """One rank, in this process."""
-    make_tiny_model(MODEL, folder / "model", seed=0)
+    make_tiny_model(model, folder / "model", seed=0)
     settings = PolicySettings(
         model_path=str(folder / "model"),
         revision=None,
@@ -146,8 +149,8 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(folder: Path, threads: Executor, driver: Executor) -> Measured:
-    rank, (share, groups) = policy(folder), batch()
+def measure(folder: Path, threads: Executor, driver: Executor, model: TinyModel, num_rounds: int) -> Measured:
+    rank, (share, groups) = policy(folder, model), batch()
     store, measured = CheckpointStore(folder / "checkpoints"), Measured()
 
     def step() -> float:
@@ -168,7 +171,7 @@ def measure(folder: Path, threads: Executor, driver: Executor) -> Measured:
     measured.num_bytes = sum(path.stat().st_size for path in store.open(store.versions()[-1]).rglob("*.safetensors"))
     source = torch.ones(measured.num_bytes // 4)
     target = torch.zeros_like(source)
-    for _ in range(NUM_ROUNDS):
+    for _ in range(num_rounds):
         measured.steps += [step() for _ in range(NUM_STEPS)]
         measured.copies.append(timed(lambda: target.copy_(source)))
         measured.stalls.append(timed(rank.snapshot))
@@ -192,7 +195,9 @@ def measure(folder: Path, threads: Executor, driver: Executor) -> Measured:
 
 
 def main() -> None:
-    parser_of("benchmarks.checkpoint", __doc__).parse_args()
+    parser = parser_of("benchmarks.checkpoint", __doc__)
+    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer rounds")
+    size = (QUICK_MODEL, QUICK_ROUNDS) if parser.parse_args().quick else (MODEL, NUM_ROUNDS)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     disable_progress_bar()
     with (
@@ -200,7 +205,7 @@ def main() -> None:
         ThreadPoolExecutor(2) as threads,
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as driver,
     ):
-        measured = measure(Path(folder), threads, driver)
+        measured = measure(Path(folder), threads, driver, *size)
     Console().print(measured.table())
     print(json.dumps(measured.figures()))
 

@@ -181,10 +181,8 @@ def _per_rank(recipe: Recipe) -> int:
     match recipe:
         case GrpoRecipe():
             num_sequences = recipe.groups_per_batch * recipe.algorithm.num_generations
-        case PreferenceRecipe():
-            num_sequences = 2 * recipe.batch_size  # an answer, and what it is compared with
         case OfflineRecipe():
-            num_sequences = recipe.batch_size
+            num_sequences = recipe.batch_size * (2 if isinstance(recipe, PreferenceRecipe) else 1)
     return -(-num_sequences // recipe.pools.policy.num_workers)
 
 

@@ -1,7 +1,11 @@
 """The language model.
 
-load.py   weights and tokenizer     tiny.py   make a small one from a config
-size.py   how large it is, from its files
-files.py  a folder that others load as it is
-forward.py   log-probabilities of a packed row     lora.py   adapters: what is trained, travels and is saved
+load.py     weights and tokenizer
+tiny.py     make a small one from a config
+size.py     how large it is, from its files
+costs.py    where its work goes, from its config
+files.py    a folder that others load as it is
+forward.py  log-probabilities of a packed row
+head.py     an output head that scores given tokens
+lora.py     adapters: what is trained, travels and is saved
 """

@@ -106,12 +106,11 @@ def _load(
 
 def disable_dropout(model: torch.nn.Module) -> None:
     """Training gives what evaluation gives, whatever dropout the model's config asks for."""
-    module: Any
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # what transformers hands to its kernels
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - torch types every attribute as a tensor
 
 
 def load_skeleton(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:

@@ -22,13 +22,13 @@ def batch_of(
         for place, (group, of_group) in enumerate(zip(groups, weights, strict=True))
         for rollout, weight in enumerate(of_group)
     ]
-    rollouts = [groups[sample.group].rollouts[sample.rollout] for sample in samples]
-    costs_S = [policy.costs.of(rollout.num_tokens, rollout.num_loss_tokens) for rollout in rollouts]
-    packed = pack([sample.num_tokens for sample in samples], len(policy.ranks), max_tokens, costs_S)
+    learned = [groups[sample.group].rollouts[sample.rollout].num_loss_tokens for sample in samples]
+    costs = [policy.costs.of(sample.num_tokens, count) for sample, count in zip(samples, learned, strict=True)]
+    packed = pack([sample.num_tokens for sample in samples], len(policy.ranks), max_tokens, costs)
     return Batch(
         version=version,
         ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed),
         num_sequences=len(samples),
-        num_loss_tokens=sum(rollout.num_loss_tokens for rollout in rollouts),
+        num_loss_tokens=sum(learned),
         oldest_version=0,
     )

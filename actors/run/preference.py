@@ -151,7 +151,10 @@ async def _train(
     batch = batch_of(groups, weights, step, policy, max_tokens)
     update = await policy.step(batch, groups)
     measured = {name: value for name, value in weighed.metrics.items() if math.isfinite(value)}
-    return replace(update, metrics={**update.metrics, "loss": weighed.loss, **measured}), batch.num_loss_tokens
+    metrics = {**update.metrics, "loss": weighed.loss, **measured}
+    if isinstance(recipe, RewardRecipe):
+        metrics.pop("entropy", None)  # scores have none
+    return replace(update, metrics=metrics), batch.num_loss_tokens
 
 
 def _sequences(groups: Sequence[Group]) -> list[Rollout]:

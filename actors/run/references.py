@@ -4,6 +4,7 @@ The ranks hold those weights until the first step, so no other model is needed; 
 computed stays in the run folder: a run that goes on compares with the same numbers, to the bit.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,55 +22,71 @@ _WRITE_EVERY_S = 60.0
 _SAY_EVERY_S = 15.0
 
 
+class _Known(msgspec.Struct):
+    """What the file holds."""
+
+    num_steps: int = 0
+    """Steps from the first on of which every sequence is known."""
+    sums: dict[bytes, float] = {}
+    """Log-probability of the loss tokens, summed, by the sequence's tokens."""
+
+
 class References:
-    """What the policy's ranks said of sequences before the first step, by the tokens of the sequence."""
+    """What the policy's ranks said of sequences before the first step."""
 
     def __init__(self, policy: PolicyGroup, folder: Path, max_tokens: int, say: Callable[[str], None]) -> None:
         self._policy = policy
         self._path = folder / FILE
         self._max_tokens = max_tokens
         self._say = say
-        self._sums: dict[bytes, float] = {}
+        self._known = _Known()
 
     async def compute(self, steps: range, sequences: Callable[[int], Iterable[Rollout]]) -> None:
         """Of all sequences of these steps; the policy holds the weights that the run began with."""
-        self._sums = self._read()
+        self._known = self._read()
         written = said = time.monotonic()
-        for step in steps:
-            missing = {key: rollout for rollout in sequences(step) if (key := _key(rollout)) not in self._sums}
-            if not missing:
-                continue
-            await self._ask(missing)
+        for step in range(max(steps.start, self._known.num_steps), steps.stop):
+            missing = {key: rollout for rollout in sequences(step) if (key := _key(rollout)) not in self._known.sums}
+            if missing:
+                await self._ask(missing)
+            self._known.num_steps = step + 1
+            await asyncio.sleep(0)  # rows are tokenized here: whoever watches the ranks has its turn
             now = time.monotonic()
             if now - written > _WRITE_EVERY_S:
                 self._write()
                 written = time.monotonic()
             if now - said > _SAY_EVERY_S:
-                self._say(f"log-probabilities of the reference: {step + 1 - steps.start} of {len(steps)} steps")
+                self._say(f"log-probabilities of the reference: {step + 1} of {steps.stop} steps")
                 said = now
         self._write()
 
     def of(self, rollout: Rollout) -> float:
-        """Log-probability of the sequence's loss tokens, summed."""
-        return self._sums[_key(rollout)]
+        """Log-probability of the sequence's loss tokens, summed; RunError when the data are others than they were."""
+        try:
+            return self._known.sums[_key(rollout)]
+        except KeyError:
+            raise RunError(
+                f"{self._path} does not know a sequence of this run, so the data have changed since it began; put them "
+                "back, or begin anew with --overwrite"
+            ) from None
 
     async def _ask(self, missing: dict[bytes, Rollout]) -> None:
         groups = [group_of(place, (rollout,)) for place, rollout in enumerate(missing.values())]
         batch = batch_of(groups, [(0.0,)] * len(groups), 0, self._policy, self._max_tokens)
         numbers = await self._policy.numbers(batch, groups)
-        self._sums |= {key: numbers[place, 0] for place, key in enumerate(missing)}
+        self._known.sums |= {key: numbers[place, 0] for place, key in enumerate(missing)}
 
-    def _read(self) -> dict[bytes, float]:
+    def _read(self) -> _Known:
         if not self._path.exists():
-            return {}
+            return _Known()
         try:
-            return msgspec.msgpack.decode(self._path.read_bytes(), type=dict[bytes, float])
+            return msgspec.msgpack.decode(self._path.read_bytes(), type=_Known)
         except msgspec.MsgspecError as error:
             raise RunError(f"{self._path}: {error}; the file is damaged: begin anew with --overwrite") from error
 
     def _write(self) -> None:
         staged = self._path.with_suffix(".staged")
-        staged.write_bytes(msgspec.msgpack.encode(self._sums))
+        staged.write_bytes(msgspec.msgpack.encode(self._known))
         staged.rename(self._path)
 
 

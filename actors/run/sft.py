@@ -16,7 +16,6 @@ from actors.checkpoint.store import CheckpointStore
 from actors.errors import PolicyLostError, RunError, StoppedError
 from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
-from actors.recipe.base import OfflineRecipe
 from actors.recipe.schema import OfflineKind
 from actors.recipe.upkeep import LivenessConfig
 from actors.run.folder import RunFolder
@@ -86,10 +85,10 @@ class Lives:
 
     async def _lived(self, resume: Resume | None, _: bool) -> dict[str, Any]:
         """One life, to its end; no rule of health ever rolls a supervised run back."""
-        recipe, say = self.recipe, self.progress.say
-        lesson = lesson_of(recipe, self.stream, self.policy, self.folder.path, say)
-        learner = Learner(recipe, lesson, self.policy, self.folder, self.progress, self.tracker)
-        async with suspected(self._look, self.folder.stall), self.policy.watched(_LIVENESS):
+        recipe, policy = self.recipe, self.policy
+        lesson = lesson_of(recipe, self.stream, policy, self.folder.path, self.progress.say)
+        learner = Learner(recipe, lesson, policy, self.folder, self.progress, self.tracker)
+        async with suspected(self._look, self.folder.stall), policy.watched(_LIVENESS):
             await lesson.prepare(range(0 if resume is None else resume.cut.version, recipe.steps))
             if resume is not None:
                 await learner.restore(resume)
@@ -134,7 +133,7 @@ class Lives:
 class Learner:
     """Step n trains on the n-th batch of the examples, whenever and however often the run goes on."""
 
-    recipe: OfflineRecipe
+    recipe: OfflineKind
     lesson: Lesson
     policy: PolicyGroup
     folder: RunFolder

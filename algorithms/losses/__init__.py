@@ -4,6 +4,7 @@ grpo.py         the whole: -(policy term) x weight + beta KL - entropy_coef H, o
 tokens.py       what the formula is about: the loss tokens of one micro-batch
 ratio.py        the old probabilities, and the ratio against them: per token or per sequence
 surrogate.py    what a ratio and an advantage cost: clipped (PPO), clipped twice (dual clip), or CISPO
+weights.py      the importance weight of a token, 0 where a mask rejects it
 kl.py           the distance from the reference: as a term of the loss, or in the advantages
 mean.py         which mean over the global batch the loss is
 sft.py          the supervised loss

@@ -67,15 +67,15 @@ def weigh_judged(judged: Judged, config: KtoConfig) -> Weighed:
     return Weighed(loss.item(), tuple((weight,) for weight in gradient_S.tolist()), _judged_metrics(judged, config))
 
 
-def weighted_sum(values_N: Tensor, entropy_N: Tensor | None, weights_N: Tensor) -> tuple[Tensor, LossStats]:
+def weighted_sum(values_N: Tensor, entropy_N: Tensor, weights_N: Tensor) -> tuple[Tensor, LossStats]:
     """The micro-batch's share of the gradient, as a sum to differentiate: each token has its sequence's weight.
 
     Its value is not the loss. Without tokens it is 0 and still hangs on the graph of `values_N`.
     """
     share = (weights_N * values_N).sum()
-    if entropy_N is None:
-        return share, LossStats(loss=share.item())
-    return share, LossStats(loss=share.item(), entropy=entropy_N.double().sum().item(), num_tokens=len(values_N))
+    with torch.no_grad():
+        loss, entropy = torch.stack([share.double(), entropy_N.double().sum()]).tolist()
+    return share, LossStats(loss=loss, entropy=entropy, num_tokens=len(values_N))
 
 
 @torch.no_grad()

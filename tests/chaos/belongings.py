@@ -63,13 +63,18 @@ def shared_memory_of(processes: Iterable[psutil.Process]) -> set[str]:
 def left_behind(folder: Path, known: Iterable[psutil.Process], shared: Iterable[str], timeout_s: float) -> list[str]:
     """Processes of a run that is over which are there after so long, and its shared memory; both are ended now.
 
-    `known` are processes and `shared` the names of shared memory that were seen while the run went on.
+    `known` are processes and `shared` the names of shared memory that were seen while the run went on. One that was
+    stopped by a fault is let go on now: nothing ends by itself that does nothing.
     """
     deadline = time.monotonic() + timeout_s
     known = set(known)
     while alive := {process for process in known if _runs(process)} | processes_of(folder):
         if time.monotonic() > deadline:
             break
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                if process.status() == psutil.STATUS_STOPPED:
+                    process.resume()
         time.sleep(_AGAIN_S)
     shared = set(shared) | shared_memory_of(alive)
     found = []

@@ -26,8 +26,14 @@ _FORKED: list[str] = []
 """Where the nursery listens, when it does."""
 _SAMPLE_S = 1.0
 _LOAD_S = 120.0
-HEALTH = {"period_ms": "1000", "timeout_ms": "2000", "failure_threshold": "4", "initial_delay_ms": "0"}
-"""A lost raylet is noticed after seconds, not half a minute."""
+HEALTH = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+}
+"""A lost raylet, and a lost head, are noticed after seconds, not half a minute or more."""
 
 
 def preload() -> None:
@@ -46,7 +52,7 @@ def preload() -> None:
     _FORKS.set_forkserver_preload(["tests.chaos.driver"])
     with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):  # ours stays as it is: this Ray has been imported already
         os.environ.pop("RAY_ADDRESS", None)
-        os.environ |= {f"RAY_health_check_{name}": value for name, value in HEALTH.items()}
+        os.environ |= HEALTH
         shut_in(os.environ)
         forkserver.ensure_running()
     deadline = time.monotonic() + _LOAD_S

@@ -1,8 +1,10 @@
 """What is left behind is counted when it is ours, and only then."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from multiprocessing import shared_memory
@@ -64,6 +66,14 @@ def test_an_orphan_is_ours_by_its_environment(start: Start, tmp_path: Path) -> N
 
 def test_a_process_that_ends_in_time_was_not_left(start: Start, tmp_path: Path) -> None:
     process = start("import time; time.sleep(0.5)", tmp_path)
+    assert left_behind(tmp_path, [psutil.Process(process.pid)], [], timeout_s=20.0) == []
+
+
+def test_a_process_that_was_stopped_may_end_by_itself(start: Start, tmp_path: Path) -> None:
+    process = start("import time; time.sleep(0.5)", tmp_path)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.0)
+    assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
     assert left_behind(tmp_path, [psutil.Process(process.pid)], [], timeout_s=20.0) == []
 
 

@@ -16,7 +16,7 @@ from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 
 ROOT = Path(__file__).parents[3]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 GRPO: dict[str, Any] = {
     "kind": "grpo",

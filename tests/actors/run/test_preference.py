@@ -23,6 +23,7 @@ from actors.recipe.preference import CpoRecipe, DpoRecipe, KtoRecipe, OrpoRecipe
 from actors.run.preference import Judging, Pairing
 from actors.run.references import FILE, References
 from algorithms.corrections import sequence_sum
+from algorithms.costs import SequenceCosts
 from algorithms.packed import pack_row
 from algorithms.preference.batch import Judged, Pairs
 from algorithms.preference.kto import kl_estimate, kto_loss
@@ -46,6 +47,7 @@ class LocalPolicy:
     asked: int = 0
     """Sequences whose log-probability was asked for."""
     steps: list[Batch] = field(default_factory=list)
+    costs: SequenceCosts = field(default_factory=SequenceCosts)
 
     @property
     def ranks(self) -> range:
@@ -197,6 +199,26 @@ async def test_what_was_computed_of_the_reference_is_kept(folder: Path, tmp_path
     for rollout in (stream.pair(5).chosen, stream.pair(5).rejected):
         assert resumed.of(rollout) == lesson.references.of(rollout)
         assert resumed.of(rollout) == pytest.approx(sums(policy.model, [rollout]).item(), abs=1e-4)
+
+
+async def test_it_goes_on_where_it_was_ended(folder: Path, tmp_path: Path) -> None:
+    recipe, stream = recipe_of(DpoRecipe), PairStream(ListRows(ROWS), BYTES, 3, True, 60)
+    policy: Any = LocalPolicy(model_of(folder), 1)
+    await Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print)).prepare(range(1))
+    assert policy.asked == 8
+    await Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print)).prepare(range(4))
+    assert policy.asked == 2 * len(ROWS)
+
+
+async def test_data_that_have_changed_are_told(folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(DpoRecipe)
+    for rows in (ROWS, tuple({**row, "chosen": "new"} for row in ROWS)):
+        policy: Any = LocalPolicy(model_of(folder), 1)
+        stream = PairStream(ListRows(rows), BYTES, 3, True, 60)
+        lesson = Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print))
+        await lesson.prepare(range(4))
+    with pytest.raises(RunError, match="the data have changed since it began; put them back"):
+        await lesson.step(0)
 
 
 async def test_a_damaged_file_is_told(tmp_path: Path) -> None:

@@ -83,6 +83,19 @@ def test_trl_says_so_too(name: str) -> None:
     assert worst_difference(name, lambda batch: trl_loss(batch, config)[:2], stale=stale) <= stated(name, "TRL")
 
 
+@pytest.mark.parametrize("name", IN_TRL)
+def test_trl_says_so_in_float32(name: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    config = config_of(name)
+    for seed, drift in enumerate(DRIFTS[:3]):
+        batch = drifted(seed, drift=drift, stale=name != "rloo")
+        loss, gradient_BCV, _ = trl_loss(batch, config)
+        ours, ours_BCV, _ = our_loss(batch, config, SPLITS[1])
+        assert ours_BCV.dtype == gradient_BCV.dtype == torch.float32
+        assert abs(ours - loss) < 1e-5
+        assert (ours_BCV - gradient_BCV).abs().max() < 1e-5
+
+
 def test_no_two_methods_are_the_same() -> None:
     """What makes a method bites on this batch: without it, it would be another one."""
     batch = drifted(4, drift=0.4)

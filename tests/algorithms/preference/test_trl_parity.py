@@ -29,6 +29,8 @@ from algorithms.preference.weigh import Weighed, weigh_judged, weigh_pairs
 VOCABULARY, PROMPT = 11, 1
 """The prompt is one token, which nothing predicts: TRL's ORPO learns the prompt's other tokens, too."""
 TOLERANCE = 1e-9
+FLOAT32 = 1e-6
+"""Of what TRL rounds to float32 on the way."""
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +252,7 @@ def test_orpo_agrees_in_loss_and_gradient(beta: float) -> None:
         logits_BCV = case.logits_BCV.clone().requires_grad_()
         loss, metrics = older(case, ORPOTrainer, logits_BCV, beta=beta)
         weighed = weigh_pairs(pairs_of(case, reference=False), OrpoConfig(beta=beta))
-        agree(case, weighed, loss, logits_BCV, tolerance=1e-6)  # TRL rounds to float32
+        agree(case, weighed, loss, logits_BCV, tolerance=FLOAT32)
         means = {f"logps/{side}": weighed.metrics[f"rewards/{side}"] / beta for side in ("chosen", "rejected")}
         assert all(math.isclose(metrics[name], value, abs_tol=1e-6) for name, value in means.items())
         metrics_agree(weighed, metrics, (*REWARDS, "nll_loss", "log_odds_chosen"))

@@ -1,0 +1,70 @@
+"""A teacher must be asked for, and read the policy's tokens; punishments begin within a completion."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.model.load import load_tokenizer
+from actors.model.tiny import make_tiny_model
+from actors.recipe.file import RecipeError, load_recipe
+from actors.recipe.model import TinyModel
+from deploy.train import prepare
+
+ROOT = Path(__file__).parents[3]
+DISTILLATION = str(ROOT / "recipes/methods/on_policy_distillation.yaml")
+SIZE: dict[str, Any] = {"kind": "tiny", "hidden_size": 64, "num_layers": 1, "num_heads": 1}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.beta=0", "algorithm.kl_penalty=k3"], "reference: nothing is measured against it"),
+        (["algorithm.soft_punish_cache=13"], "algorithm.soft_punish_cache: 13 tokens before a limit of 12"),
+        (["reference={kind: tiny}"], "reference"),
+    ],
+)
+def test_what_cannot_work_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(DISTILLATION, overrides)
+    assert message in str(error.value)
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> list[str]:
+    """Overrides: a tiny student, on data and rewards that are there."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a row"}) + "\n")
+    return [
+        f"model={json.dumps(SIZE)}",
+        f"dataset={{path: {tmp_path}/rows.jsonl}}",
+        f"rewards.functions.0.function={ROOT}/tests/chaos/reward.py:score",
+        f"run_dir={tmp_path}/run",
+        f"reference={{kind: pretrained, path: {tmp_path}/teacher}}",
+    ]
+
+
+def teacher(folder: Path, **changed: Any) -> Path:
+    make_tiny_model(TinyModel(**SIZE | changed), folder / "teacher", seed=1)
+    return folder / "teacher"
+
+
+def test_a_teacher_of_the_same_family_is_taken(student: list[str], tmp_path: Path) -> None:
+    teacher(tmp_path, hidden_size=96, num_layers=2)
+    (job,) = prepare(load_recipe(DISTILLATION, student), DISTILLATION, None, False)
+    assert job.folder.path == tmp_path / "run"
+
+
+def test_a_teacher_with_fewer_positions_is_refused(student: list[str], tmp_path: Path) -> None:
+    teacher(tmp_path, max_position_embeddings=128)
+    with pytest.raises(ValueError, match=r"reference: it has 128 positions, the policy 256; choose"):
+        prepare(load_recipe(DISTILLATION, student), DISTILLATION, None, False)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(student: list[str], tmp_path: Path) -> None:
+    path = teacher(tmp_path)
+    tokenizer = load_tokenizer(str(path), None, False)
+    tokenizer.add_tokens(["word"])
+    tokenizer.save_pretrained(path)
+    with pytest.raises(ValueError, match=r"reference: its tokenizer is not the policy's.*same family"):
+        prepare(load_recipe(DISTILLATION, student), DISTILLATION, None, False)
