@@ -17,6 +17,8 @@ def refusals(config: "GrpoConfig") -> Iterator[str]:
 
 def _of_advantages(config: "GrpoConfig") -> Iterator[str]:
     baseline, scale, normal = config.baseline, config.scale_rewards, config.normalize_advantages
+    if config.num_generations < 1:
+        yield f"num_generations: {config.num_generations} rollouts a prompt are none; set num_generations to 2 or more"
     if baseline != "none" and config.num_generations < 2:
         yield (
             f"num_generations: the advantage is measured against the group's mean, which needs at least 2 rollouts a "

@@ -52,7 +52,7 @@ class GrpoConfig(BaseModel):
 
     model_config = CLOSED
 
-    num_generations: int = Field(8, ge=1)
+    num_generations: int = 8
     """Rollouts per prompt (the group size G). A baseline of the group needs at least 2."""
     num_iterations: int = Field(1, ge=1)
     """Updates of the policy on each batch; the ratio is measured against the policy before the first."""

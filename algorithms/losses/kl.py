@@ -23,20 +23,23 @@ def kl_k3(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
 
 
 def kl_term(tokens: Tokens, ratio_N: Tensor, config: GrpoConfig) -> Tensor | None:
-    """The estimate that is measured, and that enters the loss when `kl_penalty` is `k2` or `k3`; None when beta is 0.
+    """The estimate that enters the loss when `kl_penalty` is `k2` or `k3`, else k3 to be measured; None without beta.
 
-    Both are corrected for having been sampled by other weights by the ratio; k3 has the unbiased gradient only when the
-    ratio's own is part of it (DeepSeek-V3.2, arXiv 2512.02556), k2 only when it is not.
+    In the loss the ratio corrects it for having been sampled by other weights; k3 has the unbiased gradient only when
+    the ratio's own is part of it (DeepSeek-V3.2, arXiv 2512.02556), k2 only when it is not.
     """
     if config.beta == 0:
         return None
     reference_logprobs_N = tokens.reference_logprobs_N
     assert reference_logprobs_N is not None, "beta > 0 needs the reference's log-probabilities"
-    if config.kl_penalty == "k2":
-        kl_N, ratio_N = kl_k2(tokens.logprobs_N, reference_logprobs_N), ratio_N.detach()
-    else:
-        kl_N = kl_k3(tokens.logprobs_N, reference_logprobs_N)
-    return kl_N * ratio_N if config.use_bias_correction_kl else kl_N
+    correction_N = ratio_N if config.use_bias_correction_kl else torch.ones_like(ratio_N)
+    match config.kl_penalty:
+        case "k3":
+            return kl_k3(tokens.logprobs_N, reference_logprobs_N) * correction_N
+        case "k2":
+            return kl_k2(tokens.logprobs_N, reference_logprobs_N) * correction_N.detach()
+        case _:
+            return kl_k3(tokens.logprobs_N, reference_logprobs_N).detach()
 
 
 def penalised(advantages_N: Tensor, tokens: Tokens, config: GrpoConfig, kl_weight: float) -> Tensor:

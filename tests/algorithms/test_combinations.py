@@ -14,6 +14,7 @@ SAMPLED = {"old_logprobs": "sampled", "vllm_importance_sampling_correction": Fal
     ("keys", "key", "way_out"),
     [
         ({"num_generations": 1}, "num_generations", "baseline to 'none'"),
+        ({"num_generations": 0, "baseline": "none", "scale_rewards": "none"}, "num_generations", "2 or more"),
         ({"baseline": "leave_one_out"}, "scale_rewards", "set scale_rewards to 'none'"),
         ({"baseline": "none", "scale_rewards": "batch"}, "scale_rewards", "set scale_rewards to 'none'"),
         ({"normalize_advantages": "tokens"}, "normalize_advantages", "set scale_rewards to 'none'"),

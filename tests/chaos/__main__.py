@@ -21,10 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tests.chaos.audit import audit
 from tests.chaos.belongings import left_behind
+from tests.chaos.disk import forget
 from tests.chaos.life import preload
 from tests.chaos.plan import plan
 from tests.chaos.result import NOT_FAULTS, Result, table
-from tests.chaos.run import GROUPS_PER_BATCH, ChaosRun, forget
+from tests.chaos.run import GROUPS_PER_BATCH, ChaosRun
 from tests.chaos.state import State, code_id
 
 _END_S = 75.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.node import Node
 
 import deploy.train
 from actors.run.grpo import run_grpo
@@ -39,17 +40,32 @@ def main(engine: str, arguments: list[str]) -> None:
 
 
 def life(engine: str, faults: str, log: str, nursery: str, arguments: list[str]) -> None:
-    """The same in a process that has been forked with all modules loaded, and with workers that are (nursery.py).
+    """The same in a process that has been forked with all modules loaded, which saves seconds.
 
-    It ends with the process that it was forked from, and so with the campaign, however that ends.
+    So are the workers of light engines (nursery.py); real ones start as they do for everybody. The process ends with
+    the one that it was forked from, and so with the campaign, however that ends.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
-    os.environ |= {FOLDER: faults, SOCKET: nursery}
-    ray_constants.SETUP_WORKER_FILENAME = str(ROOT / "tests" / "chaos" / "nursery.py")
+    os.environ[FOLDER] = faults
+    if engine == "light":
+        os.environ[SOCKET] = nursery
+        ray_constants.SETUP_WORKER_FILENAME = str(ROOT / "tests" / "chaos" / "nursery.py")
+        _start_little()
     main(engine, arguments)
+
+
+def _start_little() -> None:
+    """Ray's head without the services that no run of ours uses: autoscaler, dashboard, forwarding of logs."""
+
+    def no_dashboard(node: Any, **_: Any) -> None:
+        node._webui_url = ""
+
+    head: Any = Node
+    head.start_monitor = head.start_log_monitor = lambda node: None
+    head.start_api_server = no_dashboard
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def note_start(replica: int) -> None:
     if folder is None:
         return
     journal = Path(folder).parent / "run" / "ledger.jsonl"
-    trained = [line for line in journal.read_text().splitlines() if '"trained"' in line] if journal.exists() else []
+    whole = journal.read_text().rpartition("\n")[0] if journal.exists() else ""
+    trained = [line for line in whole.splitlines() if '"trained"' in line]
     version = json.loads(trained[-1])["version"] if trained else None
     with Path(folder, STARTED).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"replica": replica, "version": version}) + "\n")

@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,9 +32,10 @@ HEALTH = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "4",
     "RAY_health_check_initial_delay_ms": "0",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
 }
-"""A lost raylet, and a lost head, are noticed after seconds, not half a minute or more."""
+"""A lost raylet is noticed after seconds, not half a minute."""
+AWAY = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+"""What is left of a Ray whose driver was killed waits so long for its head, not a minute."""
 
 
 def preload() -> None:
@@ -43,16 +45,18 @@ def preload() -> None:
     """
     if _FORKED:
         return
-    path = f"{tempfile.mkdtemp(prefix='nursery-')}/socket"
+    folder = tempfile.mkdtemp(prefix="nursery-")
+    path = f"{folder}/socket"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     nursery = subprocess.Popen(
         [sys.executable, "-m", "tests.chaos.nursery", path], env=env, cwd=ROOT, start_new_session=True
     )
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(nursery.kill)
     _FORKS.set_forkserver_preload(["tests.chaos.driver"])
     with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):  # ours stays as it is: this Ray has been imported already
         os.environ.pop("RAY_ADDRESS", None)
-        os.environ |= HEALTH
+        os.environ |= HEALTH | AWAY
         shut_in(os.environ)
         forkserver.ensure_running()
     deadline = time.monotonic() + _LOAD_S

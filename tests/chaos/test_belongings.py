@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.chaos.belongings import left_behind, processes_of, shared_memory_of
+from tests.chaos.belongings import left_behind, processes_of, shared_memory_of, workers_of
 from tests.chaos.faults import FOLDER
+from tests.chaos.nursery import WORKERS
 
 HOLD = """
 import sys, time
@@ -62,6 +63,17 @@ def test_an_orphan_is_ours_by_its_environment(start: Start, tmp_path: Path) -> N
     (found,) = left_behind(tmp_path, [], [], timeout_s=0.3)
     assert found.startswith(f"process {pid}: sleep 100")
     assert not processes_of(tmp_path), "and it is ended"
+
+
+def test_a_worker_that_was_forked_is_ours_by_the_list_of_them(start: Start, tmp_path: Path) -> None:
+    """Not by its number alone, which may be another process's by now."""
+    ours, other = (psutil.Process(start("import time; time.sleep(100)", None).pid) for _ in range(2))
+    lines = [f"{ours.pid} {ours.create_time()}", f"{other.pid} {other.create_time() - 60.0}", "999999999 1.0"]
+    (tmp_path / WORKERS).write_text("".join(f"{line}\n" for line in lines))
+    assert workers_of(tmp_path) == {ours}
+    (found,) = left_behind(tmp_path, [], [], timeout_s=0.3)
+    assert found.startswith(f"process {ours.pid}: ")
+    assert other.is_running()
 
 
 def test_a_process_that_ends_in_time_was_not_left(start: Start, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Machines:
     def __init__(self, log: Path) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.env = env | HEALTH
+        self.env = env | HEALTH | {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1000"}
         self.env |= {"PATH": f"{BIN}{os.pathsep}{env['PATH']}", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._path = log

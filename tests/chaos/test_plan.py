@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.chaos.__main__ import batches
 from tests.chaos.plan import CLASSES, Scene, choose, plan
 
 QUIET = Scene(in_flight=(), most_in_flight=4, has_trained=True, all_serve=True, num_checkpoints=2, newest_is_new=True)
@@ -63,3 +64,17 @@ def test_a_checkpoint_is_there_before_the_next_one_is_taken_away() -> None:
 def test_the_driver_ends_only_after_it_has_come_on() -> None:
     assert choose(["driver killed", "reward exits"], replace(QUIET, has_trained=False)) == 1
     assert choose(["driver killed", "reward exits"], QUIET) == 0
+
+
+def test_a_thousand_faults_kill_the_driver_two_hundred_times() -> None:
+    """As `make chaos` asks for them."""
+    todo = batches(num_faults=1000, num_vllm=40, seed=0)
+    names = [
+        (batch.engine, name)
+        for batch in todo
+        for name in plan(batch.faults, batch.seed, restarts=round(0.22 * batch.faults), vllm=batch.engine == "vllm")
+    ]
+    assert len(names) == 1000
+    assert sum(engine == "vllm" for engine, _ in names) == 40
+    assert sum(CLASSES[name].restarts for _, name in names) >= 200
+    assert {name for _, name in names} == set(CLASSES)

@@ -24,7 +24,7 @@ def test_a_killed_replica_costs_little(tmp_path: Path) -> None:
     preload()
     recipe = write_recipe(tmp_path, steps=STEPS, seed=5, max_staleness=1, num_replicas=3, num_rewards=1)
     prepare(tmp_path / "faults")
-    set_pace(tmp_path / "faults", 0.1)
+    set_pace(tmp_path / "faults", 0.2)
     journal = Journal(tmp_path / "run" / "ledger.jsonl")
     life = Life("light", tmp_path, tmp_path / "log", recipe)
     life.start()

@@ -13,7 +13,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
+from actors.data.dataset import load_rows
+from actors.model.tiny import byte_tokenizer
+from actors.recipe.base import OfflineRecipe
+from actors.recipe.file import load_recipe
 from deploy.__main__ import app
+from deploy.columns import example_stream, needed_columns
 from tests.deploy.test_faults import wait_for_steps
 from tests.prove import ONLY_PROVE
 
@@ -41,6 +46,14 @@ def test_it_is_planned(method: str) -> None:
     assert planned.exit_code == 0, planned.output
     assert "12 steps of 16" in planned.output
     assert f"leaves runs/{method.replace('_', '-')}" in planned.output
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_its_data_make_examples(method: str) -> None:
+    recipe = load_recipe(f"recipes/offline/{method}.yaml")
+    rows = load_rows(recipe.dataset, needed_columns(recipe))
+    assert isinstance(recipe, OfflineRecipe)
+    assert example_stream(recipe, rows, byte_tokenizer(256)).rows.source == recipe.dataset.path
 
 
 ONE_THREAD = ("policy.num_threads=1", "pools.policy.cpus_per_worker=0.5")

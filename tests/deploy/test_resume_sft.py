@@ -102,6 +102,23 @@ def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path, policy
     assert best["version"] in store.versions()
 
 
+@ONLY_PROVE
+@pytest.mark.cluster
+def test_a_rank_that_hangs_is_named_and_replaced(tmp_path: Path) -> None:
+    """It gives no sign of life for a minute."""
+    recipe = RECIPE.format(folder=tmp_path, steps=NUM_STEPS, every=EVERY, policy="{num_threads: 1}")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    train = begin(tmp_path)
+    wait_for_steps(tmp_path / "run", EVERY, train)
+    (rank,) = workers(train, "PolicyActor")
+    rank.suspend()
+    said, _ = train.communicate(timeout=280)
+    assert train.returncode == 0, said
+    assert re.search(rf"policy rank 0 \(pid {rank.pid}, node [\d.]+\) is stopped \(state T", said)
+    assert f"pid {rank.pid}, state T" in (tmp_path / "run" / "stall.txt").read_text()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["policy_restarts"] == 1
+
+
 def check_is_a_model(folder: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(folder).dtype.is_floating_point
     assert AutoTokenizer.from_pretrained(folder).decode([104, 105]) == "hi"

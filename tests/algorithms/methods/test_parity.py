@@ -4,6 +4,7 @@ docs/algorithms.md states the differences that were measured; they are upper bou
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,6 +103,16 @@ def test_no_two_methods_are_the_same() -> None:
     gradients = {name: our_loss(batch, config_of(name), [range(8)])[1] for name in papers.METHODS}
     for one, other in itertools.combinations(gradients, 2):
         assert (gradients[one] - gradients[other]).abs().max() > 1e-6, f"{one} and {other}"
+
+
+@pytest.mark.parametrize("name", ["rloo", "reinforce_plus_plus", "on_policy_distillation"])
+def test_a_kl_outside_of_the_loss_is_measured_as_it_is(name: str) -> None:
+    batch = drifted(2, drift=0.5)
+    _, _, stats = our_loss(batch, config_of(name), [range(8)])
+    pi = papers.Policies(batch, batch.logits_BCV).pi
+    differences = [batch.reference[i][t] - pi[i][t].item() for i in papers.ROLLOUTS for t in range(LENGTHS[i])]
+    k3 = [math.exp(difference) - difference - 1 for difference in differences]
+    assert stats.finish()["kl"] == pytest.approx(papers.mean(k3))
 
 
 @pytest.mark.parametrize("name", ["icepop", "geometric_mask", "off_policy_mask"])
