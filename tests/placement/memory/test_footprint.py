@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from actors.model import forward
 from actors.model.forward import PACKED_ATTENTION, alike, row_logprobs
 from algorithms.packed import pack_row
 from algorithms.types import Rollout
@@ -150,7 +151,10 @@ def kept_bytes(model: torch.nn.Module, lengths: list[int]) -> int:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config, Qwen3Config])
-def test_a_layer_keeps_what_autograd_keeps(kind: Any, dtype: torch.dtype, lengths: list[int]) -> None:
+def test_a_layer_keeps_what_autograd_keeps(
+    kind: Any, dtype: torch.dtype, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "_ONE_BY_ONE", ())  # as on GPUs, where sequences attend together
     kept = []
     for num_layers in (2, 4):
         config = kind(**SIZES, num_hidden_layers=num_layers, num_key_value_heads=4, max_position_embeddings=512)
