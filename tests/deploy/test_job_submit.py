@@ -103,13 +103,16 @@ def job(address: str, env: dict[str, str], *words: str) -> str:
     return done.stdout + done.stderr
 
 
-def held(head_pid: int) -> list[str]:
-    """Processes of the head that belong to workers of a run."""
+OURS = re.compile(r"ray::\w*(Policy|Rollout|Reward|Reference)|EngineCore|chaos\.driver")
+
+
+def held(head: psutil.Process) -> list[str]:
+    """Processes of the head that belong to a run."""
     names = []
-    for process in psutil.Process(head_pid).children(recursive=True):
+    for process in head.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             names.append(" ".join(process.cmdline()))
-    return [name for name in names if re.search(r"ray::\w*(Policy|Rollout|Reward|Reference)|EngineCore|deploy", name)]
+    return [name for name in names if OURS.search(name)]
 
 
 @pytest.mark.cluster
@@ -128,8 +131,8 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_and_nothing_else(
     while not journal.exists() or sum(fates(read(journal)).trained.values()) < 8:
         assert time.monotonic() < deadline, job(address, env, "logs", "stopped")
         time.sleep(0.5)
-    (head_process,) = (child for child in psutil.Process().children() if "ray" in " ".join(child.cmdline()))
-    assert held(head_process.pid)
+    (ray_head,) = (child for child in psutil.Process().children() if "--head" in child.cmdline())
+    assert held(ray_head)
     began = time.monotonic()
     job(address, env, "stop", "stopped")
     assert time.monotonic() - began < 60.0, "it did not have to be killed"
@@ -140,6 +143,6 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_and_nothing_else(
     assert CheckpointStore(run / "checkpoints").versions()[-1] == int(stopped[1])
     assert "STOPPED" in job(address, env, "status", "stopped").upper()
     deadline = time.monotonic() + 30.0
-    while held(head_process.pid):
-        assert time.monotonic() < deadline, held(head_process.pid)
+    while held(ray_head):
+        assert time.monotonic() < deadline, held(ray_head)
         time.sleep(0.5)
