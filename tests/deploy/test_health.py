@@ -66,24 +66,26 @@ def test_a_reward_that_always_fails_ends_the_run_and_is_named(tmp_path: Path) ->
 SPOILED = """
 from pathlib import Path
 
-def digits(completions, **kwargs):
-    calls = Path(__file__).with_name("calls")
-    with calls.open("a") as file:
-        file.write("x")
-    return [0.5, 0.5] if 10 < calls.stat().st_size <= 17 else [0.0, 1.0]
+def digits(completions, row, **kwargs):
+    seen = Path(__file__).with_name(f"seen-{row[0]}")
+    spoiled = 10 <= row[0] < 18 and not seen.exists()
+    seen.touch()
+    return [0.5, 0.5] if spoiled else [0.0, 1.0]
 """
 
 
 @ONLY_PROVE
 @pytest.mark.cluster
 def test_a_run_goes_back_to_a_cut_that_was_taken_when_all_was_well(tmp_path: Path) -> None:
-    """The rewards of seven groups are spoiled: the rule takes three steps to find it, and no cut is taken meanwhile.
+    """The rewards of four steps are spoiled: the rule takes three to find it, and no cut is taken meanwhile.
 
-    Those that a cut holds already are too few for the rule to find it once more.
+    What is sampled again is not spoiled, and what the cut holds already is too little for the rule to find it again.
     """
     recipe = write(tmp_path, SPOILED)
+    rows = [json.dumps({"prompt": "abc"[row % 3], "row": row}) for row in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     rule = "health.rules=[{kind: zero_std, window: 3, action: roll_back}]"
-    result = deploy("train", recipe, "steps=12", "dataset.max_bad_rows=1", "checkpoint.every=1", rule)
+    result = deploy("train", recipe, "steps=12", "dataset.shuffle=false", "checkpoint.every=1", rule)
     assert result.returncode == 0, result.stdout + result.stderr
     said = " ".join(result.stdout.split())
     assert "frac_reward_zero_std was 1.00 over the last 3 steps" in said
