@@ -53,12 +53,8 @@ pure: $(VENV)/.dev ## the tests that start no Ray, vLLM or DeepSpeed
 test: $(VENV)/.dev ## every test that needs no GPU, with real Ray, vLLM and DeepSpeed (about 25 minutes)
 	$(PY) -m pytest -m "not gpu" --durations=10
 
-prove: $(VENV)/.dev ## a million steps of random schedules against the pacer, a fault at every point of a publication, more
-	PACELINE_PROVE=1 $(PY) -m pytest -s tests/algorithms/test_schedules.py \
-	  tests/actors/test_publisher.py tests/actors/test_engine_faults.py tests/actors/test_publication.py \
-	  tests/actors/test_policy.py tests/actors/test_skipped_steps.py tests/actors/test_learning_rate.py \
-	  tests/actors/test_lora.py tests/actors/test_iterations.py tests/deploy/test_methods.py tests/deploy/test_train.py tests/deploy/test_resume_sft.py tests/deploy/test_resume.py \
-	  tests/deploy/test_health.py tests/actors/run/test_watchdog.py tests/chaos/test_node_loss.py tests/chaos/test_left_behind.py tests/deploy/test_stall.py
+prove: $(VENV)/.dev ## the tests that take a minute each: random schedules, faults at every point, methods, whole runs on vLLM
+	PACELINE_PROVE=1 $(PY) -m pytest -s $$(grep -rl 'tests.prove import' tests --include='test_*.py')
 
 chaos: $(VENV)/.dev ## 1,000 faults into real runs, 10,000 bad inputs (hours; goes on where it was stopped)
 	$(PY) -m tests.chaos.bad_inputs --inputs 10000

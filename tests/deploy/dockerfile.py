@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_REGISTRY = re.compile(r"https?://|\b[\w-]+(\.[\w-]+)+(:\d+)?/|--(extra-)?index-url[ =]\S*\.|--find-links")
+_REGISTRY = re.compile(r"https?://|\b[\w-]+(\.[\w-]+)+(:\d+)?/|--(extra-)?index[-]url[ =]\S*\.|--find-links")
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ MUTANTS = {
     "a shell around the command": ('CMD ["python", "-m", "deploy", "--help"]', "CMD python", "CMD is not in JSON"),
     "two layers for one": ("ENV PATH", "RUN true\nRUN true\nENV PATH", "two RUNs in a row"),
     "a way around WORKDIR": ("    && rm /tmp/cpu.txt", "    && cd /tmp && rm cpu.txt", "sudo, apt or cd"),
-    "an index of packages": ('TORCH_INDEX=""', 'TORCH_INDEX="https://example.org/simple"', "a registry's address"),
+    "an index of packages": ('TORCH_INDEX=""', 'TORCH_INDEX="https://example.org/wheels"', "a registry's address"),
     "another registry": ("FROM python:3.11.14", "FROM registry.example.org/python:3.11.14", "a registry's address"),
 }
 
