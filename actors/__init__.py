@@ -7,7 +7,8 @@ The loop     controller.py   two coroutines: prompts become groups, batches beco
 The record   fates.py        what the journal's events say       journal.py       the journal as a file
              fleet.py        replicas and their states
 The actors   policy.py       one DeepSpeed rank                   policy_group.py  all ranks as one
-             policy_state.py what its next step depends on
+             policy_state.py what its next step depends on        objective.py     what a step minimises
+             policy_calls.py what a rank is told, and answers
              rollout.py      one vLLM replica                     reference.py     frozen log-probabilities
              sampled.py      a rollout as far as it is sampled
              reward.py       scores, in a killable child          workers.py       starts and stops all of them

@@ -12,20 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
 from actors.errors import RunError
+from actors.policy_calls import PolicySettings, RankBatch, RankUpdate
 from actors.policy_state import PolicyState, collect, restore
-from actors.recipe.policy import PolicyConfig
-from algorithms.config import GrpoConfig, OptimizerConfig
 from algorithms.corrections import sequence_sum
-from algorithms.losses import Normalizer, grpo_loss, sft_loss
 from algorithms.packed import PackedRow, pack_row
-from algorithms.preference.weigh import weighted_sum
 from algorithms.stats import LossStats, merge
 from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup
 from sync.gloo import open_store, reach_store
@@ -39,71 +36,6 @@ CONTROL, IO = "control", "io"
 
 _MEET_TIMEOUT = timedelta(minutes=30)
 """For the ranks to meet, and for each of their collective operations; the controller's deadlines are shorter."""
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What a step minimises: GRPO when `grpo` is given, the weighted sum of `numbers` if those are, else the
-    supervised loss."""
-
-    grpo: GrpoConfig | None
-    temperature: float
-    max_completion_length: int
-    numbers: Literal["logprobs", "scores"] | None = None
-    """What each sequence amounts to: the log-probability of its loss tokens, or a reward model's score at its end."""
-
-    @property
-    def num_iterations(self) -> int:
-        """Updates of the optimizer on each batch."""
-        return 1 if self.grpo is None else self.grpo.num_iterations
-
-
-@dataclass(frozen=True, slots=True)
-class PolicySettings:
-    """All that a rank needs to know; the same on every rank but for `rank`."""
-
-    model_path: str
-    revision: str | None
-    trust_remote_code: bool
-    num_ranks: int
-    use_gpu: bool
-    seed: int
-    num_steps: int
-    policy: PolicyConfig
-    optimizer: OptimizerConfig
-    objective: Objective
-    run_dir: str
-    """Where the model will be saved; rank 0's node must see it."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankBatch:
-    """One rank's share of a batch; samples name groups by their place among the groups passed along."""
-
-    micro_batches: tuple[MicroBatch, ...]
-    normalizer: Normalizer
-    oldest_version: int
-    """Tokens sampled by weights older than this leave the loss."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankUpdate:
-    """What one rank did in a step; summed and merged over the ranks by the controller."""
-
-    version: int
-    loss: float
-    """This rank's share of the loss of the global batch."""
-    grad_norm: float
-    """Of the global gradient, before clipping; the same on every rank."""
-    learning_rate: float
-    stats: dict[str, Any]
-    """LossStats as a plain dict."""
-    learning_rate_factor: float = 1.0
-    """What the schedule's learning rate was multiplied by."""
-    skipped: bool = False
-    """Loss or gradient were not finite: the weights and AdamW's state are as they were; the same on every rank."""
-    num_updates: int = 1
-    """Of the optimizer: `num_iterations`, or fewer when one was not finite, which ends the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +98,7 @@ class PolicyActor:
         from actors.model.head import put_scoring_head
         from actors.model.load import disable_dropout, load_causal_lm, load_scorer
         from actors.model.lora import adapt, base_digest, trained_parameters
+        from actors.model.optimizer import adamw, deepspeed_config
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
         # killed meanwhile leaves behind: every later start would wait for it without end.
@@ -195,7 +128,7 @@ class PolicyActor:
             adapt(model, settings.policy.lora)
             if settings.policy.gradient_checkpointing:
                 model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient may give none
-        optimizer = _optimizer(model, settings.optimizer)
+        optimizer = adamw(model, settings.optimizer)
         num_iterations = settings.objective.num_iterations
         self.pad_id = int(model.config.pad_token_id or 0)
         self.engine, *_ = deepspeed.initialize(
@@ -207,7 +140,7 @@ class PolicyActor:
                 num_warmup_steps=settings.optimizer.warmup_steps * num_iterations,  # it counts updates
                 num_training_steps=settings.num_steps * num_iterations,
             ),
-            config=_deepspeed_config(settings),
+            config=deepspeed_config(settings.policy, settings.optimizer),
         )
         self.engine.train()
         self._parameters: dict[str, Any] = trained_parameters(self.engine.module)
@@ -248,13 +181,14 @@ class PolicyActor:
 
     def _pass(self, batch: RankBatch, groups: Sequence[ScoredGroup | Group], starts: dict[int, Tensor]) -> _Pass:
         """One update of the policy; the first leaves in `starts` the log-probabilities that the step began with."""
+        objective = self.settings.objective
         losses, stats = [], []
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batch.micro_batches) - 1)
             row = self._row(micro_batch, groups, batch.oldest_version)
-            logprobs_N, entropy_N = self._values(row)
-            start_logprobs_N = starts.setdefault(index, logprobs_N.detach())
-            loss, micro_stats = self._loss(row, logprobs_N, entropy_N, start_logprobs_N, batch.normalizer)
+            values_N, entropy_N = objective.values(self.engine, row)
+            start_N = starts.setdefault(index, values_N.detach())
+            loss, micro_stats = objective.loss(row, values_N, entropy_N, start_N, batch.normalizer)
             # DeepSpeed averages gradients over the ranks; our shares are to be summed.
             self.engine.backward(loss * self.settings.num_ranks)
             losses.append(loss.item())
@@ -290,43 +224,10 @@ class PolicyActor:
         with torch.no_grad():
             for micro_batch in batch.micro_batches:
                 row = self._row(micro_batch, groups, batch.oldest_version)
-                values_N, _ = self._values(row)
+                values_N, _ = self.settings.objective.values(self.engine, row)
                 numbers.append(sequence_sum(values_N.double(), row.sequence_N, len(micro_batch.samples)).tolist())
         self.engine.train()
         return numbers
-
-    def _values(self, row: PackedRow) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each loss token; of a reward model the score there, and entropy 0."""
-        from actors.model.forward import row_logprobs, row_scores
-
-        if self.settings.objective.numbers == "scores":
-            scores_N = row_scores(self.engine, row)
-            return scores_N, torch.zeros_like(scores_N)
-
-        return row_logprobs(self.engine, row, self.settings.objective.temperature)
-
-    def _loss(
-        self, row: PackedRow, logprobs_N: Tensor, entropy_N: Tensor, start_logprobs_N: Tensor, normalizer: Normalizer
-    ) -> tuple[Tensor, LossStats]:
-        objective = self.settings.objective
-        if objective.numbers is not None:
-            return weighted_sum(logprobs_N, entropy_N, row.advantages_N)
-        if objective.grpo is None:
-            return sft_loss(logprobs_N, entropy_N, normalizer.num_loss_tokens)
-        return grpo_loss(
-            logprobs_N,
-            entropy_N,
-            sampled_logprobs_N=row.sampled_logprobs_N,
-            reference_logprobs_N=row.reference_logprobs_N,
-            advantages_N=row.advantages_N,
-            sequence_N=row.sequence_N,
-            num_sequences=len(row.lengths_S),
-            config=objective.grpo,
-            normalizer=normalizer,
-            fresh_N=row.fresh_N,
-            age_N=row.age_N,
-            start_logprobs_N=start_logprobs_N,
-        )
 
     def _step_optimizer(self) -> tuple[float, bool]:
         """The global gradient norm before clipping, and whether it was finite and the optimizer stepped.
@@ -415,7 +316,7 @@ class PolicyActor:
         """Log-probability of each loss token under the current weights; every rank is called with the same rollouts."""
         row = pack_row(rollouts, [0.0] * len(rollouts), self.pad_id).to(self.engine.device)
         with torch.no_grad():
-            logprobs_N, _ = self._values(row)
+            logprobs_N, _ = self.settings.objective.values(self.engine, row)
         return [logprobs_N[row.sequence_N == index].tolist() for index in range(len(rollouts))]
 
     # Checkpoints -------------------------------------------------------------------------------------------------
@@ -508,33 +409,3 @@ def node_ip() -> str:
 
 def _rollouts(group: ScoredGroup | Group) -> tuple[Rollout, ...]:
     return group.group.rollouts if isinstance(group, ScoredGroup) else group.rollouts
-
-
-def _optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW for what is trained; norms and biases are not decayed, as in transformers' Trainer."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],  # adapters have neither norms nor biases
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )
-
-
-def _deepspeed_config(settings: PolicySettings) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        # Accumulation is ours: micro-batches differ in number and size from step to step.
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.optimizer.max_grad_norm,
-        "zero_optimization": {"stage": settings.policy.zero_stage},
-        "bf16": {"enabled": settings.policy.dtype == "bfloat16"},
-        # Many small micro-batches summed in bfloat16 would lose the small ones.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }

@@ -15,7 +15,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.deadline import DeadlineError, within
 from actors.errors import PolicyLostError, RunError, SpoiledError, last_line
-from actors.policy import CONTROL, IO, RankBatch, RankUpdate
+from actors.policy import CONTROL, IO
+from actors.policy_calls import RankBatch, RankUpdate
 from actors.recipe.upkeep import LivenessConfig
 from algorithms.costs import SequenceCosts
 from algorithms.losses import Normalizer

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.policy import Objective, PolicySettings
+from actors.objective import Objective
+from actors.policy_calls import PolicySettings
 from actors.recipe.deadlines import score_timeout_s
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel

@@ -14,7 +14,8 @@ from actors.deadline import DeadlineError, aside, within
 from actors.errors import RunError, last_line
 from actors.fleet import Fleet
 from actors.model.costs import sequence_costs
-from actors.policy import PolicySettings, policy_actor
+from actors.policy import policy_actor
+from actors.policy_calls import PolicySettings
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe, Recipe
 from actors.reference import reference_actor

@@ -37,7 +37,9 @@ from transformers.utils.logging import disable_progress_bar
 from actors.checkpoint.config import CheckpointConfig
 from actors.checkpoint.store import CheckpointStore
 from actors.model.tiny import make_tiny_model
-from actors.policy import Objective, PolicyActor, PolicySettings, RankBatch
+from actors.objective import Objective
+from actors.policy import PolicyActor
+from actors.policy_calls import PolicySettings, RankBatch
 from actors.recipe.model import TinyModel
 from actors.recipe.policy import PolicyConfig
 from algorithms.config import OptimizerConfig

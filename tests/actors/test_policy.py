@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from actors.model.load import Dtype
-from actors.policy import Objective, PolicySettings, policy_actor
+from actors.objective import Objective
+from actors.policy import policy_actor
+from actors.policy_calls import PolicySettings
 from actors.policy_group import PolicyGroup
 from actors.recipe.policy import LoraConfig, PolicyConfig
 from algorithms.config import GrpoConfig, OptimizerConfig

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from actors.model.tiny import byte_tokenizer, make_tiny_model
-from actors.policy import Objective, PolicySettings, policy_actor
+from actors.objective import Objective
+from actors.policy import policy_actor
+from actors.policy_calls import PolicySettings
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
 from actors.recipe.model import TinyModel

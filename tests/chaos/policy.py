@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
 from actors.errors import RunError
-from actors.policy import CONTROL, IO, PolicyActor, RankBatch, RankUpdate
+from actors.policy import CONTROL, IO, PolicyActor
+from actors.policy_calls import RankBatch, RankUpdate
 from algorithms.stats import LossStats
 from algorithms.types import Group, ScoredGroup
 from sync.member import Membership

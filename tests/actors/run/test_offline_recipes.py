@@ -17,7 +17,8 @@ from actors.data.dataset import load_rows
 from actors.model.forward import PACKED_ATTENTION
 from actors.model.load import disable_dropout, load_causal_lm, load_scorer
 from actors.model.tiny import byte_tokenizer, make_tiny_model
-from actors.policy import PolicyActor, RankBatch
+from actors.policy import PolicyActor
+from actors.policy_calls import RankBatch
 from actors.policy_group import _renumbered
 from actors.recipe.file import load_recipe
 from actors.run.lessons import lesson_of
@@ -80,8 +81,8 @@ class LocalRanks:
         for rank, share, some in self._shares(batch, groups):
             for micro in share.micro_batches:
                 row = rank._row(micro, some, 0)
-                values_N, entropy_N = rank._values(row)
-                loss, _ = rank._loss(row, values_N, entropy_N, values_N.detach(), share.normalizer)
+                values_N, entropy_N = rank.settings.objective.values(rank.engine, row)
+                loss, _ = rank.settings.objective.loss(row, values_N, entropy_N, values_N.detach(), share.normalizer)
                 loss.backward()
                 total += loss.item()
         self.optimizer.step()

@@ -1,0 +1,39 @@
+"""AdamW, and how DeepSpeed is to drive it."""
+
+from typing import Any
+
+import torch
+
+from actors.recipe.policy import PolicyConfig
+from algorithms.config import OptimizerConfig
+
+
+def adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW for what is trained; norms and biases are not decayed, as in transformers' Trainer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],  # adapters have neither norms nor biases
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+
+
+def deepspeed_config(policy: PolicyConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
+    """For `deepspeed.initialize`."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        # Accumulation is ours: micro-batches differ in number and size from step to step.
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "zero_optimization": {"stage": policy.zero_stage},
+        "bf16": {"enabled": policy.dtype == "bfloat16"},
+        # Many small micro-batches summed in bfloat16 would lose the small ones.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }

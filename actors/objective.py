@@ -1,0 +1,62 @@
+"""What a step of the policy minimises, and what it computes of each sequence for that."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from algorithms.config import GrpoConfig
+from algorithms.losses import Normalizer, grpo_loss, sft_loss
+from algorithms.packed import PackedRow
+from algorithms.preference.weigh import weighted_sum
+from algorithms.stats import LossStats
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a step minimises: GRPO when `grpo` is given, the weighted sum of `numbers` if those are, else the
+    supervised loss."""
+
+    grpo: GrpoConfig | None
+    temperature: float
+    max_completion_length: int
+    numbers: Literal["logprobs", "scores"] | None = None
+    """What each sequence amounts to: the log-probability of its loss tokens, or a reward model's score at its end."""
+
+    @property
+    def num_iterations(self) -> int:
+        """Updates of the optimizer on each batch."""
+        return 1 if self.grpo is None else self.grpo.num_iterations
+
+    def values(self, model: Any, row: PackedRow) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each loss token; of a reward model the score there, and entropy 0."""
+        from actors.model.forward import row_logprobs, row_scores
+
+        if self.numbers == "scores":
+            scores_N = row_scores(model, row)
+            return scores_N, torch.zeros_like(scores_N)
+        return row_logprobs(model, row, self.temperature)
+
+    def loss(
+        self, row: PackedRow, values_N: Tensor, entropy_N: Tensor, start_N: Tensor, normalizer: Normalizer
+    ) -> tuple[Tensor, LossStats]:
+        """The row's share of the loss of the global batch; `start_N` are the values with which the step began."""
+        if self.numbers is not None:
+            return weighted_sum(values_N, entropy_N, row.advantages_N)
+        if self.grpo is None:
+            return sft_loss(values_N, entropy_N, normalizer.num_loss_tokens)
+        return grpo_loss(
+            values_N,
+            entropy_N,
+            sampled_logprobs_N=row.sampled_logprobs_N,
+            reference_logprobs_N=row.reference_logprobs_N,
+            advantages_N=row.advantages_N,
+            sequence_N=row.sequence_N,
+            num_sequences=len(row.lengths_S),
+            config=self.grpo,
+            normalizer=normalizer,
+            fresh_N=row.fresh_N,
+            age_N=row.age_N,
+            start_logprobs_N=start_N,
+        )
