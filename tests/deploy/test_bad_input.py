@@ -34,7 +34,7 @@ CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "misspelt section": (["genration.top_p=0.9"], {}, ["genration", "generation"]),
     "wrong type": (["steps=many"], {}, ["steps", "integer"]),
     "one generation": (["algorithm.num_generations=1"], {}, ["num_generations", "2 or more"]),
-    "no generation": (["algorithm.num_generations=0"], {}, ["num_generations", "2 or more"]),
+    "no generation": (["algorithm.num_generations=0"], {}, ["num_generations", "at least 1"]),
     "stale without correction": (
         ["staleness.max_staleness=2", "algorithm.vllm_importance_sampling_correction=false"],
         {},
