@@ -4,8 +4,8 @@ The loop     controller.py   two coroutines: prompts become groups, batches beco
              pacer.py        algorithms/pacing.py as waits        attempts.py      what becomes of one dispatch
              router.py       groups to replicas and back          ledger.py        one fate for every group, waste
              publisher.py    one version to all replicas
-The record   fates.py        what the journal's events say       journal.py       the journal as a file
              fleet.py        replicas and their states
+The record   fates.py        what the journal's events say       journal.py       the journal as a file
 The actors   policy.py       one DeepSpeed rank                   policy_group.py  all ranks as one
              policy_state.py what its next step depends on        objective.py     what a step minimises
              policy_calls.py what a rank is told, and answers
@@ -15,6 +15,7 @@ The actors   policy.py       one DeepSpeed rank                   policy_group.p
              settings.py     what each is told of the recipe      scorers.py       who scores and hangs is started again
 Looks on     health.py       what is done about a run that goes wrong
 Waits        deadline.py     every wait has a deadline and a name errors.py        what stops a run
+             apart.py        a life whose end nothing swallows
 Around it    recipe/  what a run is told     data/  prompts and examples     model/  load and forward
              rewards/ the child process      run/   from recipe to run folder    checkpoint/  cuts to go on from
 """

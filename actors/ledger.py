@@ -47,6 +47,8 @@ class Ledger:
         event |= {"rolled_back": True} if rolled_back else {}
         ledger._append(event)
         ledger._fates = journal.fates([*events, event])
+        # Now, whatever becomes of this life: a line that is left in a buffer may be written behind those of the next.
+        ledger.flush()
         return ledger
 
     @property

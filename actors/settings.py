@@ -9,6 +9,7 @@ from actors.recipe.deadlines import score_timeout_s
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel
 from actors.recipe.preference import PreferenceRecipe, RewardRecipe
+from actors.recipe.rewards import RewardConfig
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.reference import ReferenceSettings
 from actors.rollout import RolloutSettings
@@ -32,6 +33,16 @@ def source_of(model: PretrainedModel | RecipeModel) -> ModelSource:
         case PretrainedModel(path=path, revision=revision, trust_remote_code=trust):
             local = Path(path).expanduser()
             return ModelSource(str(local.absolute()) if local.is_dir() else path, revision, trust)
+
+
+def reward_functions(recipe: GrpoRecipe) -> tuple[RewardConfig, ...]:
+    """A reward model that is here is found from the workers' own working directories, too."""
+    return tuple(
+        function.model_copy(update={"model": source_of(PretrainedModel(kind="pretrained", path=function.model)).path})
+        if function.model is not None
+        else function
+        for function in recipe.rewards.functions
+    )
 
 
 def policy_settings(recipe: Recipe, model: ModelSource, run_dir: Path) -> PolicySettings:

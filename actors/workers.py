@@ -23,7 +23,7 @@ from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from actors.router import Router
 from actors.scorers import Scorers
-from actors.settings import ModelSource, policy_settings, reference_settings, rollout_settings
+from actors.settings import ModelSource, policy_settings, reference_settings, reward_functions, rollout_settings
 from placement.groups import ReservedPools
 
 _CLOSE_TIMEOUT_S = 30.0
@@ -147,7 +147,7 @@ def _spawn_all(
         options = (pools.options(pool, index) for index in range(num_workers))
         return tuple(actor.options(max_restarts=restarts, **option).remote(*arguments) for option in options)
 
-    functions, timeout_s = recipe.rewards.functions, recipe.rewards.timeout_s
+    functions, timeout_s = reward_functions(recipe), recipe.rewards.timeout_s
     rewards = scorers(roles.reward, "reward", recipe.pools.reward.num_workers, functions, timeout_s)
     num_references = recipe.pools.reference.num_workers if recipe.algorithm.beta > 0 else 0
     references = scorers(roles.reference, "reference", num_references, reference_settings(recipe, model))

@@ -20,7 +20,10 @@ from algorithms.types import GroupSummary, KlSums
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """Rollouts without a reward have advantage 0: they are not rewarded, and the KL penalty holds for them too."""
+    """Rollouts without a reward have advantage 0: they are not rewarded, and the KL penalty holds for them too.
+
+    Where the advantages are divided by their spread and there is none, nothing is said, of the KL either.
+    """
 
     advantages: list[tuple[float, ...]]
     """One inner tuple for each group."""
@@ -39,7 +42,7 @@ def signal(groups: Sequence[GroupSummary], config: GrpoConfig, max_completion_le
     scaled = [tuple(0.0 if a is None or not std else (a - mean) / (std + EPSILON) for a in group) for group in values]
     match config.kl_penalty:
         case "reward_to_go":
-            return Signal(scaled, config.beta / (std + EPSILON))
+            return Signal(scaled, config.beta / (std + EPSILON) if std else 0.0)
         case "advantage":
             return Signal(scaled, config.beta)
         case _:

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from actors.fates import Fates
@@ -26,7 +27,7 @@ def show(run_dir: Path) -> bool:
     if found.quarantined:
         console.print(_quarantined(found))
     for problem in problems[:20]:
-        console.print(f"wrong: {problem}", highlight=False, soft_wrap=True)
+        console.print(f"wrong: {problem}", highlight=False, soft_wrap=True, markup=False)
     if len(problems) > 20:
         console.print(f"and {len(problems) - 20} more")
     console.print("the journal is NOT consistent" if problems else _verdict(found), highlight=False, soft_wrap=True)
@@ -45,14 +46,14 @@ def _fates(found: Fates) -> Table:
 def _waste(found: Fates) -> Table:
     table = Table("cause", "attempts", "tokens", "seconds", title="What was sampled in vain")
     for cause, waste in sorted(found.waste.items()):
-        table.add_row(cause, str(waste.attempts), str(waste.tokens), f"{waste.seconds:.1f}")
+        table.add_row(escape(cause), str(waste.attempts), str(waste.tokens), f"{waste.seconds:.1f}")
     return table
 
 
 def _quarantined(found: Fates) -> Table:
     table = Table("row", "group", "cause", title="What was set aside")
     for ordinal, quarantined in sorted(found.quarantined.items(), key=lambda item: (item[1].row, item[0])):
-        table.add_row(str(quarantined.row), str(ordinal), quarantined.cause)
+        table.add_row(str(quarantined.row), str(ordinal), escape(quarantined.cause))
     return table
 
 

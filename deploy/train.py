@@ -177,7 +177,7 @@ def _begin(job: Job, console: Console) -> None:
         folder.rewind(recipe, resume.cut.version)
         CheckpointStore(folder.checkpoints, best=recipe.checkpoint.best).discard_after(resume.cut.version)
         notes = [f"going on from step {resume.cut.version} of {recipe.steps}", *resume.notes]
-        console.print(*notes, sep="\n", highlight=False, soft_wrap=True)
+        console.print(*notes, sep="\n", highlight=False, soft_wrap=True, markup=False)
         return
     if job.seen == (False, True):
         console.print("an earlier run ended here before its first checkpoint: it begins anew", highlight=False)
@@ -212,7 +212,7 @@ def _conclude(folder: RunFolder, console: Console) -> None:
             f"twice {summary['groups_duplicated']}",
             *lines,
         ]
-    console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
+    console.print(*lines, sep="\n", highlight=False, soft_wrap=True, markup=False)
 
 
 def _source(recipe: Recipe, folder: RunFolder) -> ModelSource:

@@ -7,5 +7,6 @@ costs.py    where its work goes, from its config
 files.py    a folder that others load as it is
 forward.py  log-probabilities of a packed row
 head.py     an output head that scores given tokens
+optimizer.py AdamW, and how DeepSpeed drives it
 lora.py     adapters: what is trained, travels and is saved
 """

@@ -54,7 +54,10 @@ async def _watch_head(address: str, config: LivenessConfig, say: Callable[[str],
     heard = time.monotonic()
     while True:
         await asyncio.sleep(min(config.every_s, _KNOCK_EVERY_S))
-        if await within(2 * _KNOCK_TIMEOUT_S, aside(answers, address), f"knocking at {address}"):
+        heard_now = False
+        with contextlib.suppress(DeadlineError):  # no answer either; this machine may have been busy
+            heard_now = await within(2 * _KNOCK_TIMEOUT_S, aside(answers, address), f"knocking at {address}")
+        if heard_now:
             heard = time.monotonic()
         elif time.monotonic() - heard > _HEAD_AWAY_S:
             why = (

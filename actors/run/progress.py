@@ -42,7 +42,7 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def step(self, done: int, figures: Mapping[str, str]) -> None:
         """`done` steps are complete; `figures` are shown as they are."""

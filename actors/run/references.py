@@ -5,6 +5,7 @@ computed stays in the run folder: a run that goes on compares with the same numb
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -87,6 +88,8 @@ class References:
     def _write(self) -> None:
         staged = self._path.with_suffix(".staged")
         staged.write_bytes(msgspec.msgpack.encode(self._known))
+        with staged.open("rb") as file:
+            os.fsync(file.fileno())  # a file that is empty after a power cut would cost the whole run
         staged.rename(self._path)
 
 

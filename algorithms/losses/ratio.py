@@ -10,6 +10,10 @@ from algorithms.config import OldLogprobs, RatioLevel
 from algorithms.corrections import sequence_mean, sequence_sum
 from algorithms.losses.tokens import Tokens
 
+_LARGEST = 60.0
+"""Of a log-ratio. From 89 on the ratio is inf in float32, and the branch that a clip does not take would have the
+gradient 0 x inf, which is NaN. Beyond this a ratio says nothing but "too far", and has no gradient."""
+
 
 def old_logprobs(tokens: Tokens, method: OldLogprobs) -> Tensor:
     """log pi_old of each token: what the trust region lies around; an unknown sampled one is not corrected for.
@@ -41,9 +45,13 @@ def policy_ratio(tokens: Tokens, old_logprobs_N: Tensor, level: RatioLevel) -> T
     log_ratio_N = tokens.logprobs_N - old_logprobs_N
     match level:
         case "token":
-            return torch.exp(log_ratio_N)
+            return _exp(log_ratio_N)
         case "sequence":
             log_ratio_S = sequence_mean(log_ratio_N, tokens.sequence_N, tokens.num_sequences)
         case "sequence_product":
             log_ratio_S = sequence_sum(log_ratio_N, tokens.sequence_N, tokens.num_sequences)
-    return torch.exp(log_ratio_S)[tokens.sequence_N]
+    return _exp(log_ratio_S)[tokens.sequence_N]
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return torch.exp(log_ratio.clamp(max=_LARGEST))

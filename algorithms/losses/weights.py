@@ -30,7 +30,8 @@ def correction(tokens: Tokens, old_logprobs_N: Tensor, config: GrpoConfig) -> Im
         return weights
     if weights is None:
         return ImportanceWeights(weights_N=kept_N, weights_U=None)
-    return replace(weights, weights_N=weights.weights_N * kept_N)
+    # By selection: a weight without an upper bound may be inf, and 0 x inf is NaN.
+    return replace(weights, weights_N=weights.weights_N.where(kept_N > 0, 0.0))
 
 
 def _importance(tokens: Tokens, old_logprobs_N: Tensor, config: GrpoConfig) -> ImportanceWeights | None:

@@ -68,3 +68,18 @@ def test_waste_is_counted_by_cause(tmp_path: Path) -> None:
     }  # fmt: skip
     assert ledger.waste["requeued"].seconds == 2.0
     assert ledger.lost() == {0}, "a requeued prompt has no fate yet"
+
+
+def test_a_life_that_never_begins_writes_nothing_behind_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(path) as ledger:
+        ledger.dispatched(Slot(0, 0, 0), replica=0)
+    never = Ledger.resume(path, lines=0, version=0, rolled_back=True)
+    with Ledger.resume(path, lines=0, version=0) as ledger:
+        ledger.dispatched(Slot(0, 0, 0), replica=0)
+        trained(ledger, [ready(Slot(0, 0, 0), 0)], step=0)
+        assert ledger.num_roll_backs == 1
+    written = path.read_text()
+    del never
+    assert path.read_text() == written
+    assert [event["event"] for event in events(path)][-1] == "trained"

@@ -354,3 +354,36 @@ def test_normalizer_of_a_batch_counts_what_is_trained() -> None:
         oldest_version=0,
     )
     assert Normalizer.of(batch, 12) == Normalizer(4, 9, 12, 3)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"importance_sampling_level": "sequence_product", "loss_type": "grpo"},
+        {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+        {"importance_sampling_level": "token"},
+        {"geometric_mask_range": (0.9, 1.1)},
+    ],
+    ids=str,
+)
+def test_a_ratio_without_measure_leaves_the_gradient_a_number(method: dict[str, Any], advantage: float) -> None:
+    """A thousand tokens that have each grown a little, beside a short rollout whose one token has grown out of all."""
+    logprobs_N = torch.tensor([-1.0] * 1000 + [-1.0]).requires_grad_()
+    sampled_N = torch.tensor([-1.1] * 1000 + [-200.0])
+    loss, _ = grpo_loss(
+        logprobs_N,
+        torch.ones(1001),
+        sampled_N,
+        None,
+        torch.full((1001,), advantage),
+        torch.tensor([0] * 1000 + [1]),
+        num_sequences=2,
+        config=GrpoConfig(**SAMPLED, **method),
+        normalizer=COUNTS,
+    )
+    (gradient_N,) = torch.autograd.grad(loss, logprobs_N)
+    assert loss.isfinite()
+    assert gradient_N.isfinite().all()
+    if "geometric_mask_range" in method:  # both are far out of range: nothing is left of them
+        assert (loss, gradient_N.abs().max()) == (0.0, 0.0)

@@ -1,6 +1,5 @@
 """From rewards to advantages by hand, and what normalising over tokens means, token by token."""
 
-import math
 import statistics
 from typing import Any
 
@@ -9,7 +8,7 @@ from trl.rewards import get_soft_overlong_punishment
 
 from algorithms.config import GrpoConfig
 from algorithms.overlong import soft_overlong_punishment
-from algorithms.signal import signal
+from algorithms.signal import Signal, signal
 from algorithms.types import GroupSummary, KlSums
 
 LONGEST = 10
@@ -114,7 +113,15 @@ def test_a_batch_without_spread_says_nothing(over: str) -> None:
     for rewards in ([2.0, 2.0], [None, None], [None, 2.0]):
         worth = signal([summary(rewards, [3, 4])], config(normalize_advantages=over), LONGEST)
         assert worth.advantages == [(0.0, 0.0)]
-        assert math.isfinite(worth.kl_weight)
+        assert worth.kl_weight == 0.0
+
+
+def test_a_batch_without_spread_says_nothing_of_the_kl() -> None:
+    """Divided by a spread of 0 a KL of the rollout without a reward would outweigh all rewards ten-thousandfold."""
+    keys = {"kl_penalty": "reward_to_go", "beta": 0.01, "baseline": "none", "scale_rewards": "none"}
+    for rewards in ([2.0, 2.0], [None, None], [None, 2.0]):
+        worth = signal([summary(rewards, [3, 4])], config(normalize_advantages="tokens", **keys), LONGEST)
+        assert worth == Signal([(0.0, 0.0)], 0.0)
 
 
 @pytest.mark.parametrize("cache", [1, 4, 10])

@@ -1,0 +1,26 @@
+"""What a run says is shown as it is, whatever a reward function or a prompt has put into it."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from actors.ledger import Ledger
+from actors.run.progress import RunProgress
+from algorithms.slots import Slot
+from deploy.ledger import show
+
+TEMPLATED = "KeyError: '[/INST] [red]x'"
+
+
+def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    RunProgress("run", 1, Console()).say(f"warning: {TEMPLATED}")
+    assert capsys.readouterr().out == f"warning: {TEMPLATED}\n"
+
+
+def test_brackets_in_the_journal_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        ledger.dispatched(Slot(0, 0, 0), replica=0)
+        ledger.quarantined(Slot(0, 0, 0), TEMPLATED, row=3)
+    assert show(tmp_path)
+    assert TEMPLATED in capsys.readouterr().out
