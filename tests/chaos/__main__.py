@@ -136,7 +136,8 @@ def campaign(todo: list[Batch], how: How, state: State | None) -> Result:
                 result = inject(batch, how)
             else:
                 result = inject(batch, replace(how, deadline=math.inf))  # a batch is whole, or not noted
-                state.note(name, result)
+                if len(result.outcomes) >= batch.faults:
+                    state.note(name, result)
         whole.merge(result)
     return whole
 
@@ -176,6 +177,9 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
         soft_wrap=True,
     )
     print(json.dumps(result.to_json()), flush=True)
+    if len(result.outcomes) < given.faults and given.seconds == math.inf:
+        print(f"error: {len(result.outcomes)} of {given.faults} faults struck", file=sys.stderr)
+        sys.exit(1)
     return result.to_json()
 
 

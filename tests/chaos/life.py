@@ -151,16 +151,22 @@ class Life:
         self._sampled = 0.0
         self.look()
         self.killed_by_us = True
-        psutil.Process(self.pid).send_signal(signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.join(30)
 
     def terminate(self) -> None:
         self.asked_to_stop = True
-        psutil.Process(self.pid).send_signal(signal.SIGTERM)
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended by itself
+            psutil.Process(self.pid).send_signal(number)
 
     def raylet(self) -> psutil.Process | None:
-        found = (child for child in psutil.Process(self.pid).children() if child.name() == "raylet")
-        return next(found, None)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = (child for child in psutil.Process(self.pid).children() if child.name() == "raylet")
+            return next(found, None)
+        return None
 
     def untyped(self) -> str | None:
         """Why its end is none that the command line promises; None when it is one."""

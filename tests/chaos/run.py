@@ -184,8 +184,10 @@ class ChaosRun:
             return
         time.sleep(self._rng.random())  # a random moment
         if life.exit_code is None:
-            self._outside(kind, life)
-            self._strike(name, journal)
+            if self._outside(kind, life):
+                self._strike(name, journal)
+            else:
+                self.names.append(name)
         else:
             self.names.insert(0, name)
 
@@ -243,24 +245,30 @@ class ChaosRun:
         struck.outcome.seconds = time.monotonic() - struck.at
         self._struck.remove(struck)
 
-    def _outside(self, kind: Kind, life: Life) -> None:
+    def _outside(self, kind: Kind, life: Life) -> bool:
+        """Whether there was something to strike."""
         match kind.outside:
             case "term":
                 life.terminate()
             case "full":
                 size = (self.folder / "run" / "ledger.jsonl").stat().st_size
-                resource.prlimit(life.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+                try:
+                    resource.prlimit(life.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+                except ProcessLookupError:  # it has just ended
+                    return False
             case "raylet":
                 raylet = life.raylet()
-                if raylet is not None:
-                    raylet.send_signal(signal.SIGKILL)
+                if raylet is None:
+                    return False
+                raylet.send_signal(signal.SIGKILL)
             case _:
                 life.kill()
         match kind.outside:
             case "tear":
                 tear(self.folder / "run" / "ledger.jsonl", self._rng)
             case "truncate" | "flip":
-                damage(self.folder / "run" / "checkpoints", kind.outside, self._rng)
+                return damage(self.folder / "run" / "checkpoints", kind.outside, self._rng)
+        return True
 
     def finish(self) -> None:
         """The last step came: what struck was survived, and what was armed and did not strike is for another run."""

@@ -54,13 +54,14 @@ def code_id(root: Path = ROOT) -> str:
     commit = _git(root, "rev-parse", "HEAD")
     if not commit:
         return "no commit"
-    changes = _git(root, "diff", "HEAD")
+    new = _git(root, "ls-files", "--others", "--exclude-standard").decode().splitlines()
+    changes = _git(root, "diff", "HEAD") + b"".join((root / name).read_bytes() for name in new)
     return commit.decode().strip() + (f" with changes {xxhash.xxh3_64_hexdigest(changes)}" if changes else "")
 
 
 def _git(root: Path, *arguments: str) -> bytes:
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, timeout=30.0, check=False)
-    except FileNotFoundError:
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return b""
     return done.stdout if done.returncode == 0 else b""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.chaos.__main__ import How, batches, campaign, main
+from tests.chaos.__main__ import Batch, How, batches, campaign, main
 from tests.chaos.result import Result
 from tests.chaos.run import Outcome
 from tests.chaos.state import State, code_id
@@ -56,11 +56,13 @@ def test_a_campaign_does_what_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len({batch.seed for batch in todo}) == len(todo)
     begun: list[int] = []
 
-    def inject(batch: object, how: object) -> Result:
+    def inject(batch: Batch, how: object) -> Result:
         begun.append(todo.index(batch))
         if len(begun) == 2:
             raise KeyboardInterrupt
-        return result(duplicated=1)
+        found = result(duplicated=1)
+        found.outcomes *= batch.faults
+        return found
 
     monkeypatch.setattr("tests.chaos.__main__.inject", inject)
     how = How(0.2, "", math.inf, tmp_path, Console(quiet=True))
@@ -69,9 +71,22 @@ def test_a_campaign_does_what_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
         campaign(todo, how, State(path, "code"))
     whole = campaign(todo, how, State(path, "code"))
     assert begun == [0, 1, *range(1, len(todo))]
-    assert (len(whole.outcomes), whole.duplicated) == (len(todo), len(todo))
+    assert (len(whole.outcomes), whole.duplicated) == (200, len(todo))
     assert campaign(todo, how, State(path, "code")) == whole
     assert begun == [0, 1, *range(1, len(todo))], "all is done"
+
+
+def test_a_batch_whose_faults_have_not_all_struck_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tests.chaos.__main__.inject", lambda batch, how: result())
+    monkeypatch.setattr("tests.chaos.__main__.preload", lambda: None)
+    path = tmp_path / "state.jsonl"
+    with pytest.raises(SystemExit) as ended:
+        main(["--faults", "3", "--state", str(path), "--work", str(tmp_path)])
+    assert ended.value.code == 1
+    assert "error: 1 of 3 faults struck" in capsys.readouterr().err
+    assert len(path.read_text().splitlines()) == 1, "the line that names the code alone"
 
 
 def test_the_code_is_the_commit_and_what_was_changed_since(tmp_path: Path) -> None:
