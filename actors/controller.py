@@ -46,8 +46,9 @@ class Controller:
     """Called with the version and the metrics of each step: may warn, act, or stop the run."""
     settled: Callable[[int], Awaitable[None]]
     """Called with the version after each step, when nothing of it is left to do: checkpoints."""
-    stopped: Callable[[int], Awaitable[object]]
-    """Called instead of a further step when the run was asked to stop: the last checkpoint."""
+    stopped: Callable[[int], Awaitable[int | None]]
+    """Called instead of a further step when the run was asked to stop: takes the last checkpoint, and returns the
+    version of the newest that there is."""
     first_version: int = 0
     """What the policy holds when the run begins, or goes on."""
 
@@ -70,9 +71,8 @@ class Controller:
         for version in range(self.first_version, self.num_steps):
             taken = await self.pacer.take()
             if taken is None:
-                await self.stopped(version)
-                why = f": {self.pacer.why_stopped}" if self.pacer.why_stopped else ""
-                raise StoppedError(f"stopped after {version} of {self.num_steps} steps{why}; the same command goes on")
+                newest = await self.stopped(version)
+                raise StoppedError.after(version, self.num_steps, newest, self.pacer.why_stopped)
             self.attempts.discard(taken)
             batch = self.batch(taken.batch)
             async with self.publisher.exclusive:  # nobody is admitted between a step and its publication

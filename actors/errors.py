@@ -23,7 +23,14 @@ class SpoiledError(RunError):
 
 
 class StoppedError(RunError):
-    """The run was asked to stop, and has left a cut from which the same command goes on."""
+    """The run was asked to stop; the same command goes on from the newest cut, or begins anew where there is none."""
+
+    @classmethod
+    def after(cls, step: int, num_steps: int, newest: int | None, why: str | None = None) -> "StoppedError":
+        """`newest`: the version of the newest cut; None when there is none."""
+        begins = "the same command goes on" + ("" if newest == step else f" from step {newest}")
+        begins = "there is no checkpoint: the same command begins anew" if newest is None else begins
+        return cls(f"stopped after {step} of {num_steps} steps{f': {why}' if why else ''}; {begins}")
 
 
 class RollBackError(RunError):

@@ -154,8 +154,8 @@ class Learner:
         num_steps = self.recipe.steps
         while self.version < num_steps:
             if stopped():
-                await checkpointer.last(self.version)
-                raise StoppedError(f"stopped after {self.version} of {num_steps} steps; the same command goes on")
+                newest = await checkpointer.last(self.version)
+                raise StoppedError.after(self.version, num_steps, newest)
             await self._step()
             await checkpointer.after(self.version)
 

@@ -203,8 +203,9 @@ class Bench:
     async def settled(self, version: int) -> None:
         self.events.append(f"settled {version}")
 
-    async def stopped(self, version: int) -> None:
+    async def stopped(self, version: int) -> int:
         self.events.append(f"stopped {version}")
+        return version
 
     async def run(self) -> None:
         await self.fleet.start()

@@ -4,7 +4,7 @@ import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from actors.errors import RunError, last_line
+from actors.errors import RunError, StoppedError, last_line
 
 NODE = "8f" * 28
 DIED = f"The actor died because its node has died. Node Id: {NODE}"
@@ -35,3 +35,16 @@ def died(message: str, ip: str = "10.0.0.7") -> ActorDiedError:
 )  # fmt: skip
 def test_one_sentence_says_what_went_wrong(error: Exception, told: str) -> None:
     assert last_line(error) == told
+
+
+@pytest.mark.parametrize(
+    ("newest", "expected"),
+    [
+        (7, "stopped after 7 of 9 steps; the same command goes on"),
+        (4, "stopped after 7 of 9 steps; the same command goes on from step 4"),
+        (None, "stopped after 7 of 9 steps; there is no checkpoint: the same command begins anew"),
+    ],
+)
+def test_who_stops_a_run_is_told_where_it_goes_on(newest: int | None, expected: str) -> None:
+    assert str(StoppedError.after(7, 9, newest)) == expected
+    assert str(StoppedError.after(7, 9, newest, "kl was 3")) == expected.replace("steps;", "steps: kl was 3;")
