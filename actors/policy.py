@@ -34,8 +34,9 @@ from sync.transport import Kind, Ticket, Transport, open_wire
 CONTROL, IO = "control", "io"
 """Concurrency groups, one call each, that are answered while a rank trains or sends."""
 
-_MEET_TIMEOUT = timedelta(minutes=30)
-"""For the ranks to meet, and for each of their collective operations; the controller's deadlines are shorter."""
+_MEET_TIMEOUT_S = 1800.0
+"""For the ranks to meet, and for each of their collective operations, or longer where a step may take longer: the
+controller's deadlines, which name who is late, come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class PolicyActor:
         self._wire: Transport | None = None
         self._snapshot: PolicyState | None = None
         self._meeting: TCPStore | None = None
+        self._timeout = timedelta(seconds=max(_MEET_TIMEOUT_S, settings.policy.timeout_s + 60.0))
         self._spare: PolicyState | None = None
         """The last snapshot that was written: the next one takes its memory."""
         self._base: str | None = None
@@ -71,7 +73,7 @@ class PolicyActor:
 
     def address(self) -> tuple[str, int]:
         """This process's address and the port at which it serves the ranks' rendezvous, there and nowhere else."""
-        self._meeting = open_store(node_ip(), _MEET_TIMEOUT.total_seconds())
+        self._meeting = open_store(node_ip(), self._timeout.total_seconds())
         return node_ip(), self._meeting.port
 
     def start(self, host: str, port: int) -> None:
@@ -107,7 +109,7 @@ class PolicyActor:
         set_seed(settings.seed)
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
-        deepspeed.init_distributed(backend, verbose=False, timeout=_MEET_TIMEOUT)  # takes the group that is there
+        deepspeed.init_distributed(backend, verbose=False, timeout=self._timeout)  # takes the group that is there
         load = load_scorer if settings.objective.numbers == "scores" else load_causal_lm
         model = load(
             settings.model_path,
@@ -147,10 +149,10 @@ class PolicyActor:
 
     def _meet(self, host: str, port: int, backend: str) -> None:
         """All ranks are one process group when this returns."""
-        self._meeting = self._meeting or reach_store(host, port, self.rank, _MEET_TIMEOUT.total_seconds())
+        self._meeting = self._meeting or reach_store(host, port, self.rank, self._timeout.total_seconds())
         num_ranks = self.settings.num_ranks
         torch.distributed.init_process_group(
-            backend, timeout=_MEET_TIMEOUT, store=self._meeting, rank=self.rank, world_size=num_ranks
+            backend, timeout=self._timeout, store=self._meeting, rank=self.rank, world_size=num_ranks
         )
 
     def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:

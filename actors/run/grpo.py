@@ -79,7 +79,8 @@ class Lives:
             await life.live()
         finally:
             self.checkpoint_stall_s += life.checkpointer.stall_s
-        await self.policy.save(self.run.folder.model)
+        async with self.policy.watched(self.run.recipe.liveness):
+            await self.policy.save(self.run.folder.model)
         return life.summary() | {"checkpoint_stall_s": self.checkpoint_stall_s}
 
     async def stop(self) -> None:
