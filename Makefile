@@ -38,7 +38,7 @@ demo: $(VENV)/.cpu ## train a tiny model on this CPU: supervised warm-up, then a
 	$(PY) -m deploy train recipes/demo_sft.yaml --overwrite
 	$(PY) -m deploy train recipes/demo.yaml --overwrite
 
-check: $(VENV)/.dev ## ruff, types, architecture and the pure tests, side by side (about 2 minutes)
+check: $(VENV)/.dev ## ruff, types, architecture and the pure tests, side by side (about 3 minutes)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target static pure
 
 static: $(VENV)/.dev ## ruff, types, architecture
@@ -50,8 +50,8 @@ static: $(VENV)/.dev ## ruff, types, architecture
 pure: $(VENV)/.dev ## the tests that start no Ray, vLLM or DeepSpeed
 	$(PY) -m pytest -m "not cluster and not gpu"
 
-test: $(VENV)/.dev ## every test that needs no GPU, with real Ray, vLLM and DeepSpeed (about 25 minutes)
-	$(PY) -m pytest -m "not gpu" --durations=10
+test: $(VENV)/.dev ## the tests with real Ray, vLLM and DeepSpeed, no GPU needed (about 30 minutes); the pure ones are in make check
+	$(PY) -m pytest -m "(cluster or campaign) and not gpu" --durations=15
 
 prove: $(VENV)/.dev ## the tests that take a minute each: random schedules, faults at every point, methods, whole runs on vLLM
 	PACELINE_PROVE=1 $(PY) -m pytest -s $$(grep -rl 'tests.prove import' tests --include='test_*.py')

@@ -6,8 +6,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from hypothesis import settings
 
 from actors.recipe.model import TinyModel
+
+
+settings.register_profile("paceline", deadline=None)  # a busy machine is no failure
+settings.load_profile("paceline")
 
 
 @pytest.fixture(autouse=True)

@@ -100,6 +100,7 @@ def check_saved(base: Path, saved: Path, lora: LoraConfig) -> None:
     assert torch.allclose(read(ids).logits, after(ids).logits, atol=1e-4)
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
 def test_tokens_carry_the_adapter_that_sampled_them(local_ray: None, tiny_models: dict[str, Path]) -> None:
     """Adapters are swapped under running requests, which go on with them; every token knows its own."""

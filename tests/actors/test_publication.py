@@ -132,8 +132,11 @@ class Bench:
 @pytest.mark.cluster
 @pytest.mark.parametrize(
     ("tied", "zero_stage", "sync"),
-    [(True, 1, {}), (False, 3, {"delta": True}), (True, 1, {"staging": "none"})],
-    ids=["staged", "delta", "not-staged"],
+    [
+        pytest.param(True, 1, {}, id="staged"),
+        pytest.param(False, 3, {"delta": True}, id="delta"),
+        pytest.param(True, 1, {"staging": "none"}, id="not-staged", marks=ONLY_PROVE),
+    ],
 )
 def test_the_replica_computes_what_the_policy_computes(
     local_ray: None, tmp_path: Path, tied: bool, zero_stage: int, sync: dict[str, Any]
@@ -166,7 +169,9 @@ def test_the_replica_computes_what_the_policy_computes(
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("update", ["keep", pytest.param("recompute", marks=ONLY_PROVE), "finish"])
+@pytest.mark.parametrize(
+    "update", ["keep", *(pytest.param(update, marks=ONLY_PROVE) for update in ("recompute", "finish"))]
+)
 def test_tokens_carry_the_version_that_sampled_them(local_ray: None, tiny_models: dict[str, Path], update: str) -> None:
     """A version is swapped in while groups are sampled: they go on (or finish first); every token knows its weights."""
     bench = Bench(tiny_models["untied"], tiny_models["other"], 1, update)

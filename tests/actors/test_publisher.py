@@ -15,7 +15,7 @@ from actors.publisher import Publisher, right_checksum
 from actors.router import Router
 from sync.config import SyncConfig
 from tests.actors.light import BUCKET_MB, SHAPES, Fault, LightPolicy, LightReplica
-from tests.prove import PROVING
+from tests.prove import ONLY_PROVE, PROVING
 
 TIMEOUT_S = 4.0
 SLACK_S = 15.0  # a machine under load
@@ -86,7 +86,7 @@ if PROVING:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("fanout", [None, 1], ids=["one group", "chain"])
+@pytest.mark.parametrize("fanout", [pytest.param(None, id="one group"), pytest.param(1, id="chain", marks=ONLY_PROVE)])
 def test_the_others_get_the_version_and_the_failed_one_comes_back(fanout: int | None, close: list[Bench]) -> None:
     """Replica 1, in a chain the first to pass on, fails at the first version, its successor at the next, and so on."""
     victims = [1, *range(3, len(FAULTS) + 2)]

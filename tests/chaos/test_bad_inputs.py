@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.bad_inputs import try_all
 
 
+@pytest.mark.campaign
 def test_bad_inputs_are_refused_by_name(tmp_path: Path) -> None:
     verdicts = try_all(300, seed=0, folder=tmp_path)
     assert verdicts.inputs == 300

@@ -207,7 +207,7 @@ def digits(completions, **kwargs):
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("when_stale", [pytest.param("mask", marks=ONLY_PROVE), "requeue"])
+@pytest.mark.parametrize("when_stale", [pytest.param(way, marks=ONLY_PROVE) for way in ("mask", "requeue")])
 def test_long_tails_are_masked_or_requeued_and_the_bound_holds(when_stale: str, tmp_path: Path) -> None:
     """Lengths from 1 to 200 tokens: some groups outlive the bound, and the step does not wait for them."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
