@@ -10,7 +10,6 @@ from hypothesis import settings
 
 from actors.recipe.model import TinyModel
 
-
 settings.register_profile("paceline", deadline=None)  # a busy machine is no failure
 settings.load_profile("paceline")
 
