@@ -13,12 +13,14 @@ from tests.chaos.life import Journal, Life, preload
 from tests.chaos.recipe import write_recipe
 from tests.chaos.recovery import recovery
 from tests.chaos.run import GROUPS_PER_BATCH
+from tests.prove import ONLY_PROVE
 
 STEPS = 90
 KILLS = (("fill", 10), ("score", 25), ("bucket", 40), ("swap", 55), ("idle", 70))
 """Where a replica is killed, and after which version."""
 
 
+@ONLY_PROVE  # it compares a start with steps in time, which a busy machine bends
 @pytest.mark.cluster
 def test_a_killed_replica_costs_little(tmp_path: Path) -> None:
     preload()
