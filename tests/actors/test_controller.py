@@ -367,9 +367,8 @@ async def test_a_straggler_is_requeued_and_counted_as_waste(tmp_path: Path) -> N
     assert sorted((attempt, partial) for ordinal, attempt, partial in bench.calls if ordinal == 0) == [
         (0, None), (1, None),
     ]  # fmt: skip
-    requeued = bench.lines("requeued")  # on a busy machine, others than the straggler may be late too
-    assert [line["lengths"] for line in requeued if line["ordinal"] == 0] == [[5, 6]]
-    assert bench.ledger.waste["requeued"].tokens == sum(sum(line["lengths"]) for line in requeued)
+    assert [line["lengths"] for line in bench.lines("requeued")] == [[5, 6]]
+    assert bench.ledger.waste["requeued"].tokens == 11
     assert bench.ledger.num_trained == 12
 
 
