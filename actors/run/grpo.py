@@ -70,9 +70,9 @@ class Lives:
         run = self.run
         self.recovery = Recovery(run.recipe, run.folder, run.progress.say, self._lived, self._renewed)
 
-    async def _lived(self, resume: Resume | None, rolled_back: bool) -> dict[str, Any]:
+    async def _lived(self, resume: Resume | None) -> dict[str, Any]:
         """One life, to its end."""
-        life = self._life = await begin(self.run, self.policy, resume, rolled_back)
+        life = self._life = await begin(self.run, self.policy, resume)
         if self.recovery.stopped:
             await life.pacer.stop()
         try:

@@ -121,6 +121,8 @@ class Bench:
         folder.mkdir(exist_ok=True)
         self.path = folder / "ledger.jsonl"
         self.ledger = Ledger(self.path)
+        for _ in range(num_roll_backs):
+            self.ledger.rolled_back("in a process before")
         self.replicas: list[Replica] = []
         self.answer = answer or (lambda slot: slot.version)
         pacer = Pacer(
@@ -138,7 +140,7 @@ class Bench:
         self.said: list[str] = []
         self.fleet = Fleet(self.spawn, 2, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append)
         self.exclusive = asyncio.Lock()
-        self.health = Health(health, self.pacer, stand_in, self.said.append, num_roll_backs)
+        self.health = Health(health, self.pacer, stand_in, self.said.append, self.ledger)
         limits = Limits(
             group_timeout_s=5.0, start_timeout_s=1.0, max_attempts=3, max_quarantined=1, max_bad_rows=max_bad_rows
         )
@@ -500,6 +502,7 @@ async def test_a_roll_back_is_asked_for_within_its_budget(tmp_path: Path) -> Non
     with pytest.raises(RollBackError, match=r"entropy was .*goes back to the last good checkpoint, 1 of 1 times"):
         await bench.run()
     assert bench.events[-1] == "report 4", "nothing is cut of the step that went wrong"
+    assert fates(read(bench.path)).num_roll_backs == 1, "it is on the disk, whatever becomes of this process"
     again = Bench(tmp_path / "again", num_steps=8, health=health("roll_back"), num_roll_backs=1)
     again.metrics = collapsed(2)
     with pytest.raises(RunError, match=r"gone back 1 times already, and health.max_roll_backs allows 1") as caught:
