@@ -83,6 +83,11 @@ class Workers:
             return "no rollout replica serves, and one is being started"
         return f"{', '.join(sorted(self.scorers.gone))} is being started again" if self.scorers.gone else ""
 
+    @property
+    def there_since(self) -> float:
+        """The time.monotonic() at which the last of these was there again: no group got on before."""
+        return max(self.fleet.serves_since, self.scorers.there_since)
+
 
 @contextlib.asynccontextmanager
 async def policy_ranks(

@@ -1,6 +1,6 @@
 """Sleeping takes no time, and the order of events follows from the seconds that were asked for alone.
 
-On a busy machine two timers that are a millisecond apart may come together, and who was first would be told from who was
+On a busy machine two timers that are a millisecond apart may come together, and some task that was ready in time comes
 late. In this loop the clock stands while there is anything to do, and jumps to the next timer when there is not. For
 coroutines that wait for each other and for timers; whoever waits for a thread or a process needs true time.
 """

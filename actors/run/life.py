@@ -133,6 +133,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
     )
     watchdog = _watchdog(run, policy, waiting, publisher, checkpointer)
     waiting.on_stall = watchdog.idle
+    waiting.there_since = lambda: run.workers.there_since
     return Life(run, policy, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
 
 

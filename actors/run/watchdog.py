@@ -46,13 +46,18 @@ class Watchdog:
     async def idle(self, reason: str) -> RunError | None:
         """No group finishes while the policy waits: what ends the run, or None when the suspect is replaced.
 
-        None, too, while it waits for workers that are being started: that has deadlines of its own.
+        None, too, while it waits for workers that are being started: that has deadlines of its own. And when a group
+        has finished, or the run was asked to stop, before all was looked at.
         """
         if starting := self.starting():
             self.say(f"warning: {reason}: {starting}, and it waits for that")
             return None
+        before = self.pacer.progress_at
         sight = await self._look(reason)
         what = sight.sentence(reason)
+        if self.pacer.progress_at != before:
+            self.say(f"warning: {what}; something has changed meanwhile, and it waits on, see {self.path}")
+            return None
         found = suspect(sight.workers, sight.pending)
         if self.then == "retry" and found is not None and found[0].role != POLICY:
             self.say(f"warning: {what}; it is replaced, see {self.path}")
