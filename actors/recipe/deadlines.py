@@ -7,7 +7,7 @@ _SLACK_S = 60.0
 
 
 def score_timeout_s(recipe: GrpoRecipe) -> float:
-    """Every reward function up to its own deadline, and loaded again; before it all the groups that may queue for the worker.
+    """Every reward function loaded again and up to its deadline; before it all groups that may queue for the worker.
 
     A worker that hangs, and is found out and started again meanwhile, has time for it, too.
     """
