@@ -203,7 +203,8 @@ def manifest(
 
 
 ClusterAddress = Annotated[
-    str | None, typer.Option(metavar="http://HEAD:8265", help="The cluster's dashboard; without it RAY_ADDRESS.")
+    str | None,
+    typer.Option(metavar="http://HEAD:8265", help="The cluster's dashboard; without it RAY_API_SERVER_ADDRESS."),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="The run's name: the recipe's `name`.")]
 

@@ -63,6 +63,8 @@ def submit(recipe: Recipe, path: str, overrides: Sequence[str], address: str, op
     check_run_dirs(runs)
     shipment = pack(root)
     check_sent(runs, shipment)
+    if not shipment.has("deploy/__main__.py"):
+        typer.echo(f"note: {root} is not Paceline's checkout, so the cluster must have Paceline on its PYTHONPATH")
     head = Head(address)  # before what takes longer
     check_room(runs, head.cluster())
     _check_here(runs, options)
