@@ -1,6 +1,10 @@
 """An address that takes no jobs is refused with the fix."""
 
+from contextlib import suppress
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deploy.jobs.address import checked_address, show_token, take_address
 
@@ -31,6 +35,17 @@ def test_a_bad_address_is_refused(address: str, says: str) -> None:
 @pytest.mark.parametrize("address", ["http://head:8265", "https://ray.example.org/team", "http://[::1]:8265/"])
 def test_a_dashboards_address_is_taken(address: str) -> None:
     assert checked_address(address) == address.rstrip("/")
+
+
+pieces = st.sampled_from(
+    ["http", "https", "ray", "://", ":", "/", "@", "[", "]", "::1", "head", "8265", "?", "#", "%", "\n", " "]
+)
+
+
+@given(st.one_of(st.text(), st.lists(pieces, max_size=8).map("".join)))
+def test_whatever_is_written_is_an_address_or_a_value_error(address: str) -> None:
+    with suppress(ValueError):
+        assert checked_address(address).startswith(("http", "HTTP", "Http"))
 
 
 def test_what_is_given_goes_before_the_environment_which_ray_would_prefer() -> None:
