@@ -81,6 +81,7 @@ class Lives:
             self.checkpoint_stall_s += life.checkpointer.stall_s
         async with self.policy.watched(self.run.recipe.liveness):
             await self.policy.save(self.run.folder.model)
+            await life.checkpointer.conclude()
         return life.summary() | {"checkpoint_stall_s": self.checkpoint_stall_s}
 
     async def stop(self) -> None:
