@@ -46,7 +46,7 @@ async def run_grpo(
     starting = grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles())
     async with machine_watched(recipe.liveness, progress.say), starting as started:
         workers, policy = started
-        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
+        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config, progress.say) as tracker:
             lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), policy)
             async with workers.fleet.supervised(recipe.liveness), workers.scorers.watched():
                 with on_signal(lives.stop, progress.say):

@@ -52,7 +52,7 @@ async def run_sft(
     config = recipe.model_dump(mode="json")
     starting = policy_ranks(recipe, model, pools, folder.path)
     async with machine_watched(_LIVENESS, progress.say), starting as (ranks, policy):
-        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
+        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config, progress.say) as tracker:
             lives = Lives(recipe, stream, tokenizer, folder, progress, tracker, ranks, policy)
             with on_signal(lives.stop, progress.say):
                 summary = await lives.recovery.live(resume)
