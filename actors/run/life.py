@@ -186,6 +186,7 @@ def _watchdog(
         say=run.progress.say,
         leave=checkpointer.last,
         starting=lambda: workers.starting,
+        restarting=lambda: workers.scorers.gone,
     )
 
 
