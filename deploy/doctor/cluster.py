@@ -17,6 +17,7 @@ from deploy.doctor.machine import Machine, this_machine
 from deploy.memory import estimate
 from deploy.session import is_open, ray_session
 from placement.cluster import ClusterSpec, from_ray
+from placement.memory.accelerators import gpu_memory_gb
 from placement.plan import PlacementPlan, plan
 
 REACH_TIMEOUT_S = 120.0
@@ -98,13 +99,16 @@ def check_placement(recipe: Recipe, cluster: ClusterSpec) -> Finding:
 def check_gpu_memory(recipe: Recipe, cluster: ClusterSpec, machines: Iterable[Machine]) -> Finding:
     """MemoryShortageError says what does not fit, and the knob that makes it fit."""
     placed = plan(used_pools(recipe), cluster)
+    used = {bundle.node for bundles in placed.bundles.values() for bundle in bundles if bundle.gpus}
+    if not used:
+        return skipped("no worker has a GPU")
     sizes = [size for machine in machines for size in machine.gpus_gb]
     found = estimate(recipe, placed, cluster, min(sizes, default=None))
-    if not any(bundle.gpus for bundles in placed.bundles.values() for bundle in bundles):
-        return skipped("no worker has a GPU")
     text = ". ".join(found.lines) or "not estimated: a tiny model"
-    if found.table is None or "not estimated" in text:
+    if found.table is None:
         return skipped(text)
+    if not sizes and any(gpu_memory_gb(node) is None for node in cluster.nodes if node.name in used):
+        return skipped("how much memory its GPUs have is not known; python -m deploy plan takes --gpu-memory-gb")
     return passed(f"{text}. By formulas that have not been held against a GPU yet")
 
 

@@ -22,7 +22,8 @@ from deploy.doctor.data import rows_of
 from deploy.train import words
 
 _NUM_ROWS = 2
-_LATER = "(rewards.timeout_s)"
+_MADE_UP = "42"
+"""The completion of a row that has none of its own."""
 
 
 def check_reward_function(recipe: GrpoRecipe, index: int) -> Finding:
@@ -39,7 +40,9 @@ def check_reward_function(recipe: GrpoRecipe, index: int) -> Finding:
     except ValueError:
         return skipped("the tokenizer could not be loaded")
     calls = [arguments_of(*probe(rows, row, tokenizer)) for row in range(min(_NUM_ROWS, len(rows)))]
-    return called(config, calls, tuple(reward_column_names(rows.column_names)), recipe.rewards.timeout_s)
+    has_answers = all(own_answer(rows.row(row)) is not None for row in range(len(calls)))
+    columns = tuple(reward_column_names(rows.column_names))
+    return called(config, calls, columns, recipe.rewards.timeout_s, has_answers)
 
 
 def deadline_s(recipe: GrpoRecipe) -> float:
@@ -51,16 +54,16 @@ def probe(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[G
     row, where = rows.row(index), f"{rows.source}: row {index}"
     text = prompt_of(row, "prompt", where)
     prompt = Prompt(index, 0, tuple(prompt_ids(tokenizer, text, where)), text, reward_columns(row, where))
-    completions = [own_answer(row), ""]
+    completions = [own_answer(row) or _MADE_UP, ""]
     return Group(prompt, tuple(_rollout(prompt, said, tokenizer) for said in completions), 0, 0), completions
 
 
-def own_answer(row: Mapping[str, Any]) -> str:
-    """The row's completion as text; a word where it has none."""
+def own_answer(row: Mapping[str, Any]) -> str | None:
+    """The row's completion as text; None where it has none."""
     said = row.get("completion")
     if isinstance(said, list) and said and isinstance(said[-1], dict):
         said = said[-1].get("content")
-    return said if isinstance(said, str) and said else "42"
+    return said if isinstance(said, str) and said else None
 
 
 def _rollout(prompt: Prompt, said: str, tokenizer: PreTrainedTokenizerBase) -> Rollout:
@@ -75,14 +78,16 @@ def _rollout(prompt: Prompt, said: str, tokenizer: PreTrainedTokenizerBase) -> R
     )
 
 
-def called(config: RewardConfig, calls: Sequence[str], columns: tuple[str, ...], timeout_s: float) -> Finding:
+def called(
+    config: RewardConfig, calls: Sequence[str], columns: tuple[str, ...], timeout_s: float, has_answers: bool
+) -> Finding:
     """What a function gave: each of `calls` (JSON, as a reward worker writes it) once, and the first one again."""
     process = RewardProcess((config.source,), columns)
     try:
         process.start(LOAD_TIMEOUT_S)
         outcomes = [process.call([0], arguments, timeout_s)[0] for arguments in [*calls, calls[0]]]
     except ChildError as error:
-        fix = f"make it faster, or raise its deadline {_LATER}" if error.cause == "timeout" else ""
+        fix = "make it faster, or raise rewards.timeout_s" if error.cause == "timeout" else ""
         return Finding("fail", f"{config.source}: {error.cause}: {error}", fix)
     finally:
         process.kill()
@@ -92,11 +97,14 @@ def called(config: RewardConfig, calls: Sequence[str], columns: tuple[str, ...],
                 f"{config.source}: {outcome.cause}: {outcome.detail}",
                 "mend the function; its completions would be unscorable",
             )
-    return judged(name_of(config.source), [outcome.scores for outcome in outcomes])
+    return judged(name_of(config.source), [outcome.scores for outcome in outcomes], has_answers)
 
 
-def judged(name: str, scores: Sequence[tuple[float | None, ...]]) -> Finding:
-    """`scores` of each call: of the row's own answer, then of an empty one; the last call repeats the first."""
+def judged(name: str, scores: Sequence[tuple[float | None, ...]], has_answers: bool) -> Finding:
+    """`scores` of each call: of the row's own answer, then of an empty one; the last call repeats the first.
+
+    Where not `has_answers`, the first completions are made up as well, and nothing speaks for them.
+    """
     *given, again = scores
     if all(score is None for pair in given for score in pair):
         return warned(f"{name} gives no score to {len(given)} rows", "see whether it finds what it looks for")
@@ -106,8 +114,9 @@ def judged(name: str, scores: Sequence[tuple[float | None, ...]]) -> Finding:
             "seed it: a reward that changes is noise in every advantage",
         )
     own, empty = ([pair[place] for pair in given] for place in (0, 1))
-    text = f"{name}: {_shown(own)} for the first rows' own answers, {_shown(empty)} for empty ones"
-    if _mean(own) < _mean(empty):
+    first = "the first rows' own answers" if has_answers else f"'{_MADE_UP}'"
+    text = f"{name}: {_shown(own)} for {first}, {_shown(empty)} for empty ones"
+    if has_answers and _mean(own) < _mean(empty):
         return warned(text, "see whether its sign is right")
     return passed(text)
 
@@ -118,4 +127,4 @@ def _mean(scores: Sequence[float | None]) -> float:
 
 
 def _shown(scores: Sequence[float | None]) -> str:
-    return ", ".join("none" if score is None else f"{score:.3g}" for score in scores)
+    return ", ".join("none" if score is None else f"{score + 0.0:.3g}" for score in scores)
