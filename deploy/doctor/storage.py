@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from actors.checkpoint.config import CheckpointConfig
+from actors.checkpoint.store import CheckpointStore
 from actors.model.tiny import tiny_skeleton
 from actors.recipe.file import load_recipe
 from actors.recipe.model import RecipeModel, TinyModel
@@ -67,8 +68,11 @@ def _what_is_there(folder: Path) -> Finding:
         run.check_free(overwrite=True)
     except ValueError as error:
         return Finding("fail", str(error))
-    begun = run.recipe.exists()
-    return passed(f"{folder} is writable{', and holds a run that `train` goes on with' if begun else ''}")
+    if not run.recipe.exists():
+        return passed(f"{folder} is writable")
+    newest = max(CheckpointStore(run.checkpoints).versions(), default=None)
+    begins = "begins it anew" if newest is None else f"goes on from its step {newest}"
+    return passed(f"{folder} is writable, and holds a run: `train` {begins}")
 
 
 def check_disk(free: float, needed: float | None, keep: int, folder: Path) -> Finding:

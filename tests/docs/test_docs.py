@@ -143,8 +143,9 @@ def test_a_command_has_a_verb_and_options_that_exist(name: str, arguments: list[
     verbs: Any = typer.main.get_command(app)
     verb = verbs.commands[arguments[0]]
     with verb.make_context(arguments[0], list(arguments[1:])) as context:
-        recipe, overrides = context.params["recipe"], context.params.get("overrides") or []
-    load_recipe(ROOT / recipe, overrides)
+        recipe, overrides = context.params.get("recipe"), context.params.get("overrides") or []
+    if recipe is not None:
+        load_recipe(ROOT / recipe, overrides)
 
 
 @pytest.mark.parametrize(

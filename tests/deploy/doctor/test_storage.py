@@ -47,7 +47,9 @@ def test_what_is_in_the_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert "is not a run folder" in check_writable(tmp_path).text
     (tmp_path / "recipe.yaml").write_text("kind: grpo")
-    assert check_writable(tmp_path).text.endswith("holds a run that `train` goes on with")
+    assert check_writable(tmp_path).text.endswith("holds a run: `train` begins it anew")
+    (tmp_path / "checkpoints" / "version-00000040").mkdir(parents=True)
+    assert check_writable(tmp_path).text.endswith("holds a run: `train` goes on from its step 40")
     (tmp_path / "summary.json").write_text("{}")
     found = check_writable(tmp_path)
     assert (found.level, "--overwrite" in found.fix) == ("warn", True)
