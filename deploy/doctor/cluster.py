@@ -4,9 +4,9 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.errors import RunError, last_line
 from actors.recipe.pools import used_pools
@@ -22,6 +22,8 @@ from placement.plan import PlacementPlan, plan
 
 REACH_TIMEOUT_S = 120.0
 LOOK_TIMEOUT_S = 120.0
+T = TypeVar("T")
+
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on the head (SECURITY.md)"
 
 
@@ -64,26 +66,27 @@ def refused(error: BaseException, address: str | None) -> Finding:
     )
 
 
-def look_at_nodes(num_ports: int, probe: Path | None) -> dict[str, tuple[Machine, bool]]:
-    """Every node, by its name in plans: what it offers, and whether it sees the file `probe`."""
+def look_at_nodes(num_ports: int) -> dict[str, Machine]:
+    """Every node, by its name in plans, as it offers itself."""
+    return _on_every_node(this_machine, num_ports)
+
+
+def nodes_that_see(probe: Path) -> dict[str, bool]:
+    """By node, whether it sees the file."""
+    return _on_every_node(os.path.exists, str(probe.absolute()))
+
+
+def _on_every_node(function: Callable[..., T], *arguments: Any) -> dict[str, T]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    remote: Any = ray.remote(num_cpus=0)(look)
-    calls = [
-        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            num_ports, None if probe is None else str(probe)
-        )
-        for node in alive
-    ]
-    names = [node.name for node in from_ray(alive).nodes]
-    return dict(zip(names, ray.get(calls, timeout=LOOK_TIMEOUT_S), strict=True))
-
-
-def look(num_ports: int, probe: str | None) -> tuple[Machine, bool]:
-    """On a node."""
-    return this_machine(num_ports), probe is None or Path(probe).exists()
+    remote: Any = ray.remote(num_cpus=0)(function)
+    bound = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
+    answers = ray.get(
+        [remote.options(scheduling_strategy=to).remote(*arguments) for to in bound], timeout=LOOK_TIMEOUT_S
+    )
+    return dict(zip([node.name for node in from_ray(alive).nodes], answers, strict=True))
 
 
 def check_placement(recipe: Recipe, cluster: ClusterSpec) -> Finding:

@@ -38,8 +38,6 @@ class Examination:
         """The same of replicas alone."""
         self._told: dict[str, Any] = {}
         """What CUDA says."""
-        self._sees: dict[str, bool] = {}
-        """Which nodes see the folder of the run as this machine does."""
 
     def checks(self) -> Iterator[Check]:
         """In the order in which what they find helps most."""
@@ -63,7 +61,7 @@ class Examination:
 
     def _of_machines(self) -> Iterator[Check]:
         if self._address is not None:
-            yield Check("same packages", _QUICK_S, lambda: self._worst(self._same))
+            yield Check("same packages", _QUICK_S, self._same)
         yield Check("shared memory", _QUICK_S, lambda: self._worst(lambda n, m: machine.check_shm(m, self._engines[n])))
         yield Check("limits", _QUICK_S, lambda: self._worst(lambda n, m: machine.check_limits(m, self._workers[n])))
         wanted = self._num_ports()
@@ -75,7 +73,7 @@ class Examination:
         yield Check("host memory", _QUICK_S, lambda: self._host_memory(recipe))
         yield Check("run folder", _QUICK_S, lambda: storage.check_writable(recipe.folder))
         if len(self._machines) > 1:
-            yield Check("shared storage", _QUICK_S, lambda: storage.check_shared(recipe.folder, self._sees))
+            yield Check("shared storage", _QUICK_S, lambda: self._shared(recipe))
         yield Check("disk", _LOAD_S, lambda: self._disk(recipe))
         yield Check("dataset", _DATA_S, lambda: data.check_dataset(recipe))
         yield Check("prompts", _DATA_S, lambda: data.check_prompts(recipe))
@@ -104,11 +102,7 @@ class Examination:
         if self._address is None:
             self._machines = {spec.nodes[0].name: machine.this_machine(wanted)}
         else:
-            folder = self._recipes[-1].folder if self._recipes else None
-            with storage.probe_file(folder) as probe:
-                seen = cluster.look_at_nodes(wanted, probe)
-            self._machines = {name: each for name, (each, _) in seen.items()}
-            self._sees = {name: sees for name, (_, sees) in seen.items()}
+            self._machines = cluster.look_at_nodes(wanted)
         for recipe in self._recipes:
             workers, replicas = cluster.workers_of(self._placed(recipe))
             self._workers |= workers
@@ -122,8 +116,13 @@ class Examination:
         self._told = gpus.asked()
         return gpus.check_cuda(self._told, wanted)
 
-    def _same(self, _: str, node: Machine) -> Finding:
-        return machine.check_same(node, machine.this_machine(0))
+    def _same(self) -> Finding:
+        ours = machine.this_machine(0)
+        return self._worst(lambda _, node: machine.check_same(node, ours))
+
+    def _shared(self, recipe: Recipe) -> Finding:
+        with storage.probe_file(recipe.folder) as probe:
+            return storage.check_shared(recipe.folder, cluster.nodes_that_see(probe))
 
     def _worst(self, judge: Callable[[str, Machine], Finding]) -> Finding:
         """Of the machines, the finding that matters most."""

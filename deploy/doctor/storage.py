@@ -125,17 +125,10 @@ def num_parameters(recipe: Recipe) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
-def probe_file(folder: Path | None) -> Iterator[Path | None]:
-    """A file where the run folder is to be, for other nodes to look for; None where it cannot be written."""
-    if folder is None:
-        yield None
-        return
+def probe_file(folder: Path) -> Iterator[Path]:
+    """A file where the run folder is to be, for other nodes to look for."""
     probe = nearest(folder) / f".doctor-{uuid.uuid4().hex}"
-    try:
-        probe.touch()
-    except OSError:  # which `check_writable` tells
-        yield None
-        return
+    probe.touch()
     try:
         yield probe
     finally:
@@ -150,4 +143,4 @@ def check_shared(folder: Path, seen: Mapping[str, bool]) -> Finding:
             f"{folder} here is not what {', '.join(blind[:3])} see{'s' * (len(blind) == 1)} under that name",
             "choose a run_dir on storage that all nodes mount at the same place",
         )
-    return passed(f"{folder} is the same on {len(seen)} other node{'s' * (len(seen) != 1)}")
+    return passed(f"all {len(seen)} nodes see what is written at {folder}")
