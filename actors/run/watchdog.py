@@ -48,9 +48,9 @@ class Watchdog:
     async def idle(self, reason: str) -> RunError | None:
         """No group finishes while the policy waits: what ends the run, or None when the suspect is replaced.
 
-        None, too, while it waits for workers that are being started: that has deadlines of its own, and a scorer that is
-        being started again is no excuse for others. And when a group has finished, or the run was asked to stop, before
-        all was looked at.
+        None, too, while it waits for workers that are being started: that has deadlines of its own, and a scorer that
+        is being started again is no excuse for others. And when a group has finished, or the run was asked to stop,
+        before all was looked at.
         """
         if starting := self.starting():
             self.say(f"warning: {reason}: {starting}, and it waits for that")
