@@ -105,7 +105,7 @@ def plan(
 
 @app.command()
 def doctor(
-    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="The recipe's YAML file.")] = None,
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")] = None,
     overrides: Overrides = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to look at; without it RAY_ADDRESS, or else this machine.")
@@ -114,15 +114,18 @@ def doctor(
 ) -> None:
     """Check machine, cluster and all that the recipe names before a run: a line for each, exit code 1 if one fails."""
     from actors.recipe.file import load_recipe
+    from actors.recipe.schema import Recipe
     from actors.run.lineage import trained_before
 
     with _user_errors():
-        loaded = None if recipe is None else load_recipe(recipe, overrides or ())
-        before = [] if loaded is None or recipe is None else [first for _, first in trained_before(loaded, recipe)]
+        recipes: list[Recipe] = []
+        if recipe is not None:
+            loaded = load_recipe(recipe, overrides or ())
+            recipes = [*(first for _, first in trained_before(loaded, recipe)), loaded]
     address = _ray_address(address)
     from deploy.doctor.report import show
 
-    if not show(before if loaded is None else [*before, loaded], address, deep):
+    if not show(recipes, address, deep):
         raise typer.Exit(1)
 
 

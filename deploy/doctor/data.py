@@ -26,6 +26,14 @@ _MEASURED = 64
 _UNREADABLE = "the data set could not be read"
 
 
+def check_model(recipe: Recipe) -> Finding:
+    """The tokenizer and the config of the model that the recipe begins with are here, or can be had."""
+    tokenizer, num_positions = words(recipe)
+    source = first_model(recipe)
+    name = "a tiny model" if isinstance(source, TinyModel) else source.path
+    return passed(f"{name}: {len(tokenizer)} tokens, {num_positions} positions")
+
+
 def check_dataset(recipe: Recipe) -> Finding:
     """The first rows are read; the columns that the recipe learns from are there."""
     rows = load_rows(recipe.dataset, needed_columns(recipe))

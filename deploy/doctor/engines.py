@@ -53,7 +53,7 @@ def check_agreement(recipe: GrpoRecipe, gpu_gb: float | None) -> Finding:
             make_tiny_model(source, Path(folder) / "model", recipe.seed)
             source = ModelSource(str(Path(folder) / "model"))
         policy, rollout = settings_of(recipe, source)
-        ours = policy_logprobs(policy, token_ids, recipe.rollout.start_timeout_s)
+        ours = policy_logprobs(policy, token_ids, recipe)
         theirs = engine_logprobs(rollout, token_ids, recipe)
     return judged(ours, theirs, is_exact=policy.dtype == recipe.rollout.dtype == "float32")
 
@@ -67,11 +67,13 @@ def settings_of(recipe: GrpoRecipe, source: ModelSource) -> tuple[ReferenceSetti
     return replace(told, temperature=1.0, use_gpu=use_gpu), rollout
 
 
-def policy_logprobs(settings: ReferenceSettings, token_ids: Sequence[int], timeout_s: float) -> list[float]:
+def policy_logprobs(settings: ReferenceSettings, token_ids: Sequence[int], recipe: GrpoRecipe) -> list[float]:
     """Of every token but the first."""
     import ray
 
-    actor: Any = reference_actor().options(num_gpus=int(settings.use_gpu), num_cpus=1).remote(settings)
+    takes = {"num_gpus": int(settings.use_gpu), "num_cpus": recipe.pools.policy.cpus_per_worker}
+    actor: Any = reference_actor().options(**takes).remote(settings)
+    timeout_s = recipe.rollout.start_timeout_s
     length = len(token_ids)
     rollout = Rollout(
         token_ids_T=np.array(token_ids, np.int32),
@@ -96,7 +98,8 @@ def engine_logprobs(settings: RolloutSettings, token_ids: Sequence[int], recipe:
     import ray
 
     pool = recipe.pools.rollout
-    actor: Any = ray.remote(num_cpus=1, num_gpus=pool.gpus_per_worker)(RolloutActor).remote(0, settings, [], [])
+    takes = {"num_gpus": pool.gpus_per_worker, "num_cpus": pool.cpus_per_worker}
+    actor: Any = ray.remote(RolloutActor).options(**takes).remote(0, settings, [], [])
     try:
         ray.get(actor.start.remote(), timeout=recipe.rollout.start_timeout_s)
         scores: list[float] = ray.get(actor.score_tokens.remote(list(token_ids)), timeout=recipe.generation.timeout_s)

@@ -36,6 +36,8 @@ class Examination:
         """By node, of the run that has most there."""
         self._engines: Counter[str] = Counter()
         """The same of replicas alone."""
+        self._with_model: set[str] = set()
+        """Recipes whose model's tokenizer and config are here, by name."""
         self._told: dict[str, Any] = {}
         """What CUDA says."""
 
@@ -76,6 +78,13 @@ class Examination:
             yield Check("shared storage", _QUICK_S, lambda: self._shared(recipe))
         yield Check("disk", _LOAD_S, lambda: self._disk(recipe))
         yield Check("dataset", _DATA_S, lambda: data.check_dataset(recipe))
+        yield Check("model", _LOAD_S, lambda: self._model(recipe))
+        for check in self._of_words(recipe):
+            has_model = recipe.name in self._with_model
+            yield check if has_model else Check(check.name, _QUICK_S, lambda: skipped("the model is not here"))
+
+    def _of_words(self, recipe: Recipe) -> Iterator[Check]:
+        """What is looked at with the model's tokenizer."""
         yield Check("prompts", _DATA_S, lambda: data.check_prompts(recipe))
         yield Check("tokenizer", _LOAD_S, lambda: data.check_tokenizer(recipe))
         if isinstance(recipe, GrpoRecipe):
@@ -110,6 +119,11 @@ class Examination:
         sizes = (f"{n}: {m.memory / machine.GB:.0f} GB, {len(m.gpus_gb)} GPUs" for n, m in self._machines.items())
         return passed("; ".join(sizes))
 
+    def _model(self, recipe: Recipe) -> Finding:
+        finding = data.check_model(recipe)
+        self._with_model.add(recipe.name)
+        return finding
+
     def _cuda(self, wanted: int) -> Finding:
         if gpus.listed() is None:
             return skipped(gpus.NO_GPU)
@@ -127,7 +141,7 @@ class Examination:
     def _worst(self, judge: Callable[[str, Machine], Finding]) -> Finding:
         """Of the machines, the finding that matters most."""
         if not self._machines:
-            return skipped("no machine was seen")
+            return skipped(_NO_RAY)
         findings = [judge(name, each) for name, each in self._machines.items()]
         worst = max(findings, key=lambda finding: LEVELS.index(finding.level))
         others = sum(finding.level != worst.level for finding in findings)

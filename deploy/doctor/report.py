@@ -4,6 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Sequence
 
+from datasets import disable_progress_bars
 from rich.console import Console
 from rich.text import Text
 
@@ -18,6 +19,7 @@ _WIDTH = len("shared storage")
 
 def show(recipes: Sequence[Recipe], address: str | None, deep: bool) -> bool:
     """Make every check and print its line; whether nothing failed. `recipes`: in the order in which they would run."""
+    disable_progress_bars()  # one for each file that is read would stand between our lines
     console = Console(soft_wrap=True, highlight=False)
     width = _WIDTH + (max(len(recipe.name) + 2 for recipe in recipes) if len(recipes) > 1 else 0)
     counts: Counter[str] = Counter()

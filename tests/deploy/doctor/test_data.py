@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.model.tiny import byte_tokenizer
 from deploy.doctor.check import Check, Finding, found_by
-from deploy.doctor.data import check_dataset, check_prompts, check_tokenizer, judged, talks
+from deploy.doctor.data import check_dataset, check_model, check_prompts, check_tokenizer, judged, talks
 from tests.actors.data.families import FAMILIES
 from tests.deploy.doctor.recipes import recipe_of
 
@@ -122,6 +122,15 @@ def test_more_tokens_than_embeddings_are_told() -> None:
     found = judged(tokenizer, chats=False, num_embeddings=len(tokenizer) - 1)
     assert found.level == "fail"
     assert found.text == "the tokenizer has 260 tokens, and the model embeds 259"
+
+
+def test_a_model_is_told_by_what_it_reads(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    assert check_model(recipe_of(tmp_path)).text == "a tiny model: 260 tokens, 256 positions"
+    there = recipe_of(tmp_path, f"model={{kind: pretrained, path: {tiny_models['tied']}}}")
+    assert check_model(there).text == f"{tiny_models['tied']}: 260 tokens, 256 positions"
+    missing = recipe_of(tmp_path, f"model={{kind: pretrained, path: {tmp_path}/none}}")
+    found = found_by(Check("model", 60.0, lambda: check_model(missing)))
+    assert (found.level, "model.path" in found.text) == ("fail", True)
 
 
 def test_the_files_of_a_model_are_looked_at(tmp_path: Path, tiny_models: dict[str, Path]) -> None:

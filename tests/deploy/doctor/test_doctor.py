@@ -47,6 +47,18 @@ def test_a_wrong_recipe_ends_before_anything_is_looked_at() -> None:
     assert doctor("recipes/none.yaml")[0] == 2
 
 
+def test_what_cannot_be_looked_at_is_skipped_and_the_rest_is_not(tmp_path: Path) -> None:
+    """Neither a cluster nor a model: two failures, and no more of the same cause."""
+    model = f"model={{kind: pretrained, path: {tmp_path}/none}}"
+    code, out, _ = doctor("recipes/demo.yaml", model, f"run_dir={tmp_path}/run", "--address", "127.0.0.1:9")
+    levels = levels_of(out)
+    assert code == 1
+    assert {name for name, level in levels.items() if level == "fail"} == {"ray", "model"}
+    skipped = ("machines", "shared memory", "placement", "disk", "prompts", "tokenizer", "reward", "agreement")
+    assert {levels[name] for name in skipped} == {"skip"}
+    assert {levels[name] for name in ("python", "packages", "run folder", "dataset")} == {"pass"}
+
+
 @pytest.mark.cluster
 def test_the_demo_is_well_until_something_is_not(tmp_path: Path) -> None:
     """One command with what is right and what is wrong: a Ray is started, everything is looked at to the end."""
@@ -62,7 +74,7 @@ def test_the_demo_is_well_until_something_is_not(tmp_path: Path) -> None:
     well += [
         f"{name}: {check}"
         for name in ("demo-sft", "demo")
-        for check in ("placement", "run folder", "disk", "dataset", "tokenizer")
+        for check in ("placement", "run folder", "disk", "dataset", "model", "tokenizer")
     ]
     assert {name: levels[name] for name in well if levels[name] not in ("pass", "warn")} == {}
     assert out[-1].startswith("2 fail, ")

@@ -40,6 +40,17 @@ def test_without_ray_nothing_is_compared(tmp_path: Path) -> None:
     assert check_agreement(recipe_of(tmp_path), None).level == "skip"
 
 
+def test_both_sides_are_told_the_same_model_at_temperature_one(tmp_path: Path) -> None:
+    """And neither the adapter, which is nothing yet, nor a reference of the recipe's own."""
+    lora = ("policy.lora={r: 4, lora_alpha: 8}", "algorithm.beta=0.1", "reference={kind: pretrained, path: other}")
+    recipe = recipe_of(tmp_path, *lora, "generation.temperature=1.3", "policy.dtype=bfloat16")
+    policy, rollout = settings_of(recipe, ModelSource("the-model", "abc"))
+    assert (policy.model_path, policy.revision) == (rollout.model_path, rollout.revision) == ("the-model", "abc")
+    assert (policy.temperature, rollout.generation.temperature) == (1.0, 1.0)
+    assert rollout.lora is None
+    assert (policy.dtype, policy.use_gpu, rollout.use_gpu) == ("bfloat16", False, False)
+
+
 @ONLY_PROVE
 @pytest.mark.cluster
 def test_an_engine_and_the_policy_are_compared(local_ray: None, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
@@ -51,6 +62,6 @@ def test_an_engine_and_the_policy_are_compared(local_ray: None, tmp_path: Path, 
     assert list(tmp_path.glob(".doctor-*")) == []
     policy, rollout = settings_of(recipe, ModelSource(str(tiny_models["untied"])))
     tokens = list(range(40, 80))
-    ours = policy_logprobs(policy, tokens, 120.0)
+    ours = policy_logprobs(policy, tokens, recipe)
     theirs = engine_logprobs(replace(rollout, model_path=str(tiny_models["other"])), tokens, recipe)
     assert judged(ours, theirs, is_exact=True).level == "fail"
