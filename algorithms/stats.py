@@ -69,8 +69,9 @@ class LossStats:
         (sum w)^2 / (n sum w^2), 1 on policy; `sampling/kl`, the estimate k1 of KL(sampled || current), 0 on policy;
         `sampling/rejected`, the share of the tokens that masks took out of the policy term. "Current" is the policy
         when the step began. Of a critic: `value/explained_variance`, the share of the returns' variance that its values
-        knew before the step, `value/clip_fraction`, `value/mean` and `value/return_mean`. Means are over the tokens of everything merged, where TRL averages over ranks,
-        micro-batches or, of ratios per sequence, over sequences.
+        knew before the step, `value/clip_fraction`, `value/mean` and `value/return_mean`. Means are over the
+        tokens of everything merged, where TRL averages over ranks, micro-batches or, of ratios per sequence, over
+        sequences.
         """
         means = {
             "entropy": (self.entropy, self.num_tokens),

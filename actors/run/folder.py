@@ -5,6 +5,7 @@ metrics.jsonl     one JSON object per step, under TRL's metric names
 ledger.jsonl      what became of every prompt group
 completions/      samples of what the policy said, one file per sampled step
 model/            the trained weights and tokenizer in Hugging Face layout; of adapters, merged, with adapter/ in peft's
+critic/           of PPO: the critic's weights and tokenizer, likewise
 checkpoints/      cuts from which the same command goes on when the run was ended before its time
 summary.json      the figures of the whole run; written last
 stall.txt         of a run that stalled: the suspect, what waits for what, and the stack of every process
@@ -38,6 +39,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def critic(self) -> Path:
+        return self.path / "critic"
 
     @property
     def ledger(self) -> Path:

@@ -20,8 +20,8 @@ def value_loss(
 ) -> tuple[Tensor, LossStats]:
     """This micro-batch's share of the mean over the `num_loss_tokens` of the global batch, and its statistics.
 
-    max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2: nothing is gained by leaving the old value further behind
-    (as TRL's PPOTrainer had it). Where `fresh_N` is False the token leaves the loss, and stays in the count that divides.
+    max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2: nothing is gained by going further from the old value (as
+    in TRL's PPOTrainer). Where `fresh_N` is False the token leaves the loss, and stays in the count that divides.
     Without a fresh token the share is 0 and still hangs on the graph of `values_N`.
     """
     if fresh_N is not None:

@@ -152,7 +152,7 @@ def test_returns_that_do_not_vary_have_no_explained_variance() -> None:
     assert stats.finish()["value/clip_fraction"] == 0
 
 
-# TRL -------------------------------------------------------------------------------------------------------------------
+# TRL -----------------------------------------------------------------------------------------------------------------
 
 
 def flat(values_BC: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -182,9 +182,8 @@ def test_trl_has_the_same_returns_and_whitened_advantages(number: int) -> None:
     assert (returns_N - trl(number, "returns", batch.steps)).abs().max() < TOLERANCE
     of_steps = [each.numpy() for each in advantages_N.split(batch.steps)]
     counted = [np.arange(steps) < length for steps, length in zip(batch.steps, batch.lengths, strict=True)]
-    ours_N = torch.tensor(
-        np.concatenate([each[mask] for each, mask in zip(whitened(of_steps, counted), counted, strict=True)])
-    )
+    ours = [each[mask] for each, mask in zip(whitened(of_steps, counted), counted, strict=True)]
+    ours_N = torch.tensor(np.concatenate(ours))
     assert (ours_N - trl(number, "advantages", batch.lengths)).abs().max() < 1e-6  # of float32
 
 

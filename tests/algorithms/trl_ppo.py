@@ -1,7 +1,7 @@
 """What TRL's own PPOTrainer computes on a few batches: `python -m tests.algorithms.trl_ppo PATH/ppo_trainer.py`.
 
-TRL 1.16, which the tests have, has no PPO any more. What its source of version 1.8 (trl/experimental/ppo) gives when its
-statements are run, cut out of `PPOTrainer.train`, is kept in trl_ppo.json.
+TRL 1.16, which the tests have, has no PPO any more. What the source of version 1.8 (trl/experimental/ppo) gives when
+the statements of `PPOTrainer.train` are cut out and run is kept in trl_ppo.json.
 
 Legend: B = rollouts of the batch, C = longest completion.
 """
@@ -126,9 +126,11 @@ def run(path: Path, number: int) -> dict[str, Any]:
         "value_loss": scope["vf_loss"], "clip_fraction": scope["vf_clipfrac"], "value_gradient": value_gradient_BC,
         "policy_loss": scope["pg_loss"], "policy_gradient": policy_gradient_BC,
     }  # fmt: skip
-    return {
-        name: [round(x, 12) for x in tensor.detach().double().flatten().tolist()] for name, tensor in tensors.items()
-    }
+    return {name: _rounded(tensor) for name, tensor in tensors.items()}
+
+
+def _rounded(tensor: Tensor) -> list[float]:
+    return [round(number, 12) for number in tensor.detach().double().flatten().tolist()]
 
 
 if __name__ == "__main__":
