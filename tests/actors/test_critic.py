@@ -4,21 +4,27 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from actors.critic import critic_actor
+from actors.critic import CriticActor, critic_actor
 from actors.critic_group import CriticGroup, Lesson
+from actors.model.forward import PACKED_ATTENTION, row_values
+from actors.model.load import load_scorer
 from actors.objective import Objective
-from actors.policy_calls import PolicySettings
+from actors.policy_calls import PolicySettings, RankBatch
 from actors.policy_group import PolicyGroup
 from algorithms.config import GrpoConfig, OptimizerConfig
-from algorithms.types import GroupSummary, ScoredGroup, summarize
+from algorithms.losses import Normalizer
+from algorithms.packed import pack_row
+from algorithms.types import Group, GroupSummary, MicroBatch, Prompt, Sample, ScoredGroup, summarize
 from tests.actors.test_policy import batch as policy_batch
 from tests.actors.test_policy import rollouts, settings_of
+from tests.algorithms.test_gae import schulman
 from tests.prove import ONLY_PROVE
 
 Answer = TypeVar("Answer")
@@ -74,6 +80,38 @@ async def step(critic: CriticGroup, version: int, oldest_version: int = 0) -> tu
 def returns_of(lesson: Lesson) -> dict[int, np.ndarray]:
     samples = (sample for rank in lesson.batch.ranks for micro in rank for sample in micro.samples)
     return {sample.group: sample.advantages_L for sample in samples if sample.advantages_L is not None}
+
+
+def test_a_rank_says_what_each_token_was_worth(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Without DeepSpeed: the model itself stands in for the engine."""
+    algorithm = GAE.model_copy(update={"kl_penalty": "reward", "beta": 0.1, "gamma": 0.9})
+    settings = settings_of(tiny_models["untied"], tmp_path, 1, 0, "float32")
+    rank = CriticActor(0, replace(settings, objective=Objective(algorithm, 1.0, 16, numbers="values")))
+    torch.manual_seed(0)
+    model: Any = load_scorer(str(tiny_models["untied"]), None, False, "float32", PACKED_ATTENTION)
+    rank.engine, rank.pad_id = model, 0
+    made = [replace(r, reference_logprobs_T=r.logprobs_T - 0.25 * r.loss_mask_T) for r in rollouts()[:3]]
+    groups = [Group(Prompt(i, 0, (), "", {}), (rollout,), 0, 0) for i, rollout in enumerate(made)]
+    micro_batches = (
+        MicroBatch((Sample(2, 0, made[2].num_tokens, -1.0), Sample(0, 0, made[0].num_tokens, 2.0))),
+        MicroBatch(()),
+        MicroBatch((Sample(1, 0, made[1].num_tokens, 0.5),)),
+    )
+    found = rank.compute_values(RankBatch(micro_batches, Normalizer(3, 15, 16, 2), oldest_version=1), *groups)
+    assert [len(micro) for micro in found] == [2, 0, 1]
+    for micro, assessed in zip(micro_batches, found, strict=True):
+        for sample, one in zip(micro.samples, assessed, strict=True):
+            rollout = made[sample.group]
+            with torch.no_grad():
+                values = row_values(model, pack_row([rollout], [0.0], 0)).tolist()
+            rewards = [-0.1 * 0.25] * rollout.num_loss_tokens
+            rewards[-1] += sample.advantage
+            expected = schulman(rewards, values, 0.9, 0.9)
+            assert one.advantages_L.tolist() == pytest.approx(expected, abs=1e-5)
+            assert (one.returns_L - one.advantages_L).tolist() == pytest.approx(values, abs=1e-5)
+            old = (rollout.num_loss_tokens + 1) // 2  # the first half is of version 0
+            assert one.fresh_L.tolist() == [False] * old + [True] * (rollout.num_loss_tokens - old)
+    assert model.training, "it goes on learning"
 
 
 @pytest.mark.cluster
