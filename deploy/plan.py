@@ -165,7 +165,5 @@ def _num_bytes(recipe: GrpoRecipe) -> int | None:
 
 
 def _submit_line(path: str, overrides: Sequence[str]) -> str:
-    """The command that runs this on a cluster; Ray gives the job its address."""
-    return shlex.join(
-        ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "deploy", "train", path, *overrides]
-    )
+    """The command that runs this on a cluster."""
+    return shlex.join(["python", "-m", "deploy", "submit", path, *overrides, "--address", "http://HEAD:8265"])

@@ -72,7 +72,7 @@ def test_a_thousand_faults_kill_the_driver_two_hundred_times() -> None:
     names = [
         (batch.engine, name)
         for batch in todo
-        for name in plan(batch.faults, batch.seed, restarts=round(0.22 * batch.faults), vllm=batch.engine == "vllm")
+        for name in plan(batch.faults, batch.seed, restarts=round(0.26 * batch.faults), vllm=batch.engine == "vllm")
     ]
     assert len(names) == 1000
     assert sum(engine == "vllm" for engine, _ in names) == 40
