@@ -84,7 +84,8 @@ class Lives:
         async with policy.watched(self.run.recipe.liveness):
             await policy.save(self.run.folder.model)
         if critic is not None:
-            await critic.save(self.run.folder.critic)
+            async with critic.watched(self.run.recipe.liveness):
+                await critic.save(self.run.folder.critic)
         return life.summary() | {"checkpoint_stall_s": self.checkpoint_stall_s}
 
     async def stop(self) -> None:

@@ -141,7 +141,7 @@ async def begin(run: Run, learners: Learners, resume: Resume | None, rolled_back
         stopped=checkpointer.last,
         first_version=version,
     )
-    watchdog = _watchdog(run, policy, waiting, publisher, checkpointer)
+    watchdog = _watchdog(run, learners, waiting, publisher, checkpointer)
     waiting.on_stall = watchdog.idle
     return Life(run, learners, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
 
@@ -187,11 +187,12 @@ def _checkpointer(
 
 
 def _watchdog(
-    run: Run, policy: PolicyGroup, pacer: AsyncPacer, publisher: Publisher, checkpointer: Checkpointer
+    run: Run, learners: Learners, pacer: AsyncPacer, publisher: Publisher, checkpointer: Checkpointer
 ) -> Watchdog:
     workers = run.workers
     return Watchdog(
-        policies=policy.ranks,
+        policies=learners.policy.ranks,
+        critics=() if learners.critic is None else learners.critic.ranks,
         references=workers.references,
         rewards=workers.rewards,
         fleet=workers.fleet,
