@@ -5,11 +5,12 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
 
+from actors.critic import critic_actor
 from actors.deadline import DeadlineError, aside, within
 from actors.errors import RunError, last_line
 from actors.fleet import Fleet
@@ -23,7 +24,14 @@ from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from actors.router import Router
 from actors.scorers import Scorers
-from actors.settings import ModelSource, policy_settings, reference_settings, reward_functions, rollout_settings
+from actors.settings import (
+    ModelSource,
+    critic_settings,
+    policy_settings,
+    reference_settings,
+    reward_functions,
+    rollout_settings,
+)
 from placement.groups import ReservedPools
 
 _CLOSE_TIMEOUT_S = 30.0
@@ -38,27 +46,29 @@ class Roles:
     rollout: Any = field(default_factory=lambda: ray.remote(RolloutActor))
     reward: Any = field(default_factory=lambda: ray.remote(RewardActor))
     reference: Any = field(default_factory=reference_actor)
+    critic: Any = field(default_factory=critic_actor)
 
 
 @dataclass(slots=True)
 class Ranks:
-    """The policy's processes, which can be ended and made anew on the same bundles."""
+    """The policy's processes, or the critic's, which can be ended and made anew on the same bundles."""
 
     actor: Any
     settings: PolicySettings
     pools: ReservedPools
+    pool: Literal["policy", "critic"] = "policy"
     handles: tuple[ActorHandle, ...] = ()
 
     async def start(self) -> PolicyGroup:
         """New ones with the initial weights, in place of those that there are."""
         self.end()
-        options = (self.pools.options("policy", rank) for rank in range(self.settings.num_ranks))
+        options = (self.pools.options(self.pool, rank) for rank in range(self.settings.num_ranks))
         self.handles = tuple(self.actor.options(**o).remote(rank, self.settings) for rank, o in enumerate(options))
         longest = self.settings.objective.max_completion_length
         settings = self.settings
         reading = aside(sequence_costs, settings.model_path, settings.revision, settings.trust_remote_code)
         costs = await within(_START_TIMEOUT_S, reading, "reading the model's config")
-        group = PolicyGroup(self.handles, longest, self.settings.policy.timeout_s, costs)
+        group = PolicyGroup(self.handles, longest, self.settings.policy.timeout_s, costs, self.pool)
         await group.start(_START_TIMEOUT_S)
         return group
 
@@ -67,14 +77,31 @@ class Ranks:
 
 
 @dataclass(frozen=True, slots=True)
+class Learners:
+    """Whoever is in training; they are built, cut, lost and restored together."""
+
+    policy: PolicyGroup
+    critic: PolicyGroup | None = None
+    """With algorithm.advantage 'gae' alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Workers:
     """The actors of a GRPO run, by pool."""
 
     ranks: Ranks
+    critic_ranks: Ranks | None
     fleet: Fleet
     scorers: Scorers
     rewards: tuple[ActorHandle, ...]
     references: tuple[ActorHandle, ...]
+
+    async def learners(self) -> Learners:
+        """New ranks of whoever learns, side by side; the first that fails stops the start of the others."""
+        async with asyncio.TaskGroup() as starts:
+            policy = starts.create_task(self.ranks.start())
+            critic = None if self.critic_ranks is None else starts.create_task(self.critic_ranks.start())
+        return Learners(policy.result(), None if critic is None else critic.result())
 
     @property
     def starting(self) -> str:
@@ -108,23 +135,25 @@ async def grpo_workers(
     router: Router,
     say: Callable[[str], None],
     roles: Roles,
-) -> AsyncIterator[tuple[Workers, PolicyGroup]]:
+) -> AsyncIterator[tuple[Workers, Learners]]:
     """All workers of the run, started side by side; the first that fails stops the start of the others."""
     workers = _spawn_all(recipe, model, pools, run_dir, router, say, roles)
     try:
         async with asyncio.TaskGroup() as starts:
-            policy = starts.create_task(workers.ranks.start())
+            learners = starts.create_task(workers.learners())
             starts.create_task(workers.fleet.start())
             for index, reference in enumerate(workers.references):
                 starts.create_task(_started(reference.start, f"reference worker {index}"))
             for index, reward in enumerate(workers.rewards):
                 starts.create_task(_started(reward.check, f"reward worker {index}"))
-        yield workers, policy.result()
+        yield workers, learners.result()
     finally:
         await workers.fleet.close()
         await _close(workers.rewards)
         _kill([*workers.rewards, *workers.references])
         workers.ranks.end()
+        if workers.critic_ranks is not None:
+            workers.critic_ranks.end()
 
 
 async def _started(method: Any, who: str) -> None:
@@ -172,7 +201,10 @@ def _spawn_all(
     by_name = {f"reward worker {index}": worker for index, worker in enumerate(rewards)}
     by_name |= {f"reference worker {index}": worker for index, worker in enumerate(references)}
     ranks = Ranks(roles.policy, policy_settings(recipe, model, run_dir), pools)
-    return Workers(ranks, fleet, Scorers(by_name, recipe.liveness, say), rewards, references)
+    critic = None
+    if recipe.pools.critic is not None:
+        critic = Ranks(roles.critic, critic_settings(recipe, model, run_dir), pools, "critic")
+    return Workers(ranks, critic, fleet, Scorers(by_name, recipe.liveness, say), rewards, references)
 
 
 async def _close(actors: Sequence[ActorHandle]) -> None:

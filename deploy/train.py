@@ -86,7 +86,9 @@ def prepare(
         tokenizer, num_positions = words(run)
         stream_of(run, rows, tokenizer, num_positions)
         if isinstance(run, GrpoRecipe) and run.reference is not None:
-            _check_reference(run.reference, tokenizer, num_positions)
+            _check_reference("reference", run.reference, tokenizer, num_positions)
+        if isinstance(run, GrpoRecipe) and run.critic_model is not None:
+            _check_reference("critic.model", run.critic_model, tokenizer, num_positions)
         if run.policy.lora is not None:
             target_modules(_skeleton(run), run.policy.lora)
         folder = RunFolder(run.folder)
@@ -240,7 +242,7 @@ def words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
 
 
 def _check_reference(
-    reference: PretrainedModel | RecipeModel, tokenizer: PreTrainedTokenizerBase, num_positions: int
+    key: str, reference: PretrainedModel | RecipeModel, tokenizer: PreTrainedTokenizerBase, num_positions: int
 ) -> None:
     """ValueError unless it reads the policy's tokens, and as long sequences."""
     source = load_recipe(reference.recipe) if isinstance(reference, RecipeModel) else None
@@ -252,12 +254,12 @@ def _check_reference(
         theirs_positions = max_model_length(place.path, place.revision, place.trust_remote_code)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            "reference: its tokenizer is not the policy's, so it cannot tell how probable the policy's tokens are; "
-            "choose a model of the same family"
+            f"{key}: its tokenizer is not the policy's, so it cannot read the policy's tokens; choose a model of the "
+            "same family"
         )
     if theirs_positions < num_positions:
         raise ValueError(
-            f"reference: it has {theirs_positions} positions, the policy {num_positions}; choose a model with as many"
+            f"{key}: it has {theirs_positions} positions, the policy {num_positions}; choose a model with as many"
         )
 
 

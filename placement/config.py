@@ -13,7 +13,7 @@ class PoolConfig(BaseModel):
     model_config = CLOSED
 
     num_workers: int = Field(1, ge=1)
-    """Policy ranks, rollout replicas, reference or reward workers."""
+    """Policy or critic ranks, rollout replicas, reference or reward workers."""
     gpus_per_worker: int = Field(0, ge=0)
     """Whole GPUs of each worker; 0 runs the worker on the CPU. For rollouts it is the tensor-parallel size."""
     cpus_per_worker: float = Field(1.0, gt=0.0)
@@ -31,5 +31,7 @@ class PoolsConfig(BaseModel):
 
     policy: PoolConfig = PoolConfig()
     reference: PoolConfig = PoolConfig()
+    critic: PoolConfig | None = None
+    """For algorithm.advantage 'gae' alone, which needs it."""
     reward: PoolConfig = PoolConfig()
     rollout: PoolConfig = PoolConfig()

@@ -190,10 +190,22 @@ def row_scores(model: nn.Module, row: PackedRow) -> Tensor:
 
     `model` is what `load_scorer` gives.
     """
+    return _scores(model, row, row.predictor_N + 1)
+
+
+def row_values(model: nn.Module, row: PackedRow) -> Tensor:
+    """A critic's value before each loss token of the row is there, with gradient: a tensor of shape (N,), in float32.
+
+    `model` is what `load_scorer` gives.
+    """
+    return _scores(model, row, row.predictor_N)
+
+
+def _scores(model: nn.Module, row: PackedRow, places_N: Tensor) -> Tensor:
     scores_N: Tensor = model(
         input_ids=row.token_ids_T.unsqueeze(0),
         position_ids=row.position_ids_T.unsqueeze(0),
-        places_N=row.predictor_N + 1,
+        places_N=places_N,
         segments=Segments.of(row),
     )
     return scores_N.float()

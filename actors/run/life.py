@@ -5,6 +5,7 @@ is left but the engines and the journal: what happened since the cut happened to
 """
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +13,12 @@ import ray
 from transformers import PreTrainedTokenizerBase
 
 from actors.attempts import Attempts, Limits
-from actors.checkpoint.checkpointer import Checkpointer
+from actors.checkpoint.checkpointer import CRITIC, Checkpointer
 from actors.checkpoint.moment import GrpoMoment
 from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
+from actors.critic_group import CriticGroup
 from actors.data.prompts import PromptStream
 from actors.errors import PolicyLostError, first_cause
 from actors.health import Health
@@ -24,6 +26,7 @@ from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
+from actors.recipe.critic import CriticConfig
 from actors.recipe.deadlines import group_timeout_s, stall_timeout_s
 from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
@@ -32,7 +35,7 @@ from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.tracker import Tracker
 from actors.run.watchdog import Watchdog
-from actors.workers import Workers
+from actors.workers import Learners, Workers
 from algorithms.budgets import RewardBudget
 from algorithms.depth import DepthController
 from algorithms.pacing import Pacer
@@ -58,7 +61,7 @@ class Life:
     """The components of one life, wired."""
 
     run: Run
-    policy: PolicyGroup
+    learners: Learners
     publisher: Publisher
     pacer: AsyncPacer
     ledger: Ledger
@@ -69,10 +72,11 @@ class Life:
 
     async def live(self) -> None:
         """Train to the last step; PolicyLostError when the policy is lost on the way."""
-        liveness = self.run.recipe.liveness
+        liveness, policy, critic = self.run.recipe.liveness, self.learners.policy, self.learners.critic
+        critic_watched = contextlib.nullcontext() if critic is None else critic.watched(liveness)
         with self.ledger:
             try:
-                async with self.watchdog.watching(), self.policy.watched(liveness):
+                async with self.watchdog.watching(), policy.watched(liveness), critic_watched:
                     await self.publisher.connect()
                     await self.controller.run()
             except BaseException as error:
@@ -92,9 +96,9 @@ class Life:
         }
 
 
-async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
-    """A life from the cut on, or from the first step; `policy` has just been started."""
-    recipe, folder = run.recipe, run.folder
+async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
+    """A life from the cut on, or from the first step; the learners have just been started."""
+    recipe, folder, policy = run.recipe, run.folder, learners.policy
     ledger = _ledger(folder, resume)
     pacer = _pacer(recipe)
     waiting = AsyncPacer(pacer, stall_timeout_s(recipe))
@@ -103,6 +107,8 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
         version = resume.cut.version
         async with policy.watched(recipe.liveness):
             await policy.restore(resume.path)
+            if learners.critic is not None:
+                await learners.critic.restore(resume.path / CRITIC)
         waiting.restore(replace(resume.cut.pacer, batches_left=recipe.steps - version), _ready(resume))
     publisher = _publisher(run, policy)
     reporter = Reporter(recipe, folder, run.progress, run.tracker, waiting, publisher, ledger)
@@ -113,7 +119,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
     moment = GrpoMoment(waiting, ledger, attempts, _depth(recipe, pacer), reporter.progress)
     if resume is not None:
         await moment.restore(resume.cut)
-    checkpointer = _checkpointer(run, policy, moment, reporter, health, None if resume is None else version)
+    checkpointer = _checkpointer(run, learners, moment, reporter, health, None if resume is None else version)
     controller = Controller(
         num_steps=recipe.steps,
         staleness=recipe.staleness,
@@ -122,6 +128,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
         pacer=waiting,
         attempts=attempts,
         policy=policy,
+        critic=_critic(recipe, learners.critic),
         publisher=publisher,
         ledger=ledger,
         depth=moment.depth,
@@ -131,10 +138,17 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
         stopped=checkpointer.last,
         first_version=version,
     )
-    watchdog = _watchdog(run, policy, waiting, publisher, checkpointer)
+    watchdog = _watchdog(run, learners, waiting, publisher, checkpointer)
     waiting.on_stall = watchdog.idle
     waiting.there_since = lambda: run.workers.there_since
-    return Life(run, policy, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
+    return Life(run, learners, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
+
+
+def _critic(recipe: GrpoRecipe, ranks: PolicyGroup | None) -> CriticGroup | None:
+    if ranks is None:
+        return None
+    config = recipe.critic or CriticConfig()
+    return CriticGroup(ranks, recipe.algorithm, recipe.policy.max_tokens_per_micro_batch, config.warmup_steps)
 
 
 def _attempts(run: Run, pacer: AsyncPacer, ledger: Ledger) -> Attempts:
@@ -152,14 +166,15 @@ def _attempts(run: Run, pacer: AsyncPacer, ledger: Ledger) -> Attempts:
 
 
 def _checkpointer(
-    run: Run, policy: PolicyGroup, moment: GrpoMoment, reporter: Reporter, health: Health, cut_version: int | None
+    run: Run, learners: Learners, moment: GrpoMoment, reporter: Reporter, health: Health, cut_version: int | None
 ) -> Checkpointer:
     recipe = run.recipe
     return Checkpointer(
         store=CheckpointStore(run.folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
         config=recipe.checkpoint,
         num_steps=recipe.steps,
-        policy=policy,
+        policy=learners.policy,
+        critic=learners.critic,
         tokenizer=run.tokenizer,
         moment=moment.take,
         metrics=lambda: reporter.metrics,
@@ -170,11 +185,12 @@ def _checkpointer(
 
 
 def _watchdog(
-    run: Run, policy: PolicyGroup, pacer: AsyncPacer, publisher: Publisher, checkpointer: Checkpointer
+    run: Run, learners: Learners, pacer: AsyncPacer, publisher: Publisher, checkpointer: Checkpointer
 ) -> Watchdog:
     workers = run.workers
     return Watchdog(
-        policies=policy.ranks,
+        policies=learners.policy.ranks,
+        critics=() if learners.critic is None else learners.critic.ranks,
         references=workers.references,
         rewards=workers.rewards,
         fleet=workers.fleet,
