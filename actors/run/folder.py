@@ -7,6 +7,7 @@ completions/      samples of what the policy said, one file per sampled step
 model/            the trained weights and tokenizer in Hugging Face layout; of adapters, merged, with adapter/ in peft's
 checkpoints/      cuts from which the same command goes on when the run was ended before its time
 summary.json      the figures of the whole run; written last
+scale.json        what `python -m deploy scale` asks of the run, until it is taken; and the answer in scale_answer.json
 stall.txt         of a run that stalled: the suspect, what waits for what, and the stack of every process
 reward.png        reward and staleness over the steps
 wandb_id          the run's id at Weights & Biases, when it is tracked there
