@@ -49,6 +49,7 @@ class Elastic:
     def __post_init__(self) -> None:
         self.target = self.pool.num_workers
         self.fleet.is_gone = self._is_gone
+        self.requests.clear()
 
     @property
     def waits_for(self) -> str:
@@ -60,7 +61,6 @@ class Elastic:
     @contextlib.asynccontextmanager
     async def supervised(self) -> AsyncIterator[None]:
         """Replicas come and go while the context is open; RunError when there are too few for too long."""
-        self.requests.clear()
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(self._run(), name="elastic")
             yield

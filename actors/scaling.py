@@ -36,14 +36,15 @@ class ScaleFiles:
         request_id = secrets.token_hex(8)
         _write(self.request, {"id": request_id, "rollout": num_workers})
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            answer = _read(self.answer)
-            if answer is not None and answer.get("id") == request_id:
-                refused = answer.get("refused")
-                return None if refused is None else str(refused)
+        answer = None
+        while answer is None or answer.get("id") != request_id:
+            if time.monotonic() > deadline:
+                self.request.unlink(missing_ok=True)
+                raise TimeoutError
             time.sleep(_EVERY_S)
-        self.request.unlink(missing_ok=True)
-        raise TimeoutError
+            answer = _read(self.answer)
+        refused = answer.get("refused")
+        return None if refused is None else str(refused)
 
     def clear(self) -> None:
         """What was asked of an earlier process is not asked of this one."""

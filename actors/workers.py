@@ -93,7 +93,7 @@ class Workers:
     @property
     def starting(self) -> str:
         """Which workers are being started, and no group gets on without them; empty when there are none."""
-        if self.elastic is not None and self.elastic.waits_for:
+        if self.elastic is not None and self.elastic.waits_for and not self.fleet.num_serving:
             return self.elastic.waits_for
         if self.fleet.rebuilding:
             return "no rollout replica serves, and one is being started"
