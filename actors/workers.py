@@ -95,9 +95,12 @@ class Workers:
         """Which workers are being started, and no group gets on without them; empty when there are none."""
         if self.elastic is not None and self.elastic.waits_for and not self.fleet.num_serving:
             return self.elastic.waits_for
-        if self.fleet.rebuilding:
-            return "no rollout replica serves, and one is being started"
-        return f"{', '.join(sorted(self.scorers.gone))} is being started again" if self.scorers.gone else ""
+        return "no rollout replica serves, and one is being started" if self.fleet.rebuilding else ""
+
+    @property
+    def there_since(self) -> float:
+        """The time.monotonic() at which the last of these was there again: no group got on before."""
+        return max(self.fleet.serves_since, self.scorers.there_since)
 
 
 @contextlib.asynccontextmanager

@@ -46,7 +46,7 @@ async def run_grpo(
     starting = grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles())
     async with machine_watched(recipe.liveness, progress.say), starting as started:
         workers, policy = started
-        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
+        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config, progress.say) as tracker:
             lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), policy)
             async with workers.fleet.supervised(recipe.liveness), workers.scorers.watched(), workers.scaled():
                 with on_signal(lives.stop, progress.say):
@@ -70,9 +70,9 @@ class Lives:
         run = self.run
         self.recovery = Recovery(run.recipe, run.folder, run.progress.say, self._lived, self._renewed)
 
-    async def _lived(self, resume: Resume | None, rolled_back: bool) -> dict[str, Any]:
+    async def _lived(self, resume: Resume | None) -> dict[str, Any]:
         """One life, to its end."""
-        life = self._life = await begin(self.run, self.policy, resume, rolled_back)
+        life = self._life = await begin(self.run, self.policy, resume)
         if self.recovery.stopped:
             await life.pacer.stop()
         try:
@@ -81,6 +81,7 @@ class Lives:
             self.checkpoint_stall_s += life.checkpointer.stall_s
         async with self.policy.watched(self.run.recipe.liveness):
             await self.policy.save(self.run.folder.model)
+            await life.checkpointer.conclude()
         return life.summary() | {"checkpoint_stall_s": self.checkpoint_stall_s}
 
     async def stop(self) -> None:

@@ -56,13 +56,19 @@ def check_policy(shape: ModelShape, load: PolicyLoad, gpu_bytes: float, shortest
     single = [knob for knob in knobs if " " not in knob.text and knob.load.num_ranks == load.num_ranks]
     last = "policy.lora to train adapters, shorten generation.max_completion_length, or take GPUs with more memory"
     if load.bytes_per_weight == 4:
-        half = PolicyKnob("policy.dtype=bfloat16", replace(load, bytes_per_weight=2))
+        half = _in_half(load)
         single += [half] if total(policy_footprint(shape, half.load)) <= gpu_bytes else []
     fixes = _first_of_each(knob.text for knob in single) or [knob.text for knob in knobs[:1]]
     fewest = next((knob.text for knob in knobs if knob.load.num_ranks > load.num_ranks), None)
     if fewest is not None and fewest not in fixes:
         fixes.append(fewest)
     raise MemoryShortageError(_lacks("policy", footprint, gpu_bytes, fixes or [last]))
+
+
+def _in_half(load: PolicyLoad) -> PolicyKnob:
+    """In bfloat16, for which there is no stage 0."""
+    text = "policy.dtype=bfloat16" + (" policy.zero_stage=1" if load.zero_stage == 0 else "")
+    return PolicyKnob(text, replace(load, bytes_per_weight=2, zero_stage=max(1, load.zero_stage)))
 
 
 def _policy_knobs(load: PolicyLoad, shortest: int) -> Iterator[PolicyKnob]:
