@@ -332,6 +332,24 @@ def ledger(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finish
 
 
 @app.command()
+def scale(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run that trains now.")],
+    wish: Annotated[str, typer.Argument(metavar="rollout=N", help="How many rollout replicas it is to have.")],
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="Longest wait for the run's answer.")] = 60.0,
+) -> None:
+    """Ask a run for more or fewer rollout replicas, within its recipe's min_workers and max_workers."""
+    from actors.errors import RunError
+    from deploy.scale import scale as scale_run
+
+    with _user_errors():
+        try:
+            typer.echo(scale_run(run_dir, wish, timeout_s))
+        except RunError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+@app.command()
 def tiny_model(
     out_dir: Annotated[Path, typer.Argument(help="Folder for the model, in Hugging Face layout.")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,

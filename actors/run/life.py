@@ -20,6 +20,7 @@ from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
 from actors.critic_group import CriticGroup
 from actors.data.prompts import PromptStream
+from actors.elastic import capacity_followed
 from actors.errors import PolicyLostError, first_cause
 from actors.health import Health
 from actors.ledger import Ledger
@@ -72,11 +73,18 @@ class Life:
 
     async def live(self) -> None:
         """Train to the last step; PolicyLostError when the policy is lost on the way."""
-        liveness, policy, critic = self.run.recipe.liveness, self.learners.policy, self.learners.critic
+        liveness, workers = self.run.recipe.liveness, self.run.workers
+        policy, critic = self.learners.policy, self.learners.critic
         critic_watched = contextlib.nullcontext() if critic is None else critic.watched(liveness)
+        capacity = self.run.recipe.groups_in_flight if workers.elastic is not None else None
         with self.ledger:
             try:
-                async with self.watchdog.watching(), policy.watched(liveness), critic_watched:
+                async with (
+                    self.watchdog.watching(),
+                    policy.watched(liveness),
+                    critic_watched,
+                    capacity_followed(workers.fleet, self.pacer, capacity),
+                ):
                     await self.publisher.connect()
                     await self.controller.run()
             except BaseException as error:
@@ -92,6 +100,8 @@ class Life:
         return self.reporter.summary() | {
             "roll_backs": self.ledger.num_roll_backs,
             "replicas_rebuilt": workers.fleet.num_rebuilt,
+            "replicas_joined": workers.fleet.num_joined,
+            "replicas_left": workers.fleet.num_left,
             "scorers_restarted": workers.scorers.num_restarted,
         }
 
@@ -162,6 +172,7 @@ def _attempts(run: Run, pacer: AsyncPacer, ledger: Ledger) -> Attempts:
         router=run.router,
         fleet=run.workers.fleet,
         ledger=ledger,
+        keeps_groups=run.workers.elastic is not None,
     )
 
 
@@ -235,7 +246,7 @@ def _pacer(recipe: GrpoRecipe) -> Pacer:
         when_stale=staleness.when_stale,
         over_sampling=staleness.over_sampling,
         pipeline_depth=recipe.pipeline_depth,
-        max_in_flight=recipe.max_groups_in_flight,
+        max_in_flight=recipe.groups_in_flight(recipe.pools.rollout.num_workers),
     )
 
 
@@ -254,7 +265,7 @@ def _publisher(run: Run, policy: PolicyGroup) -> Publisher:
         workers_per_replica=max(1, recipe.pools.rollout.gpus_per_worker),
         dtype=recipe.rollout.dtype,
         config=recipe.sync,
-        member_timeout_s=recipe.rollout.start_timeout_s,
+        member_timeout_s=recipe.replica_timeout_s,
         drain_timeout_s=0.0 if recipe.staleness.in_flight_updates else recipe.generation.timeout_s,
     )
 
@@ -262,7 +273,7 @@ def _publisher(run: Run, policy: PolicyGroup) -> Publisher:
 def _limits(recipe: GrpoRecipe) -> Limits:
     return Limits(
         group_timeout_s=group_timeout_s(recipe),
-        start_timeout_s=recipe.rollout.start_timeout_s,
+        start_timeout_s=recipe.replica_timeout_s,
         max_attempts=recipe.rollout.max_attempts,
         max_quarantined=recipe.rollout.max_quarantined,
         max_bad_rows=recipe.dataset.max_bad_rows,
