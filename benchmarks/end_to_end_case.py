@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -10,6 +10,7 @@ from benchmarks import end_to_end_rewards
 
 REWARDS = Path(end_to_end_rewards.__file__)
 TrlMode = Literal["generate", "continuous batching"]
+TRL_MODES: tuple[TrlMode, ...] = get_args(TrlMode)
 
 
 class Case(BaseModel):

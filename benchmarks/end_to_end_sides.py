@@ -100,6 +100,7 @@ def _mean(steps: Sequence[dict[str, Any]], name: str) -> float:
 def _run(command: Sequence[str], log: Path, timeout_s: float) -> None:
     """The command's whole process group has ended when this returns; RuntimeError with its last lines if it failed."""
     env = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"RAY_worker_niceness": "0"}  # by itself Ray gives its workers a lower priority than TRL's process has
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:

@@ -38,8 +38,8 @@ def measured(samples_per_s: float) -> Measured:
     )
 
 
-def test_the_faster_mode_is_what_counts() -> None:
-    sides = {"TRL, generate": measured(10.0), "TRL, continuous batching": measured(20.0), "Paceline": measured(30.0)}
+def test_what_was_tried_for_a_step_does_not_count() -> None:
+    sides = {"TRL, generate, tried": measured(5.0), "TRL": measured(20.0), "Paceline": measured(30.0)}
     assert ratio(sides) == 1.5
 
 
