@@ -6,11 +6,11 @@ Prints a table and, as its last line, one JSON object. Every figure is measured 
 a process of its own with nothing beside it. Paceline's side is `python -m deploy train`: Ray, one vLLM replica, one
 DeepSpeed rank, reward workers. TRL's is the faster of its two modes that run on a CPU, Hugging Face's generate and
 transformers' continuous batching: both are tried for a step in every case. Each step trains 256 completions of 32
-prompts of 24 tokens with a byte-level model of 2.5 M parameters in float32.
+prompts of 24 tokens with a byte-level model of 2.5 M parameters in float32. How long a completion gets lies in the
+model's weights alone (end_to_end_model.py): half of them have 20 tokens or less, one in fifty 265 or more.
 
-    over_trl_short        samples/s over TRL's, at most 64 tokens; weights are random and seldom end a completion early
-    over_trl_long         the same with a long tail, at most 512 tokens, 46 on average: the model is made so that its
-                          completions end like this (end_to_end_model.py), and knows nothing of who samples
+    over_trl_short        samples/s over TRL's where completions are cut off at 64 tokens: 28 on average
+    over_trl_long         the same where they are cut off at 512: 46 on average
     over_trl_slow_reward  as short, with a reward that comes after a wait, lognormal with sigma 1 and a mean of 1 s for
                           each completion, those of one call side by side
     reward_gap            do both learn the same? The difference of mean final rewards (last quarter of the steps), in
@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.end_to_end_case import TRL_MODES, Case, Measured
-from benchmarks.end_to_end_model import FIRST, NUM_PROMPT_TOKENS, make_random, make_stopping
+from benchmarks.end_to_end_model import FIRST, NUM_PROMPT_TOKENS, make_stopping
 from benchmarks.end_to_end_sides import paceline, trl
 from benchmarks.usage import parser_of
 
@@ -52,7 +52,7 @@ def cases(steps: int | None, quick: bool) -> dict[str, Case]:
     warm, count = (1, steps or 2) if quick else (3, steps or 15)
     short = Case(
         name="short",
-        model=str(OUT / "random"),
+        model=str(OUT / "model"),
         data=str(OUT / "prompts.jsonl"),
         max_completion_length=64,
         num_steps=warm + count,
@@ -60,7 +60,7 @@ def cases(steps: int | None, quick: bool) -> dict[str, Case]:
         trl_steps=warm + count,
     )
     long = {
-        "name": "long", "model": str(OUT / "stopping"), "max_completion_length": 512, "trl_micro_batch": 16,
+        "name": "long", "max_completion_length": 512, "trl_micro_batch": 16,
         "trl_steps": 1 + max(1, count // 5), "trl_warm_up_steps": 1, "max_staleness": 2,
     }  # fmt: skip
     slow = {"name": "slow_reward", "reward": "lower_case_slowly", "num_reward_workers": 16, "max_staleness": 2}
@@ -72,7 +72,7 @@ def curve(seed: int, steps: int | None, quick: bool) -> Case:
     count = steps or (4 if quick else 40)
     return Case(
         name=f"curve-{seed}",
-        model=str(OUT / f"random-{seed}"),
+        model=str(OUT / f"model-{seed}"),
         data=str(OUT / "prompts.jsonl"),
         seed=seed,
         max_completion_length=16,
@@ -126,7 +126,7 @@ def curves(seeds: int, steps: int | None, quick: bool, say: Any) -> tuple[list[M
         case = curve(seed, steps, quick)
         folder = OUT / case.name
         folder.mkdir(parents=True, exist_ok=True)
-        make_random(Path(case.model), seed)
+        make_stopping(Path(case.model), seed)
         say(f"{case.name}: TRL")
         theirs.append(trl(case, folder, TIMEOUT_S))
         say(f"{case.name}: Paceline")
@@ -161,8 +161,7 @@ def main() -> None:
     console = Console()
     OUT.mkdir(parents=True, exist_ok=True)
     write_prompts(OUT / "prompts.jsonl")
-    make_random(OUT / "random", 0)
-    make_stopping(OUT / "stopping", 0)
+    make_stopping(OUT / "model", 0)
     table = Table("part", "side", "samples/s", "s a step", "steps", "tokens, mean", "longest", "notes")
     figures: dict[str, Any] = {}
     for name, case in cases(given.steps, given.quick).items():

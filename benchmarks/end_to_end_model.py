@@ -36,15 +36,10 @@ _SCALE = 0.1
 _NEVER = -12.0
 
 
-def make_random(folder: Path, seed: int) -> None:
-    """The tiny model as it is: completions end with a probability of 1/160 at each token."""
+def make_stopping(folder: Path, seed: int) -> None:
+    """Completions of prompts of NUM_PROMPT_TOKENS have a mean length of MEAN_LENGTH when MAX_LENGTH cuts them off."""
     shutil.rmtree(folder, ignore_errors=True)
     make_tiny_model(CONFIG, folder, seed)
-
-
-def make_stopping(folder: Path, seed: int) -> None:
-    """The same with a long tail: completions of prompts of NUM_PROMPT_TOKENS have a mean length of MEAN_LENGTH."""
-    make_random(folder, seed)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     first = tokenizer(FIRST)["input_ids"][0]

@@ -1,5 +1,6 @@
 """What is compared with what, and how the figures are made of it; the runs themselves are the benchmark's."""
 
+import json
 import math
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.recipe.file import load_recipe
 from actors.recipe.schema import GrpoRecipe
+from benchmarks import end_to_end
 from benchmarks.end_to_end import cases, curve, ratio, reward_gap, write_prompts
 from benchmarks.end_to_end_case import Case, Measured
 from benchmarks.end_to_end_model import MAX_LENGTH, MEAN_LENGTH, NUM_PROMPT_TOKENS, hazards, make_stopping, mean_length
@@ -95,3 +97,32 @@ def test_completions_of_the_model_end_as_they_should(tmp_path: Path) -> None:
     assert 0.8 * MEAN_LENGTH < mean_length(hazard_T) < 1.25 * MEAN_LENGTH
     assert torch.allclose(hazard_T, wanted_T, rtol=0.5)
     assert probabilities[..., first].max() < 1e-5, "no completion may look like the beginning of a prompt"
+
+
+def test_the_last_line_has_every_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All parts, in turn, with sides that only say how fast they were."""
+    monkeypatch.setattr(end_to_end, "OUT", tmp_path)
+    monkeypatch.setattr(end_to_end.os, "sched_setaffinity", lambda pid, cores: None)
+    monkeypatch.setattr(end_to_end, "make_stopping", lambda folder, seed: None)
+    asked: list[str] = []
+
+    def trl(case: Case, folder: Path, timeout_s: float) -> Measured:
+        asked.append(f"{case.name}, {case.trl_mode}, {case.trl_steps}")
+        fast = case.trl_mode == "generate" or case.name == "long"
+        return measured(10.0 if fast else 1.0).model_copy(update={"rewards": [0.1, 0.2, 0.3, 0.4 + case.seed]})
+
+    def paceline(case: Case, folder: Path, timeout_s: float) -> Measured:
+        asked.append(f"{case.name}, Paceline")
+        return measured(25.0).model_copy(update={"rewards": [0.1, 0.2, 0.3, 0.4 + case.seed]})
+
+    monkeypatch.setattr(end_to_end, "trl", trl)
+    monkeypatch.setattr(end_to_end, "paceline", paceline)
+    monkeypatch.setattr("sys.argv", ["end_to_end", "--quick", "--seeds", "2"])
+    end_to_end.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
+        "over_trl_short": 2.5, "over_trl_long": 2.5, "over_trl_slow_reward": 2.5, "reward_gap": 0.0,
+    }  # fmt: skip
+    assert asked[:4] == ["short, generate, 2", "short, continuous batching, 2", "short, generate, 3", "short, Paceline"]
+    assert asked[-2:] == ["curve-1, generate, 4", "curve-1, Paceline"]
