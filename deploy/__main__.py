@@ -51,16 +51,19 @@ def train(
     with _user_errors():
         loaded = load_recipe(recipe, overrides or ())
     address = _ray_address(address)
-    # After the recipe is known to be good: these load Ray and torch, which takes seconds.
-    from rich.console import Console
-
     from actors.errors import RunError, StoppedError
-    from deploy.train import execute, prepare
+    from deploy.stopping import heard
 
-    with _user_errors():
-        jobs = prepare(loaded, recipe, address, overwrite, allow_change or ())
     try:
-        execute(jobs, address, Console())
+        with heard():
+            # After the recipe is known to be good: these load Ray and torch, which takes seconds.
+            from rich.console import Console
+
+            from deploy.train import execute, prepare
+
+            with _user_errors():
+                jobs = prepare(loaded, recipe, address, overwrite, allow_change or ())
+            execute(jobs, address, Console())
     except StoppedError as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(STOPPED) from None

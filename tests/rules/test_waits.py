@@ -46,6 +46,7 @@ ALLOWED = {
     "actors/scorers.py: _ping: *": "`_watch` gives it its deadline",
     "actors/policy.py: PolicyActor._is_true_anywhere: torch.distributed.all_reduce(*": MET,
     "actors/policy_state.py: _random_states: torch.distributed.all_gather(*": MET,
+    "actors/host_copy.py: HostCopies.finish: *": "its threads copy memory, which takes as long as it takes",
     "actors/policy.py: PolicyActor._whole: whole": "a gather of ZeRO-3: the controller's deadline of the call",
     "deploy/doctor/gpus.py: _wire: group.broadcast(*": WIRE,
     "actors/deadline.py: aside: await asyncio.wrap_future(answer)": "made for `within`, and lint asks callers for it",
