@@ -1,6 +1,6 @@
 """The edge, where people and clusters meet Paceline: `python -m deploy`.
 
-__main__.py   the command line: user errors end here with one message and exit code 2
+__main__.py   the command line; user errors end here with one message and exit code 2
 plan.py       what a recipe would do and where, shown before anything is started
 memory.py     what each pool would take of its GPUs' memory; host_memory.py of its nodes' own;
               shapes.py reads how large the models are

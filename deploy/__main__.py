@@ -126,7 +126,11 @@ def doctor(
             loaded = load_recipe(recipe, overrides or ())
             recipes = [*(first for _, first in trained_before(loaded, recipe)), loaded]
     address = _ray_address(address)
-    from deploy.doctor.report import show
+    try:
+        from deploy.doctor.report import show
+    except ImportError as error:  # of a package that is not there, or not whole: no check can be made without them
+        typer.echo(f"fail  packages  {error}; make install, or on GPUs pip install -r deploy/requirements/gpu.txt")
+        raise typer.Exit(1) from None
 
     if not show(recipes, address, deep):
         raise typer.Exit(1)

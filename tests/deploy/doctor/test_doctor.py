@@ -47,6 +47,15 @@ def test_a_wrong_recipe_ends_before_anything_is_looked_at() -> None:
     assert doctor("recipes/none.yaml")[0] == 2
 
 
+def test_a_package_that_is_missing_is_told_before_anything_needs_it(tmp_path: Path) -> None:
+    (tmp_path / "ray.py").write_text("raise ImportError(\"No module named 'ray'\")\n")
+    code, out, _ = doctor("recipes/demo.yaml", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert code == 1
+    assert out == [
+        "fail  packages  No module named 'ray'; make install, or on GPUs pip install -r deploy/requirements/gpu.txt"
+    ]
+
+
 def test_what_cannot_be_looked_at_is_skipped_and_the_rest_is_not(tmp_path: Path) -> None:
     """Neither a cluster nor a model: two failures, and no more of the same cause."""
     model = f"model={{kind: pretrained, path: {tmp_path}/none}}"
