@@ -33,6 +33,8 @@ class Scorers:
     num_restarted: int = 0
     gone: set[str] = field(default_factory=set)
     """Those that are being started again."""
+    there_since: float = 0.0
+    """The time.monotonic() at which the last one was there again."""
     start_timeout_s: float = _START_TIMEOUT_S
     """Until one that was started again answers."""
 
@@ -73,6 +75,7 @@ class Scorers:
                 ) from error
             if name in self.gone or process not in (None, answered):
                 self.num_restarted += 1
+                self.there_since = time.monotonic()
                 self.say(f"warning: {name} had died and was started again")
                 self.gone.discard(name)
             process = answered

@@ -50,11 +50,7 @@ def train(
 
     with _user_errors():
         loaded = load_recipe(recipe, overrides or ())
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address == "local":  # Ray's word for a Ray of one's own
-        address = None
-    if address is None:
-        shut_in(os.environ)  # before Ray is loaded, which reads it then
+    address = _ray_address(address)
     from actors.errors import RunError, StoppedError
     from deploy.stopping import heard
 
@@ -108,6 +104,32 @@ def plan(
         else:
             cluster = this_machine() if address is None else live_cluster(address)
         show(loaded, cluster, recipe, overrides or (), gpu_memory_gb)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to look at; without it RAY_ADDRESS, or else this machine.")
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Start an engine, and compare it with the policy.")] = False,
+) -> None:
+    """Check machine, cluster and all that the recipe names before a run: a line for each, exit code 1 if one fails."""
+    from actors.recipe.file import load_recipe
+    from actors.recipe.schema import Recipe
+    from actors.run.lineage import trained_before
+
+    with _user_errors():
+        recipes: list[Recipe] = []
+        if recipe is not None:
+            loaded = load_recipe(recipe, overrides or ())
+            recipes = [*(first for _, first in trained_before(loaded, recipe)), loaded]
+    address = _ray_address(address)
+    from deploy.doctor.report import show
+
+    if not show(recipes, address, deep):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -205,6 +227,102 @@ def manifest(
         typer.echo(manifest_text(loaded, recipe, overrides or (), options, ray_version()), nl=False)
 
 
+ClusterAddress = Annotated[
+    str | None,
+    typer.Option(metavar="http://HEAD:8265", help="The cluster's dashboard; without it RAY_API_SERVER_ADDRESS."),
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="The run's name: the recipe's `name`.")]
+
+
+@app.command()
+def submit(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    address: ClusterAddress = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Give the job this variable as it is set here; Ray shows and logs it."),
+    ] = None,
+    secret: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A variable that the cluster itself must have.")
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the log to the end.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has left.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Go on with the run although this key of its recipe has changed."),
+    ] = None,
+    stop_wait_s: Annotated[
+        int, typer.Option(min=10, help="Time that the run has to leave a checkpoint when it is stopped.")
+    ] = 600,
+) -> None:
+    """Run the recipe on a Ray cluster, from this folder; again, to go on with it. The exit code is the run's."""
+    from actors.recipe.file import load_recipe
+
+    with _user_errors():
+        loaded = load_recipe(recipe, overrides or ())
+        address = _cluster(address)
+        from deploy.jobs.submit import SubmitOptions, submit
+
+        options = SubmitOptions(env or (), secret or (), not no_wait, overwrite, allow_change or (), stop_wait_s)
+        with _run_errors():
+            raise typer.Exit(submit(loaded, recipe, overrides or (), address, options))
+
+
+@app.command()
+def status(run: Annotated[str | None, typer.Argument(metavar="RUN")] = None, address: ClusterAddress = None) -> None:
+    """Show the runs of a cluster, or every attempt of one."""
+    from deploy.jobs.attempts import check_name
+
+    with _user_errors():
+        name = None if run is None else check_name(run)
+        address = _cluster(address)
+        from rich.console import Console
+
+        from deploy.jobs.head import Head
+        from deploy.jobs.status import status
+
+        status(Head(address), name, Console())
+
+
+@app.command()
+def logs(
+    run: RunName,
+    address: ClusterAddress = None,
+    no_follow: Annotated[bool, typer.Option("--no-follow", help="Only what is there.")] = False,
+) -> None:
+    """Watch a run on a cluster; Ctrl-C leaves it running. The exit code is the run's."""
+    from deploy.jobs.attempts import check_name
+
+    with _user_errors():
+        name, address = check_name(run), _cluster(address)
+        from deploy.jobs.head import Head
+        from deploy.jobs.status import known
+        from deploy.jobs.submit import watch
+
+        head = Head(address)
+        attempt = known(name, head.attempts())[-1]
+        if no_follow:
+            typer.echo(head.log(attempt.job), nl=False)
+            return
+        with _run_errors():
+            raise typer.Exit(watch(head, attempt))
+
+
+@app.command()
+def stop(run: RunName, address: ClusterAddress = None) -> None:
+    """Ask a run on a cluster to stop, and wait until it has left a checkpoint."""
+    from deploy.jobs.attempts import check_name
+
+    with _user_errors():
+        name, address = check_name(run), _cluster(address)
+        from deploy.jobs.head import Head
+        from deploy.jobs.stop import stop
+
+        with _run_errors():
+            stop(Head(address), name)
+
+
 @app.command()
 def ledger(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
     """Prove from a run's journal that every prompt group has one fate, and show what was sampled in vain."""
@@ -214,6 +332,24 @@ def ledger(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finish
         consistent = show(run_dir)
     if not consistent:
         raise typer.Exit(1)
+
+
+@app.command()
+def scale(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run that trains now.")],
+    wish: Annotated[str, typer.Argument(metavar="rollout=N", help="How many rollout replicas it is to have.")],
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="Longest wait for the run's answer.")] = 60.0,
+) -> None:
+    """Ask a run for more or fewer rollout replicas, within its recipe's min_workers and max_workers."""
+    from actors.errors import RunError
+    from deploy.scale import scale as scale_run
+
+    with _user_errors():
+        try:
+            typer.echo(scale_run(run_dir, wish, timeout_s))
+        except RunError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
 
 
 @app.command()
@@ -230,6 +366,15 @@ def tiny_model(
     typer.echo(f"wrote {out_dir}")
 
 
+def _ray_address(given: str | None) -> str | None:
+    """The cluster to join; None for a Ray of our own, which is shut in before Ray is loaded and looks for it."""
+    address = given or os.environ.get("RAY_ADDRESS")
+    if address is None or address == "local":  # Ray's word for a Ray of one's own
+        shut_in(os.environ)
+        return None
+    return address
+
+
 @contextmanager
 def _user_errors() -> Iterator[None]:
     """A ValueError is for the user to mend and is printed; all else keeps its traceback."""
@@ -239,6 +384,26 @@ def _user_errors() -> Iterator[None]:
         first, *others = str(error).splitlines() or [repr(error)]
         typer.echo("\n".join([f"error: {first}", *(f"       {line}" for line in others)]), err=True)
         raise typer.Exit(2) from None
+
+
+def _cluster(address: str | None) -> str:
+    """Where the jobs go; what Ray reads from the environment when it is loaded is as it should be then."""
+    from deploy.jobs.address import show_token, take_address
+
+    show_token(os.environ)
+    return take_address(address, os.environ)
+
+
+@contextmanager
+def _run_errors() -> Iterator[None]:
+    """A RunError is one sentence."""
+    from actors.errors import RunError
+
+    try:
+        yield
+    except RunError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from actors.model.files import MODEL
 from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
 
+CRITIC = "critic"
+"""The folder of a checkpoint that holds the critic, in files as the policy's are."""
 _FETCH_TIMEOUT_S = 60.0
 # Of Ray, the disk, or a column of the data set that is no JSON.
 _WORTH_NO_RUN = (
@@ -50,6 +52,8 @@ class Checkpointer:
     say: Callable[[str], None]
     healthy: Callable[[], bool]
     """Whether a cut of this moment is one to go back to; one that is not must not take the place of one that is."""
+    critic: PolicyGroup | None = None
+    """Its ranks hold a part of the cut, of the same version."""
     cut_version: int | None = None
     """Of the last cut; that from which the run goes on."""
     stall_s: float = 0.0
@@ -138,7 +142,8 @@ class Checkpointer:
         cut, ready = self.moment(version)
         if self._watch is not None:
             cut = msgspec.structs.replace(cut, score=self._watch.take())
-        await self.policy.snapshot()
+        learners = (learner for learner in (self.policy, self.critic) if learner is not None)
+        await asyncio.gather(*(learner.snapshot() for learner in learners))
         self._taken = cut, ready
         self._writing = asyncio.create_task(self._write(cut, ready), name="checkpoint")
         self.stall_s += time.monotonic() - started
@@ -167,12 +172,16 @@ class Checkpointer:
         timeout_s = self.config.timeout_s
         folder = await within(timeout_s, aside(self._stage, cut, groups), "staging a checkpoint")
         await self.policy.write_snapshot(folder, timeout_s)
+        if self.critic is not None:
+            await self.critic.write_snapshot(folder / CRITIC, timeout_s)
         await within(timeout_s, aside(self.store.commit, cut.version), "committing a checkpoint")
 
     def _stage(self, cut: Cut, groups: list[SavedGroup]) -> Path:
         folder = self.store.stage(cut.version)
         cut.write(folder, groups)
         self.tokenizer.save_pretrained(folder / MODEL)
+        if self.critic is not None:
+            self.tokenizer.save_pretrained(folder / CRITIC / MODEL)
         return folder
 
 

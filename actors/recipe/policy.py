@@ -58,9 +58,14 @@ class PolicyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        if self.zero_stage == 0 and self.dtype == "bfloat16":
-            raise ValueError(
-                "zero_stage: DeepSpeed has no stage 0 for bfloat16 weights whose gradients are summed in float32; set "
-                "policy.zero_stage to 1, which with one rank takes as much memory, and with more of them less"
-            )
+        check_stage("policy", self.zero_stage, self.dtype)
         return self
+
+
+def check_stage(section: str, zero_stage: int, dtype: str) -> None:
+    """ValueError when DeepSpeed cannot hold such weights in this way."""
+    if zero_stage == 0 and dtype == "bfloat16":
+        raise ValueError(
+            "zero_stage: DeepSpeed has no stage 0 for bfloat16 weights whose gradients are summed in float32; set "
+            f"{section}.zero_stage to 1, which with one rank takes as much memory, and with more of them less"
+        )

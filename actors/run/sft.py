@@ -83,7 +83,7 @@ class Lives:
         """No further step; the one under way is finished."""
         self.recovery.stopped = True
 
-    async def _lived(self, resume: Resume | None, _: bool) -> dict[str, Any]:
+    async def _lived(self, resume: Resume | None) -> dict[str, Any]:
         """One life, to its end; no rule of health ever rolls a supervised run back."""
         recipe, policy = self.recipe, self.policy
         lesson = lesson_of(recipe, self.stream, policy, self.folder.path, self.progress.say)

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-POLICY, REPLICA, REFERENCE, REWARD = "policy rank", "rollout replica", "reference worker", "reward worker"
+POLICY, CRITIC = "policy rank", "critic rank"
+REPLICA, REFERENCE, REWARD = "rollout replica", "reference worker", "reward worker"
 """The roles of workers, down the chain."""
-_ROLES = (POLICY, REPLICA, REFERENCE, REWARD)
+_ROLES = (POLICY, CRITIC, REPLICA, REFERENCE, REWARD)
 _CHILD = "actors.rewards.child"
 """In the command of a process that runs reward functions."""
 # Where a process stands when it waits for work.

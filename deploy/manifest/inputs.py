@@ -81,6 +81,8 @@ def _named(recipe: Recipe, path: str) -> Iterator[tuple[str, str, bool]]:
     if isinstance(recipe, GrpoRecipe):
         if recipe.reference is not None:
             yield from _model("reference", recipe.reference)
+        if recipe.critic_model is not None:
+            yield from _model("critic.model", recipe.critic_model)
         for index, reward in enumerate(recipe.rewards.functions):
             if reward.function is not None:
                 yield f"rewards.functions.{index}.function", reward.function.rpartition(":")[0], True

@@ -96,6 +96,7 @@ def _account(run: ChaosRun, result: Result) -> None:
     left = run.leaked(_END_S)
     result.outcomes += run.outcomes
     result.lives += len(run.lives)
+    result.resumed += len(run.lives) - 1
     result.hangs += run.hangs
     result.untyped_exits += len(run.untyped)
     result.leaked += len(left)
@@ -147,7 +148,7 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     parser.add_argument("--faults", type=int, default=60, help="how many [60]")
     parser.add_argument("--vllm", type=int, default=0, help="so many of them with real engines and a real policy [0]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--restarts", type=float, default=0.22, help="share of faults that end the driver [0.22]")
+    parser.add_argument("--restarts", type=float, default=0.26, help="share of faults that end the driver [0.26]")
     parser.add_argument("--only", default="", help="classes with this in their name [all]")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="nothing new begins after so long: with --state no batch, "

@@ -7,7 +7,6 @@ from typing import Any, Self
 from rich.table import Table
 
 from tests.chaos.audit import Audit
-from tests.chaos.plan import CLASSES
 from tests.chaos.run import Outcome
 
 NOT_FAULTS = ("faults", "classes", "recovery_steps_max")
@@ -30,13 +29,10 @@ class Result:
     """Most steps that were taken again after the run had gone back to a cut."""
     groups: int = 0
     lives: int = 0
+    resumed: int = 0
+    """Lives of a driver that went on after another had ended."""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def resumed(self) -> int:
-        """Faults that ended the driver; the same command went on."""
-        return sum(CLASSES[outcome.name].restarts for outcome in self.outcomes)
 
     def add(self, found: Audit) -> None:
         self.groups += found.groups

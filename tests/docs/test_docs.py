@@ -67,7 +67,9 @@ def commands(text: str) -> Iterator[list[str]]:
     for block in re.findall(r"^```bash\n(.*?)^```$", text, flags=re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             if line.startswith("python -m deploy "):
-                yield shlex.split(line.partition(" > ")[0].replace('"$IMAGE"', "registry/paceline:1"))[3:]
+                yield shlex.split(line.partition(" > ")[0].replace('"$IMAGE"', "registry/paceline:1"), comments=True)[
+                    3:
+                ]
 
 
 COMMANDS = [(name, arguments) for name, text in GUIDES.items() for arguments in commands(text)]
@@ -143,8 +145,11 @@ def test_a_command_has_a_verb_and_options_that_exist(name: str, arguments: list[
     verbs: Any = typer.main.get_command(app)
     verb = verbs.commands[arguments[0]]
     with verb.make_context(arguments[0], list(arguments[1:])) as context:
-        recipe, overrides = context.params["recipe"], context.params.get("overrides") or []
-    load_recipe(ROOT / recipe, overrides)
+        given = context.params
+    if given.get("recipe") is not None:
+        load_recipe(ROOT / given["recipe"], given.get("overrides") or [])
+    elif "run" in given:
+        assert given["run"] in (None, load_recipe(ROOT / BASE).name)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +160,16 @@ def test_a_command_that_starts_nothing_runs(arguments: list[str], tmp_path: Path
     env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT, env=env)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_options_of_submit_and_its_kin_exist() -> None:
+    verbs: Any = typer.main.get_command(app)
+    kin = ("train", "submit", "status", "logs", "stop")
+    known = {option for verb in kin for parameter in verbs.commands[verb].params for option in parameter.opts}
+    named = {span.split()[0] for span in spans(GUIDES["multi_node.md"]) if span.startswith("--")}
+    of_ray = {"--num-gpus=0"}
+    assert len(named) >= 6
+    assert named <= known | of_ray
 
 
 def test_options_of_the_manifest_exist() -> None:

@@ -70,6 +70,25 @@ async def test_cuts_are_taken_when_due(tmp_path: Path) -> None:
     assert (policy.num_snapshots, said) == (2, [])
 
 
+async def test_the_critic_is_part_of_the_cut_or_there_is_none(tmp_path: Path) -> None:
+    checkpointer, policy, said = make(tmp_path)
+    critic: Any = StandIn()
+    checkpointer.critic = critic
+    await checkpointer.after(2)
+    await checkpointer.finish()
+    assert (policy.num_snapshots, critic.num_snapshots) == (1, 1)
+    folder = checkpointer.store.open(2)
+    assert (folder / "weights").exists()
+    assert (folder / "critic" / "weights").exists()
+    assert (folder / "critic" / "model" / "tokenizer.json").exists(), "a model that others load as it is"
+
+    critic.write = lambda folder: (_ for _ in ()).throw(SpoiledError("score.weight of the critic is not finite"))
+    await checkpointer.after(4)
+    await checkpointer.finish()
+    assert checkpointer.store.versions() == [2], "half a cut is none"
+    assert "score.weight of the critic is not finite" in said[0]
+
+
 async def test_a_cut_that_is_due_waits_until_all_is_well(tmp_path: Path) -> None:
     checkpointer, policy, _ = make(tmp_path, every=3)
     for version in range(1, 8):

@@ -158,6 +158,15 @@ def test_an_elastic_rollout_group_has_a_replica_in_each_pod() -> None:
     assert broken_rules(manifest) == []
 
 
+def test_a_recipe_whose_replicas_come_and_go_says_the_range_itself() -> None:
+    manifest = rendered(LORA, "pools.rollout.min_workers=2", "pools.rollout.max_workers=8")
+    assert groups(manifest)["rollout"] == groups(rendered(elastic=Elastic(2, 8)))["rollout"]
+    assert manifest["spec"]["rayClusterSpec"]["autoscalerOptions"]["version"] == "v2"
+    assert broken_rules(manifest) == []
+    fixed = groups(rendered())["rollout"]
+    assert fixed["minReplicas"] == fixed["maxReplicas"]
+
+
 def test_the_text_is_the_manifest() -> None:
     options = ManifestOptions(image="registry/paceline:1")
     text = manifest_text(load_recipe(LORA), LORA, (), options, "2.60.0")
@@ -223,6 +232,11 @@ TOO_LONG = "x" * 48
             ["--elastic-rollout", "5..8"],
             "error: --elastic-rollout 5..8: the run begins with pools.rollout.num",
         ),
+        (
+            ["pools.rollout.max_workers=6", "--elastic-rollout", "2..8"],
+            "error: --elastic-rollout: the recipe says 4..6",
+        ),
+        (["pools.rollout.max_workers=6", "--kueue", "a"], "error: --kueue: Kueue admits a job whole"),
         (["--elastic-rollout", "8..5"], "error: --elastic-rollout: '8..5' is no range"),
         (["--kind", "service"], "error: --kind: there is no 'service'"),
         (["--node-selector", "gpu"], "error: --node-selector: 'gpu' is no label"),

@@ -1,0 +1,45 @@
+"""How far a run is: from its folder where this machine sees it, or else from what it has printed."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+_TAIL_BYTES = 65_536
+_SHOWN = "reward", "loss"
+
+
+def from_folder(run_dir: Path) -> str | None:
+    """The last whole line of the run's metrics, as `12/500  reward 0.412`; None where there is none."""
+    path = run_dir / "metrics.jsonl"
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return None
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if not whole:
+        return None
+    try:
+        metrics = json.loads(whole[-1])
+    except ValueError:
+        return None
+    figures = [f"{name} {metrics[name]:.3g}" for name in _SHOWN if name in metrics]
+    return "  ".join([f"{int(metrics['step']) + 1}", *figures])
+
+
+def from_log(log: str, run: str) -> str | None:
+    """The last line of progress, without the run's name."""
+    found = re.findall(rf"^{re.escape(run)}  (\d+/\d+.*)$", log, re.MULTILINE)
+    return found[-1].strip() if found else None
+
+
+def last_words(log: str) -> str:
+    """The last line that says something."""
+    return next((line for line in reversed(log.splitlines()) if line.strip()), "")
+
+
+def seen(run_dir: str | None) -> Path | None:
+    """The folder, where this machine has it."""
+    return Path(run_dir) if run_dir is not None and os.path.isdir(run_dir) else None
