@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from actors.attempts import Attempts, Limits
 from actors.controller import Controller
@@ -31,6 +32,7 @@ from algorithms.pacing import Pacer
 from algorithms.slots import Slot
 from algorithms.types import Batch, Prompt, Update
 from tests.actors.groups import ready
+from tests.virtual_time import run_virtually
 
 Answer = Callable[[Slot], int | float]
 """The oldest version among the tokens; as a float, after that fraction of a second. May raise."""
@@ -85,9 +87,12 @@ class Replica:
             oldest_version=slot.version, newest_version=slot.version, generate_s=0.5,
         )  # fmt: skip
 
-    def _interrupt(self, attempts: list[tuple[int, int]] | None) -> None:
+    def _interrupt(self, attempts: list[tuple[int, int]] | None) -> asyncio.Future[None]:
         for key in list(self.stops) if attempts is None else attempts:
             self.stops[key].set()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
 
 
 class Bench:
@@ -121,6 +126,8 @@ class Bench:
         folder.mkdir(exist_ok=True)
         self.path = folder / "ledger.jsonl"
         self.ledger = Ledger(self.path)
+        for _ in range(num_roll_backs):
+            self.ledger.rolled_back("in a process before")
         self.replicas: list[Replica] = []
         self.answer = answer or (lambda slot: slot.version)
         pacer = Pacer(
@@ -138,7 +145,7 @@ class Bench:
         self.said: list[str] = []
         self.fleet = Fleet(self.spawn, 2, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append)
         self.exclusive = asyncio.Lock()
-        self.health = Health(health, self.pacer, stand_in, self.said.append, num_roll_backs)
+        self.health = Health(health, self.pacer, stand_in, self.said.append, self.ledger)
         limits = Limits(
             group_timeout_s=5.0, start_timeout_s=1.0, max_attempts=3, max_quarantined=1, max_bad_rows=max_bad_rows
         )
@@ -360,28 +367,69 @@ async def test_a_group_without_any_reward_is_trained_without_advantage(tmp_path:
     assert sum(sample.advantage == 0.0 for sample in samples) == 2
 
 
-async def test_a_straggler_is_requeued_and_counted_as_waste(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, num_steps=6, staleness=StalenessConfig(max_staleness=1, when_stale="requeue"))
-    bench.pauses[0, 0] = 10.0
-    await bench.run()
+def test_a_straggler_is_requeued_and_counted_as_waste(tmp_path: Path) -> None:
+    """And it alone: all others take equally long, and no machine is too busy to wake them in time."""
+
+    async def run() -> Bench:
+        bench = Bench(tmp_path, num_steps=6, staleness=StalenessConfig(max_staleness=1, when_stale="requeue"))
+        bench.pauses = {(0, 0): 10.0} | {(ordinal, 0): 0.001 for ordinal in range(1, 20)}
+        await bench.run()
+        return bench
+
+    bench = run_virtually(run())
     assert sorted((attempt, partial) for ordinal, attempt, partial in bench.calls if ordinal == 0) == [
         (0, None), (1, None),
     ]  # fmt: skip
-    assert [line["lengths"] for line in bench.lines("requeued")] == [[5, 6]]
+    assert [(line["ordinal"], line["lengths"]) for line in bench.lines("requeued")] == [(0, [5, 6])]
     assert bench.ledger.waste["requeued"].tokens == 11
     assert bench.ledger.num_trained == 12
 
 
-async def test_a_drained_replica_hands_its_groups_over(tmp_path: Path) -> None:
+async def test_a_replica_that_leaves_hands_its_groups_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
     bench = Bench(tmp_path, num_steps=4)
     bench.pauses[0, 0] = bench.pauses[2, 0] = 5.0
-    asyncio.get_running_loop().call_later(0.05, bench.router.drain, 0)
-    await bench.run()
+
+    async def leave() -> None:
+        await asyncio.sleep(0.05)
+        await bench.fleet.leave(0, 0.05, "nobody needs it")
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(leave())
+        await bench.run()
+    assert [replica.number for replica in bench.fleet.members] == [1]
+    assert (bench.fleet.num_left, bench.fleet.num_rebuilt) == (1, 0)
     resumed = {(ordinal, attempt): partial for ordinal, attempt, partial in bench.replicas[1].calls if partial}
     assert resumed.keys() & {(0, 1), (2, 1)}, "a group that hung on replica 0 goes on at replica 1"
     assert all(partial == f"group {ordinal}.{attempt - 1}" for (ordinal, attempt), partial in resumed.items())
     assert bench.ledger.num_resumed == len(resumed)
     assert bench.ledger.num_redispatched == 0, "an interruption is not a failure"
+    assert bench.ledger.num_trained == 8
+
+
+async def test_a_replica_that_dies_while_it_leaves_costs_nobody_a_replacement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+
+    def answer(slot: Slot) -> float:
+        if (slot.ordinal, slot.attempt) == (0, 0):
+            raise RayActorError
+        return slot.version
+
+    bench = Bench(tmp_path, answer, num_steps=4)
+    bench.pauses[0, 0] = 0.2
+
+    async def leave() -> None:
+        await asyncio.sleep(0.05)
+        await bench.fleet.leave(0, 5.0, "nobody needs it")
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(leave())
+        await bench.run()
+    assert [line["waste"] for line in bench.lines("failed")] == ["preempted"]
+    assert bench.ledger.waste["preempted"].attempts == 1
+    assert (bench.fleet.num_left, bench.fleet.num_rebuilt) == (1, 0)
     assert bench.ledger.num_trained == 8
 
 
@@ -500,6 +548,7 @@ async def test_a_roll_back_is_asked_for_within_its_budget(tmp_path: Path) -> Non
     with pytest.raises(RollBackError, match=r"entropy was .*goes back to the last good checkpoint, 1 of 1 times"):
         await bench.run()
     assert bench.events[-1] == "report 4", "nothing is cut of the step that went wrong"
+    assert fates(read(bench.path)).num_roll_backs == 1, "it is on the disk, whatever becomes of this process"
     again = Bench(tmp_path / "again", num_steps=8, health=health("roll_back"), num_roll_backs=1)
     again.metrics = collapsed(2)
     with pytest.raises(RunError, match=r"gone back 1 times already, and health.max_roll_backs allows 1") as caught:
