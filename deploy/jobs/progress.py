@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+from actors.recipe.file import RecipeError, load_recipe
+
 _TAIL_BYTES = 65_536
 _SHOWN = "reward", "loss"
 
@@ -26,13 +28,20 @@ def from_folder(run_dir: Path) -> str | None:
     except ValueError:
         return None
     figures = [f"{name} {metrics[name]:.3g}" for name in _SHOWN if name in metrics]
-    return "  ".join([f"{int(metrics['step']) + 1}", *figures])
+    return "  ".join([f"{int(metrics['step']) + 1}{_of_all(run_dir)}", *figures])
+
+
+def _of_all(run_dir: Path) -> str:
+    try:
+        return f"/{load_recipe(run_dir / 'recipe.yaml').steps}"
+    except RecipeError:  # of another version of this
+        return ""
 
 
 def from_log(log: str, run: str) -> str | None:
-    """The last line of progress, without the run's name."""
+    """The last line of progress, without the run's name, and no more than the first figures."""
     found = re.findall(rf"^{re.escape(run)}  (\d+/\d+.*)$", log, re.MULTILINE)
-    return found[-1].strip() if found else None
+    return "  ".join(found[-1].split("  ")[: 1 + len(_SHOWN)]) if found else None
 
 
 def last_words(log: str) -> str:

@@ -73,8 +73,9 @@ def duration(seconds: float) -> str:
 def _step(head: Head, attempt: Attempt) -> str:
     """How far a run is, where that can be told."""
     folder = seen(attempt.run_dir)
+    if folder is not None and (found := from_folder(folder)) is not None:
+        return found  # a run says less often how far it is
     try:
-        found = from_log(head.log(attempt.job), attempt.run) or (folder and from_folder(folder))
+        return from_log(head.log(attempt.job), attempt.run) or ""
     except HeadError:
-        found = folder and from_folder(folder)
-    return found or ""
+        return ""

@@ -67,10 +67,12 @@ def submit(recipe: Recipe, path: str, overrides: Sequence[str], address: str, op
         typer.echo(f"note: {root} is not Paceline's checkout, so the cluster must have Paceline on its PYTHONPATH")
     head = Head(address)  # before what takes longer
     check_room(runs, head.cluster())
-    _check_here(runs, options)
     words = ["python", "-m", "deploy", "train", name, *overrides, *_flags(options)]
     order = Order(recipe.name, str(recipe.folder), command_line(words, named), env, shipment, options.overwrite)
-    attempt = under_way(head, order) or _send(head, order)
+    attempt = under_way(head, order)
+    if attempt is None:
+        _check_here(runs, options)
+        attempt = _send(head, order)
     if not options.wait:
         typer.echo(_how_to(attempt, head.address))
         return 0

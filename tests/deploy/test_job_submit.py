@@ -25,7 +25,7 @@ from tests.prove import ONLY_PROVE
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-SECRET = "s3cret-7f3a"
+SECRET = f"s3cret-{secrets.token_hex(8)}"  # in no file that is sent
 
 
 def free_port() -> int:

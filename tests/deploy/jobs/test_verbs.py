@@ -244,22 +244,23 @@ def test_a_job_that_does_not_stop_is_told(fake: FakeHead, monkeypatch: pytest.Mo
 
 
 def test_the_status_shows_each_run_once_and_of_one_every_attempt(fake: FakeHead, tmp_path: Path) -> None:
-    ours = {"metadata": {"paceline_run_dir": f"{tmp_path}/b"}}
-    fake.job("a", "FAILED", start_time=1_000, end_time=66_000, driver_exit_code=1, **ours)
-    fake.job("a.2", "RUNNING", start_time=70_000, **ours)
+    ours, far = ({"metadata": {"paceline_run_dir": f"{tmp_path}/{name}"}} for name in ("b", "not-here"))
+    fake.job("a", "FAILED", start_time=1_000, end_time=66_000, driver_exit_code=1, **far)
+    fake.job("a.2", "RUNNING", start_time=70_000, **far)
     fake.job("b", "STOPPED", start_time=80_000, end_time=81_000, **ours)
     fake.job("somebody-elses", "RUNNING", start_time=90_000)
     fake.job("raysubmit_X", "RUNNING")
-    fake.logs["a.2"] = "a  1/9  loss 2.5\na  2/9  loss 2.25\nsomething else\n"
+    fake.logs["a.2"] = "a  1/9  loss 2.5\na  2/9  loss 2.25  tokens 3  time 4\nsomething else\n"
     (tmp_path / "b").mkdir()
+    (tmp_path / "b/recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
     (tmp_path / "b/metrics.jsonl").write_text('{"step": 0, "loss": 3.0}\n{"step": 1, "loss": 2.125}\n{"step": 2, "lo')
     rows = [
         line.split("│")[1:-1] for line in give("status", "--address", fake.address).output.splitlines() if "│" in line
     ]
     told = [[cell.strip() for cell in row] for row in rows]
     assert [(row[0], row[1], row[2], row[5], row[6]) for row in told] == [
-        ("a", "2", "running", "2/9  loss 2.25", ""),
-        ("b", "1", "stopped", "2  loss 2.12", "75"),
+        ("a", "2", "running", "2/9  loss 2.25  tokens 3", ""),
+        ("b", "1", "stopped", "2/3  loss 2.12", "75"),
     ]
     one = give("status", "a", "--address", fake.address).output
     assert "1 min 5 s" in one
