@@ -34,7 +34,7 @@ from actors.settings import (
     reward_functions,
     rollout_settings,
 )
-from placement.elastic import num_placed
+from placement.elastic import num_first
 from placement.groups import ReservedPools
 
 _CLOSE_TIMEOUT_S = 30.0
@@ -209,7 +209,7 @@ def _spawn_all(
     pool, seats = recipe.pools.rollout, pools.seats.get("rollout")
     fleet = Fleet(
         spawn,
-        pool.num_workers if seats is None else min(pool.num_workers, num_placed(seats.look())),
+        pool.num_workers if seats is None else min(pool.num_workers, num_first(seats.look())),
         router,
         start_timeout_s=recipe.rollout.start_timeout_s,
         max_rebuilds=recipe.rollout.max_rebuilds,

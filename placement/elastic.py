@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import takewhile
 
 
 class Place(Enum):
@@ -80,6 +81,11 @@ def moves(target: int, seats: Sequence[Seat]) -> Moves:
 def num_placed(seats: Sequence[Seat]) -> int:
     """Seats that hold a replica, or can."""
     return sum(seat.place is Place.GRANTED and seat.tenant is not Tenant.LEAVING for seat in seats)
+
+
+def num_first(seats: Sequence[Seat]) -> int:
+    """How many of the first seats are there at once; one that is not yet, and those behind it, are joined later."""
+    return len(list(takewhile(lambda seat: seat.place is Place.GRANTED, seats)))
 
 
 def _is_at_work(seat: Seat) -> bool:

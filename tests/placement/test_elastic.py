@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.config import RolloutPoolConfig
-from placement.elastic import Moves, Place, Seat, Tenant, moves, num_placed
+from placement.elastic import Moves, Place, Seat, Tenant, moves, num_first, num_placed
 
 ASKED, GRANTED, DRAINING, GONE = Place
 NOBODY, STARTING, SERVING, LEAVING = Tenant
@@ -43,6 +43,11 @@ def test_who_is_not_needed_any_more_leaves_a_machine_empty() -> None:
     ]
     assert moves(2, seats).leave == ((0, "2 replicas are wanted"),)
     assert moves(1, seats).leave == ((0, "1 replicas are wanted"), (2, "1 replicas are wanted"))
+
+
+def test_a_run_begins_on_the_first_seats_and_waits_for_none_behind_a_gap() -> None:
+    assert num_first([Seat(0, GRANTED), Seat(1, GRANTED), Seat(2, ASKED), Seat(3, GRANTED)]) == 2
+    assert num_first([Seat(0, ASKED)]) == num_first([]) == 0
 
 
 SEATS = st.lists(st.tuples(st.sampled_from(Place), st.sampled_from(Tenant), st.sampled_from("ab")), max_size=8)
