@@ -59,7 +59,7 @@ class Fates:
     num_cuts: int = 0
     """How often the run went on from a checkpoint."""
     num_roll_backs: int = 0
-    """How many of these a rule of health has asked for."""
+    """How often a rule of health has decided to go back to one."""
     last_t: float = 0.0
 
     def apply(self, event: Event) -> None:
@@ -96,6 +96,8 @@ class Fates:
                 self.by_step[event["step"]] += 1
                 if tokens:
                     self._wasted("masked", tokens, seconds)
+            case "rolled back":
+                self.num_roll_backs += 1
             case "scored" | "interrupted":
                 pass
             case _:

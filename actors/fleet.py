@@ -10,6 +10,7 @@ A replica's number is never used again, so nothing that an old engine says can b
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -76,6 +77,8 @@ class Fleet:
         self._to_rebuild: asyncio.Queue[tuple[Replica, str]] = asyncio.Queue()
         self._changed = asyncio.Event()
         self.num_rebuilt = 0
+        self.serves_since = 0.0
+        """The time.monotonic() at which, after none had served, one did."""
 
     @property
     def members(self) -> list[Replica]:
@@ -88,9 +91,12 @@ class Fleet:
 
     @property
     def rebuilding(self) -> bool:
-        """Whether no replica serves, and one is about to."""
-        states = {replica.state for replica in self._replicas.values()}
-        return State.SERVING not in states and bool(states & {State.STARTING, State.FENCED})
+        """Whether no replica serves, and one is about to: it is built, or waits for its version."""
+        return bool(self._replicas) and not self._serves
+
+    @property
+    def _serves(self) -> bool:
+        return any(replica.state is State.SERVING for replica in self._replicas.values())
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
         """Until a change of some replica's state makes the condition true; the caller sets the deadline, if any."""
@@ -106,6 +112,8 @@ class Fleet:
 
     def serve(self, replicas: Iterable[Replica]) -> None:
         """These hold the committed version."""
+        if not self._serves:
+            self.serves_since = time.monotonic()
         for replica in replicas:
             if replica.state is State.PENDING:
                 replica.state = State.SERVING

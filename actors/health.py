@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import assert_never
 
 from actors.errors import RollBackError, RunError
+from actors.ledger import Ledger
 from actors.pacer import AsyncPacer
 from actors.policy_group import PolicyGroup
 from algorithms.health.config import HealthConfig, Rule
@@ -14,17 +15,16 @@ class Health:
     """`after` every step; what it finds wrong is `algorithms/health/rules.py`, what it does about it is here."""
 
     def __init__(
-        self, config: HealthConfig, pacer: AsyncPacer, policy: PolicyGroup, say: Callable[[str], None],
-        num_roll_backs: int = 0,
-    ) -> None:  # fmt: skip
-        """`num_roll_backs`: how often this run has gone back already."""
+        self, config: HealthConfig, pacer: AsyncPacer, policy: PolicyGroup, say: Callable[[str], None], ledger: Ledger
+    ) -> None:
+        """`ledger`: knows how often this run has gone back already, in whatever process."""
         self._config = config
         self._pacer = pacer
         self._policy = policy
         self._say = say
         self._watches = [Watch(rule) for rule in config.rules]
         self._num_skipped_in_a_row = 0
-        self.num_roll_backs = num_roll_backs
+        self._ledger = ledger
 
     def healthy(self) -> bool:
         """Whether a cut of this moment is one to go back to.
@@ -91,14 +91,14 @@ class Health:
         return lower
 
     def _roll_back(self, rule: Rule, sentence: str) -> None:
-        allowed = self._config.max_roll_backs
-        if self.num_roll_backs >= allowed:
+        """It counts from now on, also when this process does not live to see the policy built again."""
+        allowed, before = self._config.max_roll_backs, self._ledger.num_roll_backs
+        if before >= allowed:
             raise RunError(
-                f"{sentence}; the run has gone back {self.num_roll_backs} times already, and health.max_roll_backs "
-                f"allows {allowed}"
+                f"{sentence}; the run has gone back {before} times already, and health.max_roll_backs allows {allowed}"
             )
-        self.num_roll_backs += 1
+        self._ledger.rolled_back(sentence)
         raise RollBackError(
-            f"{sentence} (health.rules: {rule.kind} goes back to the last good checkpoint, {self.num_roll_backs} of "
+            f"{sentence} (health.rules: {rule.kind} goes back to the last good checkpoint, {before + 1} of "
             f"{allowed} times that health.max_roll_backs allows)"
         )

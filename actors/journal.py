@@ -63,7 +63,8 @@ def fates(events: Iterable[Event]) -> Fates:
             undone += [past for line, past in standing if line >= event["lines"] and past["event"] == "scored"]
             standing = [(line, past) for line, past in standing if line < event["lines"]]
             num_cuts += 1
-            num_roll_backs += event.get("rolled_back", False)
+        elif event["event"] == "rolled back":  # whatever was undone, that it was is not
+            num_roll_backs += 1
         else:
             standing.append((number, event))
     result = Fates(num_cuts=num_cuts, num_roll_backs=num_roll_backs)

@@ -33,18 +33,14 @@ class Ledger:
         """Whether what is trained differs from what is sampled."""
 
     @classmethod
-    def resume(cls, path: Path, lines: int, version: int, rolled_back: bool = False) -> Self:
-        """Go on with a journal whose first `lines` lines count, at weight version `version`.
-
-        `rolled_back`: because a rule of health has asked for it. That counts for the whole run.
-        """
+    def resume(cls, path: Path, lines: int, version: int) -> Self:
+        """Go on with a journal whose first `lines` lines count, at weight version `version`."""
         journal.mend(path)
         ledger = cls(path)
         events = journal.read(path)
         ledger.num_lines = len(events)
         ledger._started -= max((event["t"] for event in events), default=0.0)
         event = {"event": "resumed", "ordinal": -1, "t": ledger._now(), "lines": lines, "version": version}
-        event |= {"rolled_back": True} if rolled_back else {}
         ledger._append(event)
         ledger._fates = journal.fates([*events, event])
         # Now, whatever becomes of this life: a line that is left in a buffer may be written behind those of the next.
@@ -194,6 +190,11 @@ class Ledger:
                 share = masked / sum(summary.num_loss_tokens_G)
                 waste = {"tokens": masked, "seconds": round(summary.generate_s * share, 6)}
             self._write("trained", group.slot.ordinal, step=update.step, version=update.version, **waste)
+        self.flush()
+
+    def rolled_back(self, cause: str) -> None:
+        """A rule of health has decided to go back to a cut; on the disk when this returns, and never taken back."""
+        self._write("rolled back", -1, cause=cause)
         self.flush()
 
     def flush(self) -> None:

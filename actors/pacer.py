@@ -58,13 +58,17 @@ class AsyncPacer:
         self._stopped = False
         self.why_stopped = ""
         """What whoever has stopped the run says of it."""
-        self._progress = time.monotonic()
+        self.progress_at = time.monotonic()
+        """When something last changed, or the policy began to wait."""
+        self.there_since: Callable[[], float] = lambda: 0.0
+        """The time.monotonic() at which the last worker was there again without which no group gets on."""
         self.waits: dict[str, float] = defaultdict(float)
         """Seconds waited so far: `policy/<why>` (for a batch), `dispatch/<why>` (for a slot), and `rollout/idle`, when
         no group was in flight."""
         self._idle_since: float | None = time.monotonic()
         self.on_stall: Callable[[str], Awaitable[RunError | None]] | None = None
-        """Asked once no group finishes any more, with the reason: what stops the run, or None to wait on."""
+        """Asked once no group finishes any more, with the reason: what stops the run, or None to wait on. What changes
+        while it is asked counts: then the run goes on, whatever it says."""
 
     @property
     def num_in_flight(self) -> int:
@@ -127,7 +131,7 @@ class AsyncPacer:
 
     async def take(self) -> TakenGroups | None:
         """The next batch, oldest first; None after `stop`. Raises DeadlineError when no group finishes any more."""
-        self._progress = time.monotonic()
+        self.progress_at = time.monotonic()
         taken = await self._wait("policy", self._pacer.take, self._pacer.waiting)
         if taken is None:
             return None
@@ -174,7 +178,7 @@ class AsyncPacer:
     async def _change(self) -> AsyncIterator[None]:
         """The pacer's state changes inside; everybody who waits looks again afterwards."""
         async with self._changed:
-            self._progress = time.monotonic()
+            self.progress_at = time.monotonic()
             yield
             self._count_idle()
             self._changed.notify_all()
@@ -189,8 +193,8 @@ class AsyncPacer:
         self, side: str, decide: Callable[[], Decision | None], why: Callable[[], str | None]
     ) -> Decision | None:
         """Until `decide` gives something; None once the run is over and it never will."""
-        async with self._changed:
-            while True:
+        while True:
+            async with self._changed:
                 if self._stopped:
                     return None
                 reason = why()
@@ -202,28 +206,34 @@ class AsyncPacer:
                 if self._pacer.exhausted:
                     return None
                 started = time.monotonic()
-                await self._woken(side)
-                self.waits[f"{side}/{reason}"] += time.monotonic() - started
+                stall = await self._woken(side)
+            if stall is not None:  # looking takes its time: whatever changes meanwhile must not wait for the lock
+                await self._stalled(stall)
+            self.waits[f"{side}/{reason}"] += time.monotonic() - started
 
-    async def _woken(self, side: str) -> None:
-        idle_s = time.monotonic() - self._progress
+    async def _woken(self, side: str) -> str | None:
+        """After a change, or some time; why it is a stall, if it is one."""
+        idle_s = time.monotonic() - max(self.progress_at, self.there_since())
         if side == "policy" and idle_s >= self._stall_timeout_s:
-            await self._stalled(f"no group finished for {idle_s:.0f} s while the policy waits")
-            return
+            return f"no group finished for {idle_s:.0f} s while the policy waits"
         # The rollouts may wait as long as the policy steps: those have deadlines of their own.
         left = self._stall_timeout_s - idle_s if side == "policy" else self._stall_timeout_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(left):
                 await self._changed.wait()
+        return None
 
     async def _stalled(self, reason: str) -> None:
         if self.on_stall is None:
             late = ", ".join(f"{s.ordinal} (attempt {s.attempt})" for s in self._pacer.in_flight.values()) or "none"
             raise DeadlineError(f"{reason}; groups in flight: {late}")
+        before = self.progress_at
         error = await self.on_stall(reason)
+        if self.progress_at != before:
+            return
         if error is not None:
             raise error
-        self._progress = time.monotonic()
+        self.progress_at = time.monotonic()
 
     def facts(self) -> dict[str, str]:
         """What it waits for, in words."""

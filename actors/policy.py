@@ -63,8 +63,8 @@ class PolicyActor:
         self._snapshot: PolicyState | None = None
         self._meeting: TCPStore | None = None
         self._timeout = timedelta(seconds=max(_MEET_TIMEOUT_S, settings.policy.timeout_s + 60.0))
-        self._spare: PolicyState | None = None
-        """The last snapshot that was written: the next one takes its memory."""
+        self._writing = False
+        """The snapshot is being written: the next one must not take its memory."""
         self._base: str | None = None
         """Digest of the frozen weights below an adapter."""
 
@@ -335,7 +335,7 @@ class PolicyActor:
 
     def snapshot(self) -> None:
         """Copy all that the next step depends on to the host of rank 0; every rank is called."""
-        spare, self._spare = self._spare, None  # there is none while one is being written
+        spare = None if self._writing else self._snapshot
         keep = self.rank == 0
         state = collect(self.engine, self._parameters, self.version, keep, self._base, spare)
         self._snapshot = state and replace(state, learning_rate_factor=self._learning_rate_factor)
@@ -343,18 +343,21 @@ class PolicyActor:
     def write_snapshot(self, folder: Path) -> str | None:
         """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is.
 
-        The name of a tensor that is not finite, when there is one: nothing is written then.
+        It is kept until the next one is taken, and may be written again. The name of a tensor that is not finite, when
+        there is one: nothing is written then.
         """
         from actors.model.files import MODEL, describe
         from actors.model.lora import describe_adapter
 
         assert self._snapshot is not None, "snapshot comes first, and rank 0 keeps it"
-        snapshot, self._snapshot = self._snapshot, None
-        spoiled = snapshot.spoiled()
-        if spoiled is None:
-            snapshot.write(folder)
-            (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
-        self._spare = snapshot
+        snapshot, self._writing = self._snapshot, True
+        try:
+            spoiled = snapshot.spoiled()
+            if spoiled is None:
+                snapshot.write(folder)
+                (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
+        finally:
+            self._writing = False
         return spoiled
 
     def restore(self, folder: Path) -> None:

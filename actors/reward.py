@@ -13,13 +13,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from actors.recipe.rewards import RewardConfig
+from actors.recipe.rewards import LOAD_TIMEOUT_S, RewardConfig
 from actors.rewards.functions import name_of
 from actors.rewards.process import ChildError, Outcome, RewardProcess
 from algorithms.types import Group, ScoredGroup
-
-LOAD_TIMEOUT_S = 120.0
-"""Deadline for a child to import the reward functions; it is not part of a call's deadline."""
 
 T = TypeVar("T")
 

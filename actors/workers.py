@@ -106,9 +106,12 @@ class Workers:
     @property
     def starting(self) -> str:
         """Which workers are being started, and no group gets on without them; empty when there are none."""
-        if self.fleet.rebuilding:
-            return "no rollout replica serves, and one is being started"
-        return f"{', '.join(sorted(self.scorers.gone))} is being started again" if self.scorers.gone else ""
+        return "no rollout replica serves, and one is being started" if self.fleet.rebuilding else ""
+
+    @property
+    def there_since(self) -> float:
+        """The time.monotonic() at which the last of these was there again: no group got on before."""
+        return max(self.fleet.serves_since, self.scorers.there_since)
 
 
 @contextlib.asynccontextmanager

@@ -18,15 +18,23 @@ from placement.plan import PlacementPlan
 
 def host_lines(recipe: Recipe, placed: PlacementPlan) -> list[str]:
     """The node that needs most, where the model's shape is known."""
+    needs = bytes_by_node(recipe, placed)
+    if needs is None:
+        return []
+    ((node, most),) = needs.most_common(1)
+    return [f"host memory: {most / GB:.0f} GB on {node}, more than on any other node, beside what processes take"]
+
+
+def bytes_by_node(recipe: Recipe, placed: PlacementPlan) -> Counter[str] | None:
+    """What the workers on each node hold; None where the model's shape is not known."""
     shape = _shape(recipe)
     if shape is None:
-        return []
+        return None
     needs: Counter[str] = Counter()
     for pool, bundles in placed.bundles.items():
         for node, count in Counter(bundle.node for bundle in bundles).items():
             needs[node] += round(host_bytes(recipe, shape, pool, count, node == bundles[0].node))
-    ((node, most),) = needs.most_common(1)
-    return [f"host memory: {most / GB:.0f} GB on {node}, more than on any other node, beside what processes take"]
+    return needs
 
 
 def check_pods(recipe: Recipe, groups: Sequence[PodGroup], options: ManifestOptions) -> None:

@@ -1,6 +1,6 @@
 """What `plan` says about memory: a column for each pool with GPUs, a refusal where one cannot fit, or why neither.
 
-A GB is 2**30 bytes here; GPUs are sold by nearly that.
+A GB is 2**30 bytes here; GPUs are sold by a little more than they have.
 """
 
 from collections.abc import Iterable, Mapping
@@ -147,18 +147,14 @@ def _waiting(recipe: Recipe, shape: ModelShape, gpu_gb: float | None) -> list[st
 
 def policy_load(recipe: Recipe, shape: ModelShape) -> PolicyLoad:
     """Of one rank of the recipe's policy."""
-    policy, lora = recipe.policy, recipe.policy.lora
-    trained = None
-    if lora is not None:
-        modules = None if lora.target_modules == "all-linear" else tuple(lora.target_modules)
-        trained = shape.adapter_parameters(lora.r, modules)
+    policy = recipe.policy
     return PolicyLoad(
         num_ranks=recipe.pools.policy.num_workers,
         zero_stage=policy.zero_stage,
         bytes_per_weight=_BYTES[policy.dtype],
         tokens=_tokens(recipe, _per_rank(recipe)),
         gradient_checkpointing=policy.gradient_checkpointing,
-        num_trained=trained,
+        num_trained=_adapted(recipe, shape),
     )
 
 
@@ -197,9 +193,17 @@ def rollout_load(recipe: GrpoRecipe, shape: ModelShape) -> RolloutLoad:
 
 def version_bytes(recipe: GrpoRecipe, shape: ModelShape) -> float:
     """Of a version as it travels: the whole model, or the adapters."""
+    adapted = _adapted(recipe, shape)
+    return float(_BYTES[recipe.rollout.dtype] * (shape.num_parameters if adapted is None else adapted))
+
+
+def _adapted(recipe: Recipe, shape: ModelShape) -> int | None:
+    """Elements of the adapters; None without."""
     lora = recipe.policy.lora
-    elements = shape.num_parameters if lora is None else shape.adapter_parameters(lora.r, None)
-    return float(_BYTES[recipe.rollout.dtype] * elements)
+    if lora is None:
+        return None
+    modules = None if lora.target_modules == "all-linear" else tuple(lora.target_modules)
+    return shape.adapter_parameters(lora.r, modules)
 
 
 def _longest(recipe: Recipe) -> int:

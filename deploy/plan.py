@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.model.size import num_elements
-from actors.recipe.deadlines import stall_timeout_s
+from actors.recipe.deadlines import stall_parts_s, stall_timeout_s
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
 from actors.recipe.pools import used_pools
@@ -122,9 +122,11 @@ def _summarize(recipe: Recipe) -> str:
 
 
 def _describe_stall(recipe: GrpoRecipe) -> str:
+    parts = " + ".join(f"{seconds:g} {part}" for part, seconds in stall_parts_s(recipe).items())
+    given = "" if recipe.stall.timeout_s is not None else f": {parts}"
     return (
         f"stall: when no group has finished for {stall_timeout_s(recipe):.0f} s while the policy waits "
-        f"(stall.timeout_s), the run {'ends with' if recipe.stall.then == 'exit' else 'replaces'} its suspect"
+        f"(stall.timeout_s{given}), the run {'ends with' if recipe.stall.then == 'exit' else 'replaces'} its suspect"
     )
 
 

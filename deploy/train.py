@@ -83,8 +83,8 @@ def prepare(
         if address is None:
             plan(used_pools(run), this_machine())
         check_tracker(run.logging.wandb_project)
-        tokenizer, num_positions = _words(run)
-        _stream(run, rows, tokenizer, num_positions)
+        tokenizer, num_positions = words(run)
+        stream_of(run, rows, tokenizer, num_positions)
         if isinstance(run, GrpoRecipe) and run.reference is not None:
             _check_reference("reference", run.reference, tokenizer, num_positions)
         if isinstance(run, GrpoRecipe) and run.critic_model is not None:
@@ -192,7 +192,8 @@ def _train(job: Job, pools: ReservedPools, console: Console) -> None:
     recipe, folder = job.recipe, job.folder
     model = _source(recipe, folder)
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
-    stream = _stream(recipe, job.rows, tokenizer, max_model_length(model.path, model.revision, model.trust_remote_code))
+    num_positions = max_model_length(model.path, model.revision, model.trust_remote_code)
+    stream = stream_of(recipe, job.rows, tokenizer, num_positions)
     with RunProgress(recipe.name, recipe.steps, console) as progress:
         match recipe, stream:
             case GrpoRecipe(), PromptStream():
@@ -226,7 +227,7 @@ def _source(recipe: Recipe, folder: RunFolder) -> ModelSource:
             return source_of(model)
 
 
-def _words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
+def words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
     """The tokenizer, and the positions that the model has, also of a model that has yet to be made."""
     match recipe.model:
         case TinyModel() as tiny:
@@ -234,7 +235,7 @@ def _words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
         case RecipeModel():
             source = load_recipe(recipe.model.recipe)
             if not RunFolder(source.folder).finished:
-                return _words(source)
+                return words(source)
     model = _source(recipe, RunFolder(recipe.folder))
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
     return tokenizer, max_model_length(model.path, model.revision, model.trust_remote_code)
@@ -246,7 +247,7 @@ def _check_reference(
     """ValueError unless it reads the policy's tokens, and as long sequences."""
     source = load_recipe(reference.recipe) if isinstance(reference, RecipeModel) else None
     if source is not None and not RunFolder(source.folder).finished:
-        theirs, theirs_positions = _words(source)
+        theirs, theirs_positions = words(source)
     else:
         place = source_of(reference)
         theirs = load_tokenizer(place.path, place.revision, place.trust_remote_code)
@@ -275,7 +276,7 @@ def _skeleton(recipe: Recipe) -> PreTrainedModel:
     return load_skeleton(model.path, model.revision, model.trust_remote_code)
 
 
-def _stream(
+def stream_of(
     recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, num_positions: int
 ) -> PromptStream | Stream:
     """The tokenized data, its first rows looked at; ValueError when the model has no room for it."""

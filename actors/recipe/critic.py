@@ -1,12 +1,12 @@
 """The critic of PPO: a second model in training, which says before each token what is still to be earned."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from actors.recipe.closed import CLOSED
 from actors.recipe.model import PretrainedModel
-from actors.recipe.policy import PolicyConfig
+from actors.recipe.policy import PolicyConfig, check_stage
 from algorithms.config import OptimizerConfig
 
 
@@ -26,6 +26,11 @@ class CriticConfig(BaseModel):
     """For so many steps the critic learns alone, and the policy stays as it is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     zero_stage: int = Field(1, ge=0, le=3)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        check_stage("critic", self.zero_stage, self.dtype)
+        return self
 
     def ranks_like(self, policy: PolicyConfig) -> PolicyConfig:
         """How the critic's ranks compute."""

@@ -1,12 +1,13 @@
 """Deadlines that follow from others: each is longer than those inside of it, which name the cause better."""
 
+from actors.recipe.rewards import LOAD_TIMEOUT_S
 from actors.recipe.schema import GrpoRecipe
 
 _SLACK_S = 60.0
 
 
 def score_timeout_s(recipe: GrpoRecipe) -> float:
-    """Every reward function up to its own deadline, and before it all the groups that may queue for the worker.
+    """Every reward function loaded again and up to its deadline; before it all groups that may queue for the worker.
 
     A worker that hangs, and is found out and started again meanwhile, has time for it, too.
     """
@@ -24,14 +25,21 @@ def stall_timeout_s(recipe: GrpoRecipe) -> float:
     """How long no group at all may finish while the policy waits.
 
     It need not be as long as a group may take: of the groups that queue for a worker one finishes after the other. So
-    it is the time of one, sampled and scored alone, and of a worker that is found to hang; the watchdog does not count
-    the time in which workers are started (actors/run/watchdog.py). The reference, which looks once at what was sampled
-    token by token, takes no longer than that.
+    it is the time of one, sampled and scored alone, and of a worker that is found to hang; the watchdog waits for
+    workers that are being started (actors/run/watchdog.py). The reference, which looks once at what was sampled token
+    by token, takes no longer than that.
     """
-    if recipe.stall.timeout_s is not None:
-        return recipe.stall.timeout_s
-    generation_s = recipe.generation.timeout_s * (2 if recipe.algorithm.beta > 0 else 1)
-    return _SLACK_S + _found_out_s(recipe) + generation_s + _rewards_s(recipe)
+    return recipe.stall.timeout_s or sum(stall_parts_s(recipe).values())
+
+
+def stall_parts_s(recipe: GrpoRecipe) -> dict[str, float]:
+    """What the stall's own deadline is the sum of."""
+    parts = {"generation": recipe.generation.timeout_s}
+    if recipe.algorithm.beta > 0:
+        parts["the reference"] = recipe.generation.timeout_s
+    calls_s = len(recipe.rewards.functions) * recipe.rewards.timeout_s
+    parts |= {"rewards": calls_s, "loading them again": _rewards_s(recipe) - calls_s}
+    return parts | {"finding out a worker that hangs": _found_out_s(recipe), "slack": _SLACK_S}
 
 
 def _found_out_s(recipe: GrpoRecipe) -> float:
@@ -39,4 +47,5 @@ def _found_out_s(recipe: GrpoRecipe) -> float:
 
 
 def _rewards_s(recipe: GrpoRecipe) -> float:
-    return len(recipe.rewards.functions) * recipe.rewards.timeout_s
+    """Of one group: each function is killed at its deadline, and then all are loaded again for the next one."""
+    return len(recipe.rewards.functions) * (LOAD_TIMEOUT_S + recipe.rewards.timeout_s)

@@ -7,6 +7,10 @@ from pydantic import BaseModel, Field, model_validator
 from actors.recipe.closed import CLOSED
 from actors.rewards.functions import CLASSIFIER
 
+LOAD_TIMEOUT_S = 120.0
+"""Deadline for a process to load all reward functions; it is not part of a call's deadline. After a call that had to be
+killed, they are loaded again before the next one."""
+
 
 class RewardConfig(BaseModel):
     """One reward function, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, or one model."""

@@ -45,7 +45,7 @@ async def run_grpo(
     starting = grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles())
     async with machine_watched(recipe.liveness, progress.say), starting as started:
         workers, learners = started
-        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
+        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config, progress.say) as tracker:
             lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), learners)
             async with workers.fleet.supervised(recipe.liveness), workers.scorers.watched():
                 with on_signal(lives.stop, progress.say):
@@ -71,9 +71,9 @@ class Lives:
         run = self.run
         self.recovery = Recovery(run.recipe, run.folder, run.progress.say, self._lived, self._renewed)
 
-    async def _lived(self, resume: Resume | None, rolled_back: bool) -> dict[str, Any]:
+    async def _lived(self, resume: Resume | None) -> dict[str, Any]:
         """One life, to its end."""
-        life = self._life = await begin(self.run, self.learners, resume, rolled_back)
+        life = self._life = await begin(self.run, self.learners, resume)
         if self.recovery.stopped:
             await life.pacer.stop()
         try:
@@ -83,6 +83,7 @@ class Lives:
         policy, critic = self.learners.policy, self.learners.critic
         async with policy.watched(self.run.recipe.liveness):
             await policy.save(self.run.folder.model)
+            await life.checkpointer.conclude()
         if critic is not None:
             async with critic.watched(self.run.recipe.liveness):
                 await critic.save(self.run.folder.critic)

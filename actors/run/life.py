@@ -96,13 +96,10 @@ class Life:
         }
 
 
-async def begin(run: Run, learners: Learners, resume: Resume | None, rolled_back: bool = False) -> Life:
-    """A life from the cut on, or from the first step; the learners have just been started.
-
-    `rolled_back`: the life before has ended with a RollBackError.
-    """
+async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
+    """A life from the cut on, or from the first step; the learners have just been started."""
     recipe, folder, policy = run.recipe, run.folder, learners.policy
-    ledger = _ledger(folder, resume, rolled_back)
+    ledger = _ledger(folder, resume)
     pacer = _pacer(recipe)
     waiting = AsyncPacer(pacer, stall_timeout_s(recipe))
     version = 0
@@ -117,7 +114,7 @@ async def begin(run: Run, learners: Learners, resume: Resume | None, rolled_back
     reporter = Reporter(recipe, folder, run.progress, run.tracker, waiting, publisher, ledger)
     if resume is not None:
         reporter.resume(resume.cut.progress)
-    health = Health(recipe.health, waiting, policy, run.progress.say, ledger.num_roll_backs)
+    health = Health(recipe.health, waiting, policy, run.progress.say, ledger)
     attempts = _attempts(run, waiting, ledger)
     moment = GrpoMoment(waiting, ledger, attempts, _depth(recipe, pacer), reporter.progress)
     if resume is not None:
@@ -143,6 +140,7 @@ async def begin(run: Run, learners: Learners, resume: Resume | None, rolled_back
     )
     watchdog = _watchdog(run, learners, waiting, publisher, checkpointer)
     waiting.on_stall = watchdog.idle
+    waiting.there_since = lambda: run.workers.there_since
     return Life(run, learners, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
 
 
@@ -204,14 +202,15 @@ def _watchdog(
         say=run.progress.say,
         leave=checkpointer.last,
         starting=lambda: workers.starting,
+        restarting=lambda: workers.scorers.gone,
     )
 
 
-def _ledger(folder: RunFolder, resume: Resume | None, rolled_back: bool) -> Ledger:
+def _ledger(folder: RunFolder, resume: Resume | None) -> Ledger:
     if resume is not None:
-        return Ledger.resume(folder.ledger, resume.cut.lines, resume.cut.version, rolled_back)
+        return Ledger.resume(folder.ledger, resume.cut.lines, resume.cut.version)
     if folder.ledger.exists():  # of a life that ended before its first cut
-        return Ledger.resume(folder.ledger, lines=0, version=0, rolled_back=rolled_back)
+        return Ledger.resume(folder.ledger, lines=0, version=0)
     return Ledger(folder.ledger)
 
 

@@ -2,7 +2,8 @@
 
 `policy.max_restarts` counts in one process: it is about machines, and whoever gives the command again, a person or a
 cluster that counts its own retries, says that they have another chance. What a run has rolled back is about what it
-learns; it stays in the journal, and counts in every process that goes on with it (Ledger.num_roll_backs).
+learns; it is in the journal from the moment at which it is decided (actors/health.py), and counts in every process that
+goes on with it (Ledger.num_roll_backs).
 """
 
 from collections.abc import Awaitable, Callable, Coroutine
@@ -32,16 +33,13 @@ class Recovery:
     recipe: Recipe
     folder: RunFolder
     say: Callable[[str], None]
-    lived: Callable[[Resume | None, bool], Coroutine[Any, Any, dict[str, Any]]]
-    """One life to its end, from a cut or from the beginning, and whether the one before was rolled back; the summary.
-    Raises what stopped it."""
+    lived: Callable[[Resume | None], Coroutine[Any, Any, dict[str, Any]]]
+    """One life to its end, from a cut or from the beginning; the summary. Raises what stopped it."""
     renewed: Callable[[], Awaitable[None]]
     """There is a new policy, and of the one before nothing is left; PolicyLostError when it does not start."""
     stopped: bool = False
     """Somebody has asked the run to end."""
     num_lost: int = 0
-    _rolled_back: bool = False
-    """And no life has begun since."""
 
     async def live(self, resume: Resume | None) -> dict[str, Any]:
         """To the last step, and to the model that it leaves; the summary. Raises what stopped the run."""
@@ -60,13 +58,11 @@ class Recovery:
     async def _next(self, lost: Lost | None, resume: Resume | None) -> dict[str, Any]:
         if lost is not None:
             resume = await self._recovered(lost)
-        rolled_back, self._rolled_back = self._rolled_back, False
-        return await self.lived(resume, rolled_back) | {"policy_restarts": self.num_lost}
+        return await self.lived(resume) | {"policy_restarts": self.num_lost}
 
     def _count(self, error: Lost) -> None:
         """RunError when a policy was lost too often; of rolling back the rule's own budget was asked (health.py)."""
         if isinstance(error, RollBackError):
-            self._rolled_back = True
             return
         self.num_lost += 1
         allowed = self.recipe.policy.max_restarts

@@ -65,6 +65,10 @@ class Worker:
     account: str = ""
     """Its stacks as it told them itself, when it answered: less than py-spy sees, and nothing of its children."""
 
+    @property
+    def name(self) -> str:
+        return f"{self.role} {self.number}"
+
 
 @dataclass(frozen=True, slots=True)
 class Pending:
@@ -97,6 +101,8 @@ def suspect(workers: Sequence[Worker], pending: Sequence[Pending]) -> tuple[Work
 def sentence(workers: Sequence[Worker], pending: Sequence[Pending], reason: str) -> str:
     """`reason` with the name of the suspect."""
     found = suspect(workers, pending)
+    if not workers:
+        return f"{reason}: no worker could be looked at"
     if found is None:
         return f"{reason}: every worker answers and none has a group; the schedule itself is stuck"
     worker, why = found

@@ -6,7 +6,7 @@ on their way and since when, and what the schedule and the publication wait for.
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,18 +43,29 @@ class Watchdog:
     critics: tuple[Any, ...] = ()
     starting: Callable[[], str] = str
     """The workers that are being started and without which no group gets on; empty when there are none."""
+    restarting: Callable[[], Collection[str]] = tuple
+    """Reward and reference workers that are being started again, by role and number; others may serve meanwhile."""
 
     async def idle(self, reason: str) -> RunError | None:
         """No group finishes while the policy waits: what ends the run, or None when the suspect is replaced.
 
-        None, too, while it waits for workers that are being started: that has deadlines of its own.
+        None, too, while it waits for workers that are being started: that has deadlines of its own, and a scorer that
+        is being started again is no excuse for others. And when a group has finished, or the run was asked to stop,
+        before all was looked at.
         """
         if starting := self.starting():
             self.say(f"warning: {reason}: {starting}, and it waits for that")
             return None
+        before = self.pacer.progress_at
         sight = await self._look(reason)
         what = sight.sentence(reason)
+        if self.pacer.progress_at != before:
+            self.say(f"warning: {what}; something has changed meanwhile, and it waits on, see {self.path}")
+            return None
         found = suspect(sight.workers, sight.pending)
+        if found is not None and found[0].name in self.restarting():
+            self.say(f"warning: {what}; it is being started again, and the run waits for that")
+            return None
         learns = found is not None and found[0].role in (POLICY, CRITIC)
         if self.then == "retry" and found is not None and not learns:
             self.say(f"warning: {what}; it is replaced, see {self.path}")

@@ -63,13 +63,19 @@ def check_policy(
     if pool == "critic":
         last = "critic.model to a smaller model, or take GPUs with more memory"
     if load.bytes_per_weight == 4:
-        half = PolicyKnob(f"{pool}.dtype=bfloat16", replace(load, bytes_per_weight=2))
+        half = _in_half(load, pool)
         single += [half] if total(policy_footprint(shape, half.load)) <= gpu_bytes else []
     fixes = _first_of_each(knob.text for knob in single) or [knob.text for knob in knobs[:1]]
     fewest = next((knob.text for knob in knobs if knob.load.num_ranks > load.num_ranks), None)
     if fewest is not None and fewest not in fixes:
         fixes.append(fewest)
     raise MemoryShortageError(_lacks(pool, footprint, gpu_bytes, fixes or [last]))
+
+
+def _in_half(load: PolicyLoad, pool: str) -> PolicyKnob:
+    """In bfloat16, for which there is no stage 0."""
+    text = f"{pool}.dtype=bfloat16" + (f" {pool}.zero_stage=1" if load.zero_stage == 0 else "")
+    return PolicyKnob(text, replace(load, bytes_per_weight=2, zero_stage=max(1, load.zero_stage)))
 
 
 def _policy_knobs(load: PolicyLoad, shortest: int, pool: str) -> Iterator[PolicyKnob]:

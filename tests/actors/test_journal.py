@@ -44,17 +44,21 @@ def test_a_run_that_goes_back_trains_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_how_often_the_run_was_rolled_back_is_known_to_every_process_that_goes_on(tmp_path: Path) -> None:
-    """Whatever the cut is: what comes after it is taken back, but not that it was."""
+    """From the decision on, whatever the cut is: what comes after it is taken back, but not that it was."""
     path = tmp_path / "ledger.jsonl"
     with Ledger(path) as ledger:
         write(ledger, range(4), step=0)
         lines = ledger.num_lines
-    for rolled_back, expected in ((True, 1), (False, 1), (True, 2)):
-        with Ledger.resume(path, lines, version=1, rolled_back=rolled_back) as ledger:
+    for rolls_back, expected in ((True, 1), (False, 1), (True, 2)):
+        with Ledger.resume(path, lines, version=1) as ledger:
             write(ledger, range(4, 8), step=1)
+            if rolls_back:
+                ledger.rolled_back("entropy was 0")
+                assert journal.fates(journal.read(path)).num_roll_backs == expected, "the process may die now"
             assert ledger.num_roll_backs == expected
     with Ledger.resume(path, lines, version=1) as ledger:
         assert (ledger.num_roll_backs, ledger.num_cuts) == (2, 4)
+    assert list(journal.fates(journal.read(path)).problems()) == []
 
 
 def test_a_crash_at_any_byte_leaves_a_journal(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The waits around the pacer: order of events, deadlines, and who is said to have waited for what."""
 
 import asyncio
+import time
 from itertools import pairwise
 
 import pytest
@@ -82,6 +83,37 @@ async def test_who_is_asked_about_a_stall_may_let_the_run_wait_on_or_end_it() ->
     assert len(asked) == 3
     assert all(later - earlier >= 0.09 for earlier, later in pairwise(asked))
     assert pacer.facts()["the policy waits for"] == "groups"
+
+
+@pytest.mark.parametrize("stops", [False, True])
+async def test_what_happens_while_somebody_looks_for_the_suspect_counts(stops: bool) -> None:
+    """Looking takes a minute: a group that finishes in it is trained, and who asks the run to stop is heard."""
+    pacer = AsyncPacer(Pacer(groups_per_batch=1, max_staleness=0, num_batches=1), stall_timeout_s=0.1)
+    await pacer.published(0)
+    slot = await anext(pacer.slots())
+
+    async def on_stall(reason: str) -> RunError:
+        changing = pacer.stop() if stops else pacer.finished(slot, ready(slot, 0))
+        await asyncio.wait_for(changing, timeout=5.0)
+        return RunError("the suspect")
+
+    pacer.on_stall = on_stall
+    taken = await asyncio.wait_for(pacer.take(), timeout=10.0)
+    assert (taken is None) == stops
+
+
+async def test_the_time_in_which_a_worker_was_started_is_none_in_which_groups_were_late() -> None:
+    pacer = AsyncPacer(Pacer(groups_per_batch=1, max_staleness=0, num_batches=1), stall_timeout_s=0.3)
+    await pacer.published(0)
+    await anext(pacer.slots())
+    there_since = 0.0
+    pacer.there_since = lambda: there_since
+    waiting = asyncio.create_task(pacer.take())
+    await asyncio.sleep(0.2)
+    there_since = time.monotonic()
+    with pytest.raises(DeadlineError, match="no group finished for 0 s"):
+        await asyncio.wait_for(waiting, timeout=5.0)
+    assert time.monotonic() - there_since >= 0.3, "all of the time was the group's own"
 
 
 async def test_nothing_is_dispatched_before_the_first_committed_version() -> None:

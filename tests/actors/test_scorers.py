@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,8 +66,10 @@ async def asked(of: Scorers, worker: Any, value: int) -> int:
 )
 async def test_a_worker_that_dies_or_hangs_answers_in_its_next_life(workers: list[Any], strike: int, told: str) -> None:
     of, worker, said = scorers(workers, strike)
+    began = time.monotonic()
     assert await asked(of, worker, 41) == 42
     assert of.num_restarted == 1
+    assert of.there_since > began
     assert told in said[0]
 
 

@@ -26,6 +26,8 @@ class Kind:
     """Whether the class makes sense with real engines and a real policy."""
     alone: bool = False
     """Whether it can be told only while all replicas are well: where most hold what is wrong, nobody knows."""
+    late: bool = False
+    """Whether its point is come to after the last step alone."""
 
     @property
     def restarts(self) -> bool:
@@ -45,8 +47,13 @@ class Kind:
     @property
     def costs_checkpoint(self) -> bool:
         """Whether there is a checkpoint less than there would be."""
-        writing = self.inside is not None and self.inside[1] in ("snapshot", "midwrite")
+        writing = self.inside is not None and self.inside[1] in ("snapshot", "write", "midwrite")
         return writing or self.damages or self.outside == "kill writing"
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        """Whether nobody comes to its point before there is a checkpoint."""
+        return self.inside is not None and self.inside[1] == "restore"
 
 
 CLASSES: dict[str, Kind] = {
@@ -82,8 +89,12 @@ CLASSES: dict[str, Kind] = {
     "policy raises in a step": Kind(("policy", "step", "raise")),
     "policy killed sending": Kind(("policy", "send", "kill")),
     "policy killed at a bucket": Kind(("policy", "bucket", "kill")),
+    "policy killed starting": Kind(("policy", "start", "kill"), trigger=("policy", "step", "kill")),
+    "policy killed restoring": Kind(("policy", "restore", "kill"), trigger=("policy", "step", "kill")),
     "policy killed in a snapshot": Kind(("policy", "snapshot", "kill")),
+    "policy killed before writing": Kind(("policy", "write", "kill")),
     "policy killed writing": Kind(("policy", "midwrite", "kill")),
+    "policy killed saving the model": Kind(("policy", "save", "kill"), late=True),
     "disk full writing a checkpoint": Kind(("policy", "midwrite", "full")),
     "driver killed": Kind(outside="kill", vllm=True),
     "driver terminated": Kind(outside="term", vllm=True),
@@ -110,6 +121,8 @@ class Scene:
     num_checkpoints: int
     newest_is_new: bool
     """A checkpoint was written since the last fault that cost one."""
+    is_late: bool = False
+    """The last step is about to be taken."""
 
 
 def choose(names: Sequence[str], scene: Scene) -> int | None:
@@ -130,7 +143,9 @@ def may_strike(name: str, scene: Scene) -> bool:
     others = [CLASSES[other] for other in scene.in_flight]
     if kind.alone:
         return not others and scene.all_serve
-    if kind.restarts and not scene.has_trained:
+    if (kind.restarts and not scene.has_trained) or (kind.late and not scene.is_late):
+        return False
+    if kind.needs_checkpoint and scene.num_checkpoints == 0:
         return False
     if kind.loses_policy and any(other.loses_policy for other in others):
         return False

@@ -27,6 +27,7 @@ _POLL_S = 0.05
 _PATIENCE_S = 20.0
 """A fault whose point is not come to for so long is taken back, and comes again later."""
 _MAX_LIVES_IN_VAIN = 4
+_LAST_STEPS = 3
 _PACE_S = 0.15
 _SLOW_S = 1.0
 """What a step takes while faults are to strike, and when there are few steps left for them."""
@@ -212,6 +213,7 @@ class ChaosRun:
             all_serve=last_metric(self.folder / "run" / "metrics.jsonl", "sync/replicas") == self._num_replicas,
             num_checkpoints=len(written),
             newest_is_new=max(written, default=0.0) > self._cost_checkpoint,
+            is_late=journal.version >= self.steps - _LAST_STEPS,
         )
 
     def _set_pace(self, journal: Journal) -> None:

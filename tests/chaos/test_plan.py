@@ -61,6 +61,13 @@ def test_a_checkpoint_is_there_before_the_next_one_is_taken_away() -> None:
     assert choose(["newest checkpoint flipped"], QUIET) == 0
 
 
+def test_nobody_waits_for_a_point_that_is_not_come_to() -> None:
+    names = ["policy killed saving the model", "policy killed restoring"]
+    assert choose(names, replace(QUIET, num_checkpoints=0)) is None
+    assert choose(names, QUIET) == 1
+    assert choose(names, replace(QUIET, is_late=True)) == 0
+
+
 def test_the_driver_ends_only_after_it_has_come_on() -> None:
     assert choose(["driver killed", "reward exits"], replace(QUIET, has_trained=False)) == 1
     assert choose(["driver killed", "reward exits"], QUIET) == 0
