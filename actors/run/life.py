@@ -5,7 +5,6 @@ is left but the engines and the journal: what happened since the cut happened to
 """
 
 import asyncio
-import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,11 +71,10 @@ class Life:
 
     async def live(self) -> None:
         """Train to the last step; PolicyLostError when the policy is lost on the way."""
-        liveness, policy, critic = self.run.recipe.liveness, self.learners.policy, self.learners.critic
-        critic_watched = contextlib.nullcontext() if critic is None else critic.watched(liveness)
+        liveness = self.run.recipe.liveness
         with self.ledger:
             try:
-                async with self.watchdog.watching(), policy.watched(liveness), critic_watched:
+                async with self.watchdog.watching(), self.learners.watched(liveness):
                     await self.publisher.connect()
                     await self.controller.run()
             except BaseException as error:
@@ -105,7 +103,7 @@ async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
     version = 0
     if resume is not None:
         version = resume.cut.version
-        async with policy.watched(recipe.liveness):
+        async with learners.watched(recipe.liveness):
             await policy.restore(resume.path)
             if learners.critic is not None:
                 await learners.critic.restore(resume.path / CRITIC)
