@@ -127,8 +127,10 @@ class Controller:
             return update
         async with asyncio.TaskGroup() as steps:
             learning = steps.create_task(self.critic.train_step(lesson, scored), name="critic")
-            step = self.policy.rest(batch) if self._rests(batch.version) else self.policy.step(batch, scored)
-            update = await step
+            if self._rests(batch.version):
+                update = await self.policy.rest(batch)
+            else:
+                update = await self.policy.step(batch, scored)
             await self._publish(update.version)
         return replace(update, metrics={**update.metrics, **learning.result()})
 

@@ -20,6 +20,7 @@ from actors.policy import policy_actor
 from actors.policy_calls import PolicySettings
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe, Recipe
+from actors.recipe.upkeep import LivenessConfig
 from actors.reference import reference_actor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
@@ -86,6 +87,16 @@ class Learners:
     policy: PolicyGroup
     critic: PolicyGroup | None = None
     """With algorithm.advantage 'gae' alone."""
+
+    @contextlib.asynccontextmanager
+    async def watched(self, config: LivenessConfig) -> AsyncIterator[None]:
+        """PolicyLostError, in a group, when a rank of either gives no sign of life while the context is open."""
+        if self.critic is None:
+            async with self.policy.watched(config):
+                yield
+        else:
+            async with self.policy.watched(config), self.critic.watched(config):
+                yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,12 +81,11 @@ class Lives:
         finally:
             self.checkpoint_stall_s += life.checkpointer.stall_s
         policy, critic = self.learners.policy, self.learners.critic
-        async with policy.watched(self.run.recipe.liveness):
+        async with self.learners.watched(self.run.recipe.liveness):
             await policy.save(self.run.folder.model)
-            await life.checkpointer.conclude()
-        if critic is not None:
-            async with critic.watched(self.run.recipe.liveness):
+            if critic is not None:
                 await critic.save(self.run.folder.critic)
+            await life.checkpointer.conclude()
         return life.summary() | {"checkpoint_stall_s": self.checkpoint_stall_s}
 
     async def stop(self) -> None:

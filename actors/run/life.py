@@ -5,7 +5,6 @@ is left but the engines and the journal: what happened since the cut happened to
 """
 
 import asyncio
-import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,15 +73,12 @@ class Life:
     async def live(self) -> None:
         """Train to the last step; PolicyLostError when the policy is lost on the way."""
         liveness, workers = self.run.recipe.liveness, self.run.workers
-        policy, critic = self.learners.policy, self.learners.critic
-        critic_watched = contextlib.nullcontext() if critic is None else critic.watched(liveness)
         capacity = self.run.recipe.groups_in_flight if workers.elastic is not None else None
         with self.ledger:
             try:
                 async with (
                     self.watchdog.watching(),
-                    policy.watched(liveness),
-                    critic_watched,
+                    self.learners.watched(liveness),
                     capacity_followed(workers.fleet, self.pacer, capacity),
                 ):
                     await self.publisher.connect()
@@ -115,7 +111,7 @@ async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
     version = 0
     if resume is not None:
         version = resume.cut.version
-        async with policy.watched(recipe.liveness):
+        async with learners.watched(recipe.liveness):
             await policy.restore(resume.path)
             if learners.critic is not None:
                 await learners.critic.restore(resume.path / CRITIC)

@@ -87,6 +87,8 @@ def named_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if isinstance(recipe, GrpoRecipe):
         if recipe.reference is not None:
             yield from _of_model("reference", recipe.reference)
+        if recipe.critic_model is not None:
+            yield from _of_model("critic.model", recipe.critic_model)
         for index, reward in enumerate(recipe.rewards.functions):
             if reward.model is not None:
                 yield f"rewards.functions.{index}.model", reward.model

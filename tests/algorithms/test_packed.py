@@ -67,6 +67,12 @@ def test_the_values_of_each_loss_token() -> None:
     assert row.token_ids_T[row.predictor_N].tolist() == [21, 22, 23, 10, 11, 32, 33, 34]
 
 
+def test_a_rollout_may_have_an_advantage_for_each_loss_token() -> None:
+    row = pack_row(ROLLOUTS, [np.array([1.0, -2.0, 3.5], np.float32), 2.0, np.zeros(3, np.float32)], pad_id=0)
+    assert row.advantages_N.dtype == torch.float32
+    assert row.advantages_N.tolist() == [1.0, -2.0, 3.5, 2.0, 2.0, 0.0, 0.0, 0.0]
+
+
 def test_a_row_without_rollouts_has_no_loss_token() -> None:
     row = pack_row([], [], pad_id=7)
     assert row.token_ids_T.tolist() == [7]
