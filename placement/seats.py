@@ -37,7 +37,7 @@ class Seats:
     def ask(self) -> int:
         """One seat more; its number."""
         number = next(self._numbers)
-        self._groups[number] = ask_for(self._bundle)
+        self._groups[number] = ask_for(self._bundle, number)
         return number
 
     def give_back(self, number: int) -> None:
@@ -84,9 +84,9 @@ class Seats:
             self.give_back(number)
 
 
-def ask_for(bundle: Bundle) -> PlacementGroup:
-    """A placement group of this bundle alone."""
-    return placement_group([resources_of(bundle)], name=f"paceline-{bundle.pool}")
+def ask_for(bundle: Bundle, number: int) -> PlacementGroup:
+    """A placement group of this bundle alone; Ray refuses a second one of the same name."""
+    return placement_group([resources_of(bundle)], name=f"paceline-{bundle.pool}-{number}")
 
 
 def resources_of(bundle: Bundle) -> dict[str, float]:
