@@ -9,8 +9,8 @@ loop.
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from actors.attempts import Attempts
 from actors.errors import StoppedError
@@ -18,11 +18,12 @@ from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
+from actors.weighing import ByRewards, Weighing
 from algorithms.config import GrpoConfig, StalenessConfig
 from algorithms.depth import DepthController
 from algorithms.packing import build_batch
 from algorithms.signal import signal
-from algorithms.types import Batch, Update
+from algorithms.types import Batch, GroupSummary, Update
 
 
 @dataclass(slots=True)
@@ -51,6 +52,8 @@ class Controller:
     version of the newest that there is."""
     first_version: int = 0
     """What the policy holds when the run begins, or goes on."""
+    weighing: Weighing = field(default_factory=ByRewards)
+    """What else the weights of a batch depend on."""
 
     async def run(self) -> None:
         """Train `num_steps` updates; raises what stopped the run."""
@@ -74,9 +77,11 @@ class Controller:
                 newest = await self.stopped(version)
                 raise StoppedError.after(version, self.num_steps, newest, self.pacer.why_stopped)
             self.attempts.discard(taken)
-            batch = self.batch(taken.batch)
             async with self.publisher.exclusive:  # nobody is admitted between a step and its publication
-                update = await self.policy.step(batch, [group.scored for group in taken.batch])
+                lesson = await self.weighing.lesson(taken.batch, self.batch)
+                batch = lesson.batch
+                update = await self.policy.step(batch, lesson.groups)
+                update = replace(update, metrics={**update.metrics, **lesson.metrics})
                 await self._publish(update.version)
             self.ledger.trained(taken.batch, update, batch.oldest_version)
             await self._follow(update)
@@ -84,9 +89,8 @@ class Controller:
             await self.health(update.version, metrics)
             await self.settled(update.version)
 
-    def batch(self, groups: list[ReadyGroup]) -> Batch:
+    def batch(self, summaries: Sequence[GroupSummary]) -> Batch:
         """What the rewards say of each rollout, packed for the ranks."""
-        summaries = [group.summary for group in groups]
         version = self.publisher.committed
         assert version is not None
         oldest_version = max(0, version - self.staleness.max_staleness)

@@ -1,6 +1,6 @@
 """What a step of the policy minimises, and what it computes of each sequence for that."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,9 @@ class Objective:
     numbers: Literal["logprobs", "scores"] | None = None
     """What each sequence amounts to: the log-probability of its loss tokens, or a reward model's score at its end."""
 
+    reference_below: bool = False
+    """The reference is the policy without its adapter, so the ranks themselves have its log-probabilities."""
+
     @property
     def num_iterations(self) -> int:
         """Updates of the optimizer on each batch."""
@@ -37,6 +40,20 @@ class Objective:
             scores_N = row_scores(model, row)
             return scores_N, torch.zeros_like(scores_N)
         return row_logprobs(model, row, self.temperature)
+
+    def referred(self, model: Any, row: PackedRow) -> PackedRow:
+        """The row with the reference's log-probabilities; they came with the rollouts unless the reference is below."""
+        if not self.reference_below:
+            return row
+        from actors.model.forward import row_logprobs
+        from actors.model.lora import without_adapter
+
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), without_adapter(model):
+            reference_N, _ = row_logprobs(model, row, self.temperature)
+        model.train(was_training)
+        return replace(row, reference_logprobs_N=reference_N)
 
     def loss(
         self, row: PackedRow, values_N: Tensor, entropy_N: Tensor, start_N: Tensor, normalizer: Normalizer

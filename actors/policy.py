@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from actors.errors import RunError
-from actors.policy_calls import PolicySettings, RankBatch, RankUpdate
+from actors.policy_calls import PolicySettings, RankBatch, RankUpdate, ReferenceSums
 from actors.policy_state import PolicyState, collect, restore
 from algorithms.corrections import sequence_sum
+from algorithms.losses import Normalizer
 from algorithms.packed import PackedRow, pack_row
 from algorithms.stats import LossStats, merge
-from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup
+from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup, kl_sums
 from sync.gloo import open_store, reach_store
 from sync.layout import parameters_of, plan_layout
 from sync.member import Membership
@@ -163,8 +164,9 @@ class PolicyActor:
         num_iterations = self.settings.objective.num_iterations
         passes: list[_Pass] = []
         starts: dict[int, Tensor] = {}
+        rows = [self._referred(micro_batch, groups, batch.oldest_version) for micro_batch in batch.micro_batches]
         while len(passes) < num_iterations and all(one.stepped for one in passes):
-            passes.append(self._pass(batch, groups, starts))
+            passes.append(self._pass(rows, batch.normalizer, starts))
         done = [one for one in passes if one.stepped]
         for _ in range(num_iterations - len(done)):
             self.engine.lr_scheduler.step()  # a completed batch has its place in the schedule
@@ -181,16 +183,15 @@ class PolicyActor:
             num_updates=len(done),
         )
 
-    def _pass(self, batch: RankBatch, groups: Sequence[ScoredGroup | Group], starts: dict[int, Tensor]) -> _Pass:
+    def _pass(self, rows: Sequence[PackedRow], normalizer: Normalizer, starts: dict[int, Tensor]) -> _Pass:
         """One update of the policy; the first leaves in `starts` the log-probabilities that the step began with."""
         objective = self.settings.objective
         losses, stats = [], []
-        for index, micro_batch in enumerate(batch.micro_batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(batch.micro_batches) - 1)
-            row = self._row(micro_batch, groups, batch.oldest_version)
+        for index, row in enumerate(rows):
+            self.engine.set_gradient_accumulation_boundary(index == len(rows) - 1)
             values_N, entropy_N = objective.values(self.engine, row)
             start_N = starts.setdefault(index, values_N.detach())
-            loss, micro_stats = objective.loss(row, values_N, entropy_N, start_N, batch.normalizer)
+            loss, micro_stats = objective.loss(row, values_N, entropy_N, start_N, normalizer)
             # DeepSpeed averages gradients over the ranks; our shares are to be summed.
             self.engine.backward(loss * self.settings.num_ranks)
             losses.append(loss.item())
@@ -218,6 +219,19 @@ class PolicyActor:
         advantages = [sample.advantage for sample in samples]
         row = pack_row(rollouts, advantages, self.pad_id, oldest_version, self.version)
         return row.to(self.engine.device)
+
+    def _referred(
+        self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group], oldest_version: int
+    ) -> PackedRow:
+        return self.settings.objective.referred(self.engine, self._row(micro_batch, groups, oldest_version))
+
+    def references(self, batch: RankBatch, *groups: ScoredGroup | Group) -> list[list[ReferenceSums]]:
+        """What the reference says of each sample of each micro-batch; every rank is called."""
+        sums = []
+        for micro_batch in batch.micro_batches:
+            row = self._referred(micro_batch, groups, batch.oldest_version)
+            sums.append(_sums(row) if micro_batch.samples else [])
+        return sums
 
     def numbers(self, batch: RankBatch, *groups: ScoredGroup | Group) -> list[list[float]]:
         """Log-probability, or score, of each sample of each micro-batch, without dropout; every rank is called."""
@@ -407,6 +421,19 @@ def node_ip() -> str:
     import ray
 
     return ray.util.get_node_ip_address()
+
+
+def _sums(row: PackedRow) -> list[ReferenceSums]:
+    """Of each sequence of the row."""
+    assert row.reference_logprobs_N is not None, "nobody has asked the reference"
+    reference_N, sampled_N, sequence_N = (
+        values_N.cpu().numpy() for values_N in (row.reference_logprobs_N, row.sampled_logprobs_N, row.sequence_N)
+    )
+    sums = []
+    for place in range(len(row.lengths_S)):
+        reference_L, sampled_L = (values_N[sequence_N == place].astype(float) for values_N in (reference_N, sampled_N))
+        sums.append(ReferenceSums(float(reference_L.sum()), kl_sums(sampled_L - reference_L)))
+    return sums
 
 
 def _rollouts(group: ScoredGroup | Group) -> tuple[Rollout, ...]:

@@ -7,7 +7,7 @@ from actors.objective import Objective
 from actors.recipe.policy import PolicyConfig
 from algorithms.config import OptimizerConfig
 from algorithms.losses import Normalizer
-from algorithms.types import MicroBatch
+from algorithms.types import KlSums, MicroBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,16 @@ class RankBatch:
     normalizer: Normalizer
     oldest_version: int
     """Tokens sampled by weights older than this leave the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceSums:
+    """What the reference says of one sequence."""
+
+    logprob: float
+    """Of its loss tokens, summed."""
+    kl: KlSums
+    """Of those that were sampled."""
 
 
 @dataclass(frozen=True, slots=True)

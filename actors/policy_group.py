@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from actors.deadline import DeadlineError, within
 from actors.errors import PolicyLostError, RunError, SpoiledError, last_line
 from actors.policy import CONTROL, IO
-from actors.policy_calls import RankBatch, RankUpdate
+from actors.policy_calls import RankBatch, RankUpdate, ReferenceSums
 from actors.recipe.upkeep import LivenessConfig
 from algorithms.costs import SequenceCosts
 from algorithms.losses import Normalizer
@@ -57,18 +57,30 @@ class PolicyGroup:
         assert len({update.skipped for update in updates}) == 1, "all ranks step, or none does"
         return _merge(batch, updates, time.perf_counter() - started)
 
-    async def numbers(self, batch: Batch, groups: Sequence[Group]) -> dict[tuple[int, int], float]:
+    async def numbers(self, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> dict[tuple[int, int], float]:
         """What each sample of the batch amounts to under the current weights, by group and rollout."""
-        what = f"log-probabilities or scores at version {batch.version}"
+        found: dict[tuple[int, int], float] = await self._asked("numbers", batch, groups)
+        return found
+
+    async def references(
+        self, batch: Batch, groups: Sequence[ray.ObjectRef | Group]
+    ) -> dict[tuple[int, int], ReferenceSums]:
+        """What the reference says of each sample of the batch, by group and rollout."""
+        found: dict[tuple[int, int], ReferenceSums] = await self._asked("references", batch, groups)
+        return found
+
+    async def _asked(self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> dict[Any, Any]:
+        """What the ranks answer for each sample of their shares."""
+        calls = asyncio.gather(*self._calls(method, batch, groups))
         with _lost():
-            found: list[list[list[float]]] = await _answer(
-                self.timeout_s, asyncio.gather(*self._calls("numbers", batch, groups)), what
+            found: list[list[list[Any]]] = await _answer(
+                self.timeout_s, calls, f"{method} of the batch at version {batch.version}"
             )
         return {
-            (sample.group, sample.rollout): number
-            for rank, numbers in zip(batch.ranks, found, strict=True)
-            for micro_batch, of_samples in zip(rank, numbers, strict=True)
-            for sample, number in zip(micro_batch.samples, of_samples, strict=True)
+            (sample.group, sample.rollout): answer
+            for rank, answers in zip(batch.ranks, found, strict=True)
+            for micro_batch, of_samples in zip(rank, answers, strict=True)
+            for sample, answer in zip(micro_batch.samples, of_samples, strict=True)
         }
 
     def _calls(self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> list[Any]:

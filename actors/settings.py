@@ -98,10 +98,15 @@ def _objective(recipe: Recipe) -> Objective:
     match recipe:
         case GrpoRecipe():
             generation = recipe.generation
-            return Objective(recipe.algorithm, generation.temperature, generation.max_completion_length)
+            return Objective(
+                recipe.algorithm,
+                generation.temperature,
+                generation.max_completion_length,
+                reference_below=recipe.reference_below,
+            )
         case SftRecipe():
             return Objective(None, temperature=1.0, max_completion_length=recipe.max_length)
         case RewardRecipe():
             return Objective(None, 1.0, recipe.max_length, numbers="scores")
         case PreferenceRecipe():
-            return Objective(None, 1.0, recipe.max_length, numbers="logprobs")
+            return Objective(None, 1.0, recipe.max_length, numbers="logprobs", reference_below=recipe.reference_below)

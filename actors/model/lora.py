@@ -5,8 +5,9 @@ peft's files, which vLLM knows: `base_model.model.<module>.lora_A.weight`, shape
 (outputs, r).
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,6 +59,26 @@ def adapt(model: PreTrainedModel, config: LoraConfig) -> None:
     )
     # One dtype for all parameters, as DeepSpeed wants it; its optimizers keep float32 copies of what they train.
     peft.get_peft_model(model, settings, adapter_name=_NAME, autocast_adapter_dtype=False)
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its base computes: every adapter's part is multiplied by 0.
+
+    The adapters' modules are still called, so that ZeRO-3, which fetches weights in the order of the calls, sees the
+    order that it knows; and what requires a gradient stays as it is, for DeepSpeed has hooks on it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert layers, "a model without adapters has no base below them"
+    for layer in layers:
+        layer.set_scale(_NAME, 0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(_NAME, 1)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

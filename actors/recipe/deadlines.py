@@ -11,7 +11,7 @@ def score_timeout_s(recipe: GrpoRecipe) -> float:
     A worker that hangs, and is found out and started again meanwhile, has time for it, too.
     """
     queue = -(-recipe.max_groups_in_flight // recipe.pools.reward.num_workers)
-    reference_s = recipe.policy.timeout_s if recipe.algorithm.beta > 0 else 0.0
+    reference_s = recipe.policy.timeout_s if recipe.has_reference_workers else 0.0
     return _SLACK_S + _found_out_s(recipe) + queue * _rewards_s(recipe) + reference_s
 
 
@@ -30,7 +30,7 @@ def stall_timeout_s(recipe: GrpoRecipe) -> float:
     """
     if recipe.stall.timeout_s is not None:
         return recipe.stall.timeout_s
-    generation_s = recipe.generation.timeout_s * (2 if recipe.algorithm.beta > 0 else 1)
+    generation_s = recipe.generation.timeout_s * (2 if recipe.has_reference_workers else 1)
     return _SLACK_S + _found_out_s(recipe) + generation_s + _rewards_s(recipe)
 
 

@@ -6,11 +6,11 @@ from placement.config import PoolConfig
 
 
 def used_pools(recipe: Recipe) -> dict[str, PoolConfig]:
-    """The pools that a run of the recipe starts; no KL penalty, no reference."""
+    """The pools that a run of the recipe starts; no KL penalty, no reference; nor where it is below an adapter."""
     pools = recipe.pools
     match recipe:
         case OfflineRecipe():
             return {"policy": pools.policy}
         case GrpoRecipe():
-            reference = {"reference": pools.reference} if recipe.algorithm.beta > 0 else {}
+            reference = {"reference": pools.reference} if recipe.has_reference_workers else {}
             return {"policy": pools.policy, **reference, "reward": pools.reward, "rollout": pools.rollout}

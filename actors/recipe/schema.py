@@ -29,7 +29,8 @@ class GrpoRecipe(BaseRecipe):
     algorithm: GrpoConfig = GrpoConfig()
     reference: ReferenceConfig | None = None
     """The model that the KL penalty is measured against, with the policy's tokenizer; null takes the policy's initial
-    weights. With `algorithm.kl_penalty: advantage` it is a teacher."""
+    weights, which with `policy.lora` are those below the adapter, so that no worker is needed for them. With
+    `algorithm.kl_penalty: advantage` it is a teacher."""
     staleness: StalenessConfig = StalenessConfig()
     rewards: RewardsConfig
     generation: GenerationConfig = GenerationConfig()
@@ -113,6 +114,16 @@ class GrpoRecipe(BaseRecipe):
                 f"sync.delta: changes are applied to the version before, which staging {sync.staging!r} does not keep "
                 "in host memory; set sync.staging to host, or sync.delta to false"
             )
+
+    @property
+    def reference_below(self) -> bool:
+        """The reference is the policy without its adapter, which the policy's ranks hold; a `reference` that is named
+        has workers of its own, whichever model it is."""
+        return self.algorithm.beta > 0 and self.policy.lora is not None and self.reference is None
+
+    @property
+    def has_reference_workers(self) -> bool:
+        return self.algorithm.beta > 0 and not self.reference_below
 
     @property
     def max_groups_per_replica(self) -> int:

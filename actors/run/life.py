@@ -32,6 +32,7 @@ from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.tracker import Tracker
 from actors.run.watchdog import Watchdog
+from actors.weighing import ByKl, ByRewards, Weighing
 from actors.workers import Workers
 from algorithms.budgets import RewardBudget
 from algorithms.depth import DepthController
@@ -133,6 +134,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None, rolled_bac
         settled=checkpointer.after,
         stopped=checkpointer.last,
         first_version=version,
+        weighing=_weighing(run, policy),
     )
     watchdog = _watchdog(run, policy, waiting, publisher, checkpointer)
     waiting.on_stall = watchdog.idle
@@ -242,6 +244,13 @@ def _publisher(run: Run, policy: PolicyGroup) -> Publisher:
         member_timeout_s=recipe.rollout.start_timeout_s,
         drain_timeout_s=0.0 if recipe.staleness.in_flight_updates else recipe.generation.timeout_s,
     )
+
+
+def _weighing(run: Run, policy: PolicyGroup) -> Weighing:
+    """What a batch's weights depend on besides rewards."""
+    if run.recipe.reference_below and run.recipe.algorithm.sums_the_kl:
+        return ByKl(policy)
+    return ByRewards()
 
 
 def _limits(recipe: GrpoRecipe) -> Limits:
