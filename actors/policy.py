@@ -6,13 +6,14 @@ into micro-batches (`loss_type: bnpo` alone depends on the split, by definition)
 """
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.distributed import TCPStore
 from actors.errors import RunError
 from actors.policy_calls import PolicySettings, RankBatch, RankUpdate, ReferenceSums
 from actors.policy_state import PolicyState, collect, restore
+from actors.recipe.policy import LoraConfig
 from algorithms.corrections import sequence_sum
 from algorithms.losses import Normalizer
 from algorithms.packed import PackedRow, pack_row
@@ -31,6 +33,9 @@ from sync.layout import parameters_of, plan_layout
 from sync.member import Membership
 from sync.sender import Sender, Sent
 from sync.transport import Kind, Ticket, Transport, open_wire
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONTROL, IO = "control", "io"
 """Concurrency groups, one call each, that are answered while a rank trains or sends."""
@@ -102,6 +107,7 @@ class PolicyActor:
         from actors.model.load import disable_dropout, load_causal_lm, load_scorer
         from actors.model.lora import adapt, base_digest, trained_parameters
         from actors.model.optimizer import adamw, deepspeed_config
+        from actors.model.quantize import quantization
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
         # killed meanwhile leaves behind: every later start would wait for it without end.
@@ -111,7 +117,10 @@ class PolicyActor:
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
         deepspeed.init_distributed(backend, verbose=False, timeout=self._timeout)  # takes the group that is there
-        load = load_scorer if settings.objective.numbers == "scores" else load_causal_lm
+        load: Callable[..., PreTrainedModel] = load_scorer
+        if settings.objective.numbers != "scores":
+            four_bits = quantization(settings.policy.lora, settings.policy.dtype)
+            load = functools.partial(load_causal_lm, quantization=four_bits)
         model = load(
             settings.model_path,
             settings.revision,
@@ -384,6 +393,9 @@ class PolicyActor:
         from actors.model.lora import ADAPTER_FOLDER, merged, save_adapter, sources
 
         module, lora = self.engine.module, self.settings.policy.lora
+        if lora is not None and lora.quantize is not None:
+            self._save_over_the_whole(folder, lora)
+            return
         parameters: dict[str, Any] = dict(module.named_parameters())
         plan = {name: [parameters[part] for part in parts] for name, parts in sources(parameters).items()}
         scaling = lora.lora_alpha / lora.r if lora is not None else 1.0
@@ -395,6 +407,21 @@ class PolicyActor:
         adapter = self._copied({name: [p] for name, p in self._parameters.items()}, lambda parts: merged(parts, 1.0))
         if self.rank == 0:
             save_adapter(module, adapter, folder / ADAPTER_FOLDER)
+
+    def _save_over_the_whole(self, folder: Path, lora: LoraConfig) -> None:
+        """The same of a model that is held in four bits: the adapter over the model as it was."""
+        from actors.model.load import load_causal_lm
+        from actors.model.lora import ADAPTER_FOLDER, merged, save_adapter
+        from actors.model.quantize import merge_over
+
+        adapter = self._copied({name: [p] for name, p in self._parameters.items()}, lambda parts: merged(parts, 1.0))
+        if self.rank != 0:
+            return
+        told = self.settings
+        model = load_causal_lm(told.model_path, told.revision, told.trust_remote_code, told.policy.dtype)
+        merge_over(model, adapter, lora.lora_alpha / lora.r)
+        model.save_pretrained(folder)
+        save_adapter(self.engine.module, adapter, folder / ADAPTER_FOLDER)
 
     def _copied(
         self, plan: Mapping[str, Sequence[Any]], make: Callable[[Sequence[Tensor]], Tensor]

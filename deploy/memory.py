@@ -151,6 +151,7 @@ def policy_load(recipe: Recipe, shape: ModelShape) -> PolicyLoad:
         tokens=_tokens(recipe, _per_rank(recipe)),
         gradient_checkpointing=policy.gradient_checkpointing,
         num_trained=trained,
+        four_bits=lora is not None and lora.quantize is not None,
     )
 
 

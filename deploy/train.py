@@ -23,6 +23,7 @@ from actors.errors import RunError, first_cause, last_line
 from actors.journal import check
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
+from actors.model.quantize import check_quantizer
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
 from actors.recipe.base import OfflineRecipe
 from actors.recipe.file import load_recipe
@@ -89,6 +90,8 @@ def prepare(
             _check_reference(run.reference, tokenizer, num_positions)
         if run.policy.lora is not None:
             target_modules(_skeleton(run), run.policy.lora)
+            if run.policy.lora.quantize is not None:
+                check_quantizer()
         folder = RunFolder(run.folder)
         resume = None if overwrite else _resume(run, folder, allowed)
         replaces = overwrite or (resume is None and _ended_early(run, folder))

@@ -7,7 +7,7 @@ peft's files, which vLLM knows: `base_model.model.<module>.lora_A.weight`, shape
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -89,6 +89,17 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return on_the_wire or parameters
 
 
+def adapted_modules(names: Iterable[str]) -> list[str]:
+    """The plain model's modules that have an adapter, from its parameters' names on the wire."""
+    ends = ".lora_A.weight"
+    return [name.removeprefix(_PREFIX).removesuffix(ends) for name in names if name.endswith(ends)]
+
+
+def factors(adapter: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
+    """A and B of one module, from the adapter by its names on the wire."""
+    return adapter[f"{_PREFIX}{module}.lora_A.weight"], adapter[f"{_PREFIX}{module}.lora_B.weight"]
+
+
 def sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """For each parameter of the plain model the names of those that make it: itself, or the base's, A and B.
 
@@ -130,7 +141,7 @@ def base_digest(model: nn.Module) -> str:
     digest = xxhash.xxh3_128()  # finds another base, not forgery
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
-        digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

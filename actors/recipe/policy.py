@@ -1,8 +1,8 @@
 """The model in training, and which of its weights move."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from actors.recipe.closed import CLOSED
 
@@ -20,6 +20,10 @@ class LoraConfig(BaseModel):
     """Share of an adapter's inputs that training leaves out; for supervised recipes."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """`all-linear`, which leaves out the output head alone, or names of linear layers such as `[q_proj, v_proj]`."""
+
+    quantize: Literal["nf4"] | None = None
+    """Hold the model below the adapter in four bits (QLoRA, by bitsandbytes), on GPUs; null holds it in `dtype`. The
+    rollout replicas serve the adapter over the whole model, so that they differ from the policy a little."""
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -54,3 +58,18 @@ class PolicyConfig(BaseModel):
     max_restarts: int = Field(3, ge=0)
     """When a rank dies or hangs, all ranks are built again and go on from the last checkpoint, and the replicas keep
     their engines; one more time than this in a process stops the run."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.lora is None or self.lora.quantize is None:
+            return self
+        if self.dtype != "bfloat16":
+            raise ValueError(
+                f"lora.quantize: {self.lora.quantize} is computed in bfloat16, and dtype is {self.dtype}; set dtype to "
+                "bfloat16"
+            )
+        if self.zero_stage == 3:
+            raise ValueError(
+                "lora.quantize: ZeRO-3 would shard weights of four bits, which has not been tried; set zero_stage to 2"
+            )
+        return self

@@ -17,6 +17,7 @@ from actors.model.lora import (
     trained_parameters,
     without_adapter,
 )
+from actors.model.quantize import merge_over, quantization
 from actors.objective import Objective
 from actors.recipe.policy import LoraConfig
 from algorithms.packed import pack_row
@@ -146,6 +147,21 @@ def test_merged_weights_are_the_plain_model(tiny_models: dict[str, Path], name: 
     save_adapter(model, on_disk, tmp_path / "adapter")
     read = peft.PeftModel.from_pretrained(plain(tiny_models[name]), tmp_path / "adapter").eval()
     assert torch.allclose(read(IDS).logits, expected, atol=1e-5)
+
+
+def test_an_adapter_merges_over_a_model_that_was_loaded_anew(tiny_models: dict[str, Path]) -> None:
+    """Which is how a model is saved that is held in four bits."""
+    model = adapted(tiny_models["untied"])
+    whole = plain(tiny_models["untied"])
+    merge_over(whole, {name: p.detach() for name, p in trained_parameters(model).items()}, LORA.lora_alpha / LORA.r)
+    assert all(torch.equal(whole.get_parameter(name), weight) for name, weight in plainly(model).items())
+
+
+def test_four_bits_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.model.quantize.find_spec", lambda name: None)
+    assert quantization(LORA, "bfloat16") is None
+    with pytest.raises(ValueError, match=r"policy.lora.quantize: nf4 needs the package bitsandbytes.*leave quantize"):
+        quantization(LoraConfig(quantize="nf4"), "bfloat16")
 
 
 def test_a_merged_weight_keeps_its_dtype() -> None:

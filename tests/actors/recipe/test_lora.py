@@ -56,6 +56,34 @@ def test_what_cannot_be_is_named_with_the_fix(override: str, expected: str) -> N
     assert len(str(refused.value).splitlines()) == 1
 
 
+QUANTIZED = ["policy.lora.quantize=nf4", "policy.dtype=bfloat16", "pools.policy.gpus_per_worker=1"]
+
+
+def test_a_base_of_four_bits_is_read() -> None:
+    lora = load_recipe(GRPO, QUANTIZED).policy.lora
+    assert lora is not None
+    assert lora.quantize == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "pools.policy.gpus_per_worker=0",
+            "policy.lora.quantize: nf4 runs on GPUs alone, and the policy pool has none",
+        ),
+        ("policy.dtype=float32", "policy.lora.quantize: nf4 is computed in bfloat16, and dtype is float32"),
+        ("policy.zero_stage=3", "policy.lora.quantize: ZeRO-3 would shard weights of four bits"),
+        ("policy.lora.quantize=int8", "policy.lora.quantize: 'int8'"),
+    ],
+)
+def test_where_four_bits_cannot_be_they_are_refused(override: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(GRPO, [*QUANTIZED, override])
+    assert expected in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_supervised_recipes_may_have_dropout() -> None:
     assert load_recipe(SFT, ["policy.lora.lora_dropout=0.1"]).policy.lora is not None
 
