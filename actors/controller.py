@@ -18,11 +18,11 @@ from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
-from actors.weighing import ByRewards, Weighing
+from actors.weighing import ByRewards, Weighing, Weights
 from algorithms.config import GrpoConfig, StalenessConfig
 from algorithms.depth import DepthController
 from algorithms.packing import build_batch
-from algorithms.signal import signal
+from algorithms.signal import Signal, signal
 from algorithms.types import Batch, GroupSummary, Update
 
 
@@ -89,15 +89,15 @@ class Controller:
             await self.health(update.version, metrics)
             await self.settled(update.version)
 
-    def batch(self, summaries: Sequence[GroupSummary]) -> Batch:
-        """What the rewards say of each rollout, packed for the ranks."""
+    def batch(self, summaries: Sequence[GroupSummary], weights: Weights | None = None) -> Batch:
+        """What the rewards say of each rollout, or `weights` in place of that, packed for the ranks."""
         version = self.publisher.committed
         assert version is not None
         oldest_version = max(0, version - self.staleness.max_staleness)
         for summary in summaries:
             counts = summary.newest_version if self.staleness.when_stale == "mask" else summary.oldest_version
             assert oldest_version <= counts <= version, f"tokens of version {counts} in the batch of {version}"
-        worth = signal(summaries, self.algorithm, self.policy.max_completion_length)
+        worth = Signal([*weights], 0.0) if weights is not None else self._worth(summaries)
         return build_batch(
             summaries,
             worth.advantages,
@@ -109,6 +109,9 @@ class Controller:
             costs=self.policy.costs,
             kl_weight=worth.kl_weight,
         )
+
+    def _worth(self, summaries: Sequence[GroupSummary]) -> Signal:
+        return signal(summaries, self.algorithm, self.policy.max_completion_length)
 
     async def _publish(self, version: int) -> None:
         await self.publisher.publish(version)

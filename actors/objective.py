@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from algorithms.config import GrpoConfig
+from algorithms.gkd import DistillationConfig
 from algorithms.losses import Normalizer, grpo_loss, sft_loss
 from algorithms.packed import PackedRow
 from algorithms.preference.weigh import weighted_sum
@@ -21,8 +22,11 @@ class Objective:
     grpo: GrpoConfig | None
     temperature: float
     max_completion_length: int
-    numbers: Literal["logprobs", "scores"] | None = None
-    """What each sequence amounts to: the log-probability of its loss tokens, or a reward model's score at its end."""
+    numbers: Literal["logprobs", "scores", "divergences"] | None = None
+    """What each sequence amounts to: the log-probability of its loss tokens, a reward model's score at its end, or how
+    far its loss tokens are from a teacher's."""
+    distillation: DistillationConfig | None = None
+    """Which divergence from the teacher, where it is that."""
 
     reference_below: bool = False
     """The reference is the policy without its adapter, so the ranks themselves have its log-probabilities."""
@@ -32,10 +36,13 @@ class Objective:
         """Updates of the optimizer on each batch."""
         return 1 if self.grpo is None else self.grpo.num_iterations
 
-    def values(self, model: Any, row: PackedRow) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each loss token; of a reward model the score there, and entropy 0."""
-        from actors.model.forward import row_logprobs, row_scores
+    def values(self, model: Any, row: PackedRow, teacher: Any = None) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each loss token; of a reward model the score there, and entropy 0; with
+        distillation the divergence from the teacher, and the entropy."""
+        from actors.model.forward import row_divergences, row_logprobs, row_scores
 
+        if self.distillation is not None:
+            return row_divergences(model, teacher, row, self.distillation.beta, self.distillation.temperature)
         if self.numbers == "scores":
             scores_N = row_scores(model, row)
             return scores_N, torch.zeros_like(scores_N)
@@ -60,7 +67,8 @@ class Objective:
     ) -> tuple[Tensor, LossStats]:
         """The row's share of the loss of the global batch; `start_N` are the values with which the step began."""
         if self.numbers is not None:
-            return weighted_sum(values_N, entropy_N, row.advantages_N)
+            values_N, entropy_N, weights_N = (each[row.fresh_N] for each in (values_N, entropy_N, row.advantages_N))
+            return weighted_sum(values_N, entropy_N, weights_N)
         if self.grpo is None:
             return sft_loss(values_N, entropy_N, normalizer.num_loss_tokens)
         return grpo_loss(

@@ -71,6 +71,7 @@ class PolicyActor:
         self._timeout = timedelta(seconds=max(_MEET_TIMEOUT_S, settings.policy.timeout_s + 60.0))
         self._spare: PolicyState | None = None
         """The last snapshot that was written: the next one takes its memory."""
+        self._teacher: Any = None
         self._base: str | None = None
         """Digest of the frozen weights below an adapter."""
 
@@ -108,6 +109,7 @@ class PolicyActor:
         from actors.model.lora import adapt, base_digest, trained_parameters
         from actors.model.optimizer import adamw, deepspeed_config
         from actors.model.quantize import quantization
+        from actors.model.teacher import load_teacher
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
         # killed meanwhile leaves behind: every later start would wait for it without end.
@@ -131,8 +133,11 @@ class PolicyActor:
         make_savable(model)
         if settings.objective.numbers is not None:
             disable_dropout(model)  # a sequence must amount to the same whenever it is asked
-        if settings.objective.numbers != "scores":
-            put_scoring_head(model)
+        if settings.objective.numbers != "scores" and not put_scoring_head(model) and settings.teacher is not None:
+            raise ValueError(
+                f"model.path: the logits of '{settings.model_path}' are scaled or capped behind its head, so they "
+                "cannot be compared with a teacher's slab by slab; leave distillation out"
+            )
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
@@ -155,6 +160,8 @@ class PolicyActor:
             config=deepspeed_config(settings.policy, settings.optimizer),
         )
         self.engine.train()
+        if settings.teacher is not None:
+            self._teacher = load_teacher(settings.teacher, settings.policy.dtype).to(self.engine.device)
         self._parameters: dict[str, Any] = trained_parameters(self.engine.module)
 
     def _meet(self, host: str, port: int, backend: str) -> None:
@@ -198,7 +205,7 @@ class PolicyActor:
         losses, stats = [], []
         for index, row in enumerate(rows):
             self.engine.set_gradient_accumulation_boundary(index == len(rows) - 1)
-            values_N, entropy_N = objective.values(self.engine, row)
+            values_N, entropy_N = objective.values(self.engine, row, self._teacher)
             start_N = starts.setdefault(index, values_N.detach())
             loss, micro_stats = objective.loss(row, values_N, entropy_N, start_N, normalizer)
             # DeepSpeed averages gradients over the ranks; our shares are to be summed.

@@ -11,6 +11,15 @@ from algorithms.types import KlSums, MicroBatch
 
 
 @dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where every worker loads the same weights and tokenizer from."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PolicySettings:
     """All that a rank needs to know; the same on every rank but for `rank`."""
 
@@ -26,6 +35,8 @@ class PolicySettings:
     objective: Objective
     run_dir: str
     """Where the model will be saved; rank 0's node must see it."""
+    teacher: ModelSource | None = None
+    """The model that the objective compares with, of which each rank holds a copy."""
 
 
 @dataclass(frozen=True, slots=True)

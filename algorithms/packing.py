@@ -31,7 +31,7 @@ class _Bin:
 
 def build_batch(
     groups: Sequence[GroupSummary],
-    advantages: Sequence[Sequence[float]],
+    advantages: Sequence[Sequence[float | None]],
     *,
     version: int,
     oldest_version: int,
@@ -43,6 +43,8 @@ def build_batch(
 ) -> Batch:
     """Over all ranks each rollout exactly once, with its advantage; the counts are over the global batch.
 
+    One whose advantage is None is left out, of the batch and of `num_loss_tokens`.
+
     With `mask_truncated` the truncated rollouts are left out of the samples and of `num_loss_tokens`, for TRL's mask
     zeroes all their tokens, but they stay in `num_sequences`, because TRL's mean over sequences counts them. Tokens
     older than `oldest_version` leave the loss and stay in every count.
@@ -53,7 +55,7 @@ def build_batch(
     for number, (group, advantages_G) in enumerate(zip(groups, advantages, strict=True)):
         assert len(advantages_G) == len(group.num_tokens_G), "one advantage per rollout"
         for rollout, (num_tokens, advantage) in enumerate(zip(group.num_tokens_G, advantages_G, strict=True)):
-            if mask_truncated and group.truncated_G[rollout]:
+            if advantage is None or (mask_truncated and group.truncated_G[rollout]):
                 continue
             samples.append(Sample(number, rollout, num_tokens, advantage))
             costs_S.append(costs.of(num_tokens, group.num_loss_tokens_G[rollout]))

@@ -233,12 +233,16 @@ class Batch:
 
 
 def num_trained_tokens(batch: Batch, groups: Sequence[GroupSummary]) -> int:
-    """How many sampled tokens of the batch's samples are in its loss: those not older than its oldest version."""
+    """How many sampled tokens of the batch's samples are in its loss: those not older than its oldest version.
+
+    Samples of no group of these were sampled by nobody.
+    """
     return sum(
         num_tokens
         for rank in batch.ranks
         for micro_batch in rank
         for sample in micro_batch.samples
+        if sample.group < len(groups)
         for version, num_tokens in groups[sample.group].tokens_by_version_G[sample.rollout].items()
         if version >= batch.oldest_version
     )

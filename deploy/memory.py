@@ -3,6 +3,7 @@
 A GB is 2**30 bytes here; GPUs are sold by nearly that.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -61,6 +62,7 @@ def estimate(recipe: Recipe, placed: PlacementPlan, cluster: ClusterSpec, gpu_gb
         if (gigabytes := memory[pool]) is not None:
             _check(recipe, its, pool, gigabytes * GB)
     footprints = {pool: _footprint(recipe, shapes[pool], pool, has and has * GB) for pool, has in memory.items()}
+    lines += _unknown_teacher(recipe, shape)
     lines.insert(0, f"memory: estimated for {shape.num_parameters / 1e9:.3g} B parameters{_unknown(memory)}")
     return Estimate(lines + _waiting(recipe, shape, memory.get("rollout")), _table(footprints, memory))
 
@@ -75,6 +77,22 @@ def _shapes(recipe: Recipe, shape: ModelShape, pools: Iterable[str]) -> tuple[di
             del shapes["reference"]
             return shapes, [f"memory: the reference is not estimated: {error}"]
     return shapes, []
+
+
+def _unknown_teacher(recipe: Recipe, shape: ModelShape) -> list[str]:
+    """What the policy's column lacks."""
+    try:
+        _teacher_bytes(recipe, shape)
+    except ValueError as error:
+        return [f"memory: the teacher, which each policy rank holds, is not estimated: {error}"]
+    return []
+
+
+def _teacher_bytes(recipe: Recipe, shape: ModelShape) -> float:
+    """Of the teacher on each policy rank; ValueError when its shape is not known."""
+    if not isinstance(recipe, GrpoRecipe) or recipe.distillation is None:
+        return 0.0
+    return float(_BYTES[recipe.policy.dtype] * reference_shape(recipe, shape).num_parameters)
 
 
 def _table(footprints: Mapping[str, Footprint], memory: Mapping[str, float | None]) -> Table:
@@ -144,6 +162,9 @@ def policy_load(recipe: Recipe, shape: ModelShape) -> PolicyLoad:
     if lora is not None:
         modules = None if lora.target_modules == "all-linear" else tuple(lora.target_modules)
         trained = shape.adapter_parameters(lora.r, modules)
+    teacher = 0.0
+    with contextlib.suppress(ValueError):  # one that is not here, of which a line tells
+        teacher = _teacher_bytes(recipe, shape)
     return PolicyLoad(
         num_ranks=recipe.pools.policy.num_workers,
         zero_stage=policy.zero_stage,
@@ -152,6 +173,7 @@ def policy_load(recipe: Recipe, shape: ModelShape) -> PolicyLoad:
         gradient_checkpointing=policy.gradient_checkpointing,
         num_trained=trained,
         four_bits=lora is not None and lora.quantize is not None,
+        teacher=teacher,
     )
 
 

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from actors.checkpoint.resume import Resume, changes, find
 from actors.checkpoint.store import CheckpointStore
 from actors.data.dataset import Rows, load_rows, reward_column_names
-from actors.data.examples import ExampleStream
+from actors.data.examples import ExampleStream, data_examples
 from actors.data.preferences import JudgementStream, PairStream
 from actors.data.prompts import PromptStream
 from actors.errors import RunError, first_cause, last_line
@@ -292,6 +292,9 @@ def _stream(
                 )
             prompts = PromptStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, generation.max_prompt_length)
             prompts.preflight(max_bad_rows=recipe.dataset.max_bad_rows)
+            examples = data_examples(recipe, rows, tokenizer)
+            if examples is not None:
+                examples.preflight()
             return prompts
         case OfflineRecipe():
             if recipe.max_length > num_positions:

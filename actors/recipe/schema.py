@@ -8,14 +8,17 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from actors.recipe.base import BaseRecipe, OfflineRecipe
+from actors.recipe.methods import method_refusals
 from actors.recipe.model import ReferenceConfig
 from actors.recipe.preference import KtoRecipe, PairRecipe
 from actors.recipe.rewards import RewardsConfig
 from actors.recipe.rollout import GenerationConfig, RolloutConfig
 from actors.recipe.upkeep import LivenessConfig, StallConfig
 from algorithms.config import GrpoConfig, StalenessConfig
+from algorithms.gkd import DistillationConfig
 from algorithms.health.config import HealthConfig
 from algorithms.pacing import default_depth
+from algorithms.preference.online import OnlineDpoConfig
 from algorithms.simulation.config import SimulationConfig
 from sync.config import SyncConfig
 
@@ -31,6 +34,11 @@ class GrpoRecipe(BaseRecipe):
     """The model that the KL penalty is measured against, with the policy's tokenizer; null takes the policy's initial
     weights, which with `policy.lora` are those below the adapter, so that no worker is needed for them. With
     `algorithm.kl_penalty: advantage` it is a teacher."""
+    distillation: DistillationConfig | None = None
+    """Learn from the whole distributions of a teacher, which `reference` names and each policy rank loads, in place of
+    GRPO's loss; rewards are only measured."""
+    online_dpo: OnlineDpoConfig | None = None
+    """Learn from the best and the worst of each group by DPO's loss, in place of GRPO's."""
     staleness: StalenessConfig = StalenessConfig()
     rewards: RewardsConfig
     generation: GenerationConfig = GenerationConfig()
@@ -51,7 +59,9 @@ class GrpoRecipe(BaseRecipe):
                 "correction; set algorithm.vllm_importance_sampling_correction to true, algorithm.old_logprobs to "
                 "'sampled', or staleness.max_staleness to 0"
             )
-        if self.reference is not None and algorithm.beta == 0:
+        for refusal in method_refusals(self):
+            raise ValueError(refusal)
+        if self.reference is not None and algorithm.beta == 0 and self.distillation is None:
             raise ValueError(
                 "reference: nothing is measured against it when algorithm.beta is 0; set algorithm.beta, or leave "
                 "reference out"
@@ -124,6 +134,11 @@ class GrpoRecipe(BaseRecipe):
     @property
     def has_reference_workers(self) -> bool:
         return self.algorithm.beta > 0 and not self.reference_below
+
+    @property
+    def logprob_temperature(self) -> float:
+        """That log-probabilities are taken at: of GRPO that of sampling, of DPO, as TRL does, 1."""
+        return self.generation.temperature if self.online_dpo is None else 1.0
 
     @property
     def max_groups_per_replica(self) -> int:

@@ -17,6 +17,7 @@ from actors.checkpoint.moment import GrpoMoment
 from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
+from actors.data.examples import data_examples
 from actors.data.prompts import PromptStream
 from actors.errors import PolicyLostError, first_cause
 from actors.health import Health
@@ -32,7 +33,7 @@ from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.tracker import Tracker
 from actors.run.watchdog import Watchdog
-from actors.weighing import ByKl, ByRewards, Weighing
+from actors.weighing import ByKl, ByPairs, ByRewards, ByTeacher, Weighing
 from actors.workers import Workers
 from algorithms.budgets import RewardBudget
 from algorithms.depth import DepthController
@@ -248,7 +249,14 @@ def _publisher(run: Run, policy: PolicyGroup) -> Publisher:
 
 def _weighing(run: Run, policy: PolicyGroup) -> Weighing:
     """What a batch's weights depend on besides rewards."""
-    if run.recipe.reference_below and run.recipe.algorithm.sums_the_kl:
+    recipe = run.recipe
+    if recipe.distillation is not None:
+        examples = data_examples(recipe, run.prompts.rows, run.tokenizer)
+        return ByTeacher(recipe.distillation.lmbda, recipe.groups_per_batch, examples)
+    if recipe.online_dpo is not None:
+        algorithm = recipe.algorithm
+        return ByPairs(policy, recipe.online_dpo, algorithm.beta, algorithm.mask_truncated_completions)
+    if recipe.reference_below and recipe.algorithm.sums_the_kl:
         return ByKl(policy)
     return ByRewards()
 

@@ -68,6 +68,8 @@ def _named(recipe: Recipe, path: str) -> Iterator[tuple[str, str]]:
         for index, reward in enumerate(recipe.rewards.functions):
             if reward.function is not None:
                 yield f"rewards.functions.{index}.function", reward.function.rpartition(":")[0]
+            if reward.judge is not None:
+                yield f"rewards.functions.{index}.judge", reward.judge.rpartition(":")[0]
             if reward.model is not None:
                 yield f"rewards.functions.{index}.model", reward.model
 

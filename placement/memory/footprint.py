@@ -49,6 +49,8 @@ class PolicyLoad:
     """Parameters of the adapters; None trains every parameter."""
     four_bits: bool = False
     """The linear layers below the adapters are held in four bits."""
+    teacher: float = 0.0
+    """Bytes of a frozen model beside, which every rank holds whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def policy_footprint(shape: ModelShape, load: PolicyLoad) -> Footprint:
         held += size * max(math.prod(sizes) for sizes in shape.linear_layers.values())
     gathered = size * min(_LIVE, whole) if stage == 3 else 0.0
     return {
-        "weights": held / (ranks if stage == 3 else 1),
+        "weights": held / (ranks if stage == 3 else 1) + load.teacher,
         "gradients": summed + fresh,
         "optimizer": (12.0 if has_masters else 8.0) * own,
         "activations": max(activations, step - head - gathered),
