@@ -3,7 +3,7 @@
 The loop     controller.py   two coroutines: prompts become groups, batches become weight versions
              pacer.py        algorithms/pacing.py as waits        attempts.py      what becomes of one dispatch
              router.py       groups to replicas and back          ledger.py        one fate for every group, waste
-             publisher.py    one version to all replicas
+             publisher.py    one version to all replicas          weighing.py      what a batch's weights depend on
              fleet.py        replicas and their states
 The record   fates.py        what the journal's events say       journal.py       the journal as a file
 The actors   policy.py       one DeepSpeed rank                   policy_group.py  all ranks as one

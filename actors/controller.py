@@ -9,23 +9,22 @@ loop.
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
-
-import ray
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from actors.attempts import Attempts
-from actors.critic_group import CriticGroup, Lesson
+from actors.critic_group import CriticGroup, CriticLesson
 from actors.errors import StoppedError
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
+from actors.weighing import ByRewards, Lesson, Weighing, Weights
 from algorithms.config import GrpoConfig, StalenessConfig
 from algorithms.depth import DepthController
 from algorithms.packing import build_batch, with_token_advantages
-from algorithms.signal import signal
-from algorithms.types import Batch, Update
+from algorithms.signal import Signal, signal
+from algorithms.types import Batch, GroupSummary, Update
 
 
 @dataclass(slots=True)
@@ -56,6 +55,8 @@ class Controller:
     """What the policy holds when the run begins, or goes on."""
     critic: CriticGroup | None = None
     """With algorithm.advantage 'gae' alone."""
+    weighing: Weighing = field(default_factory=ByRewards)
+    """What else the weights of a batch depend on."""
 
     async def run(self) -> None:
         """Train `num_steps` updates; raises what stopped the run."""
@@ -79,25 +80,26 @@ class Controller:
                 newest = await self.stopped(version)
                 raise StoppedError.after(version, self.num_steps, newest, self.pacer.why_stopped)
             self.attempts.discard(taken)
-            batch, lesson = await self._judged(taken.batch)
+            judged = await self._judged(taken.batch)
             async with self.publisher.exclusive:  # nobody is admitted between a step and its publication
-                update = await self._step(batch, [group.scored for group in taken.batch], lesson)
+                lesson = await self._lesson(taken.batch, judged)
+                update = await self._step(lesson, judged)
+            batch = lesson.batch
             self.ledger.trained(taken.batch, update, batch.oldest_version)
             await self._follow(update)
             metrics = await self.report(taken.batch, batch, update)
             await self.health(update.version, metrics)
             await self.settled(update.version)
 
-    def batch(self, groups: list[ReadyGroup]) -> Batch:
-        """What the rewards say of each rollout, packed for the ranks."""
-        summaries = [group.summary for group in groups]
+    def batch(self, summaries: Sequence[GroupSummary], weights: Weights | None = None) -> Batch:
+        """What the rewards say of each rollout, or `weights` in place of that, packed for the ranks."""
         version = self.publisher.committed
         assert version is not None
         oldest_version = max(0, version - self.staleness.max_staleness)
         for summary in summaries:
             counts = summary.newest_version if self.staleness.when_stale == "mask" else summary.oldest_version
             assert oldest_version <= counts <= version, f"tokens of version {counts} in the batch of {version}"
-        worth = signal(summaries, self.algorithm, self.policy.max_completion_length)
+        worth = Signal([*weights], 0.0) if weights is not None else self._worth(summaries)
         return build_batch(
             summaries,
             worth.advantages,
@@ -110,29 +112,40 @@ class Controller:
             kl_weight=worth.kl_weight,
         )
 
-    async def _judged(self, groups: list[ReadyGroup]) -> tuple[Batch, Lesson | None]:
-        """The batch; with a critic every token has an advantage of its own, and the critic a lesson to learn."""
-        batch = self.batch(groups)
-        if self.critic is None:
-            return batch, None
-        summaries, scored = [group.summary for group in groups], [group.scored for group in groups]
-        lesson = await self.critic.compute_values(summaries, scored, batch)
-        return with_token_advantages(batch, lesson.advantages), lesson
+    def _worth(self, summaries: Sequence[GroupSummary]) -> Signal:
+        return signal(summaries, self.algorithm, self.policy.max_completion_length)
 
-    async def _step(self, batch: Batch, scored: list[ray.ObjectRef], lesson: Lesson | None) -> Update:
+    async def _judged(self, groups: list[ReadyGroup]) -> CriticLesson | None:
+        """With a critic: what every token is worth, and what the critic is to learn."""
+        if self.critic is None:
+            return None
+        summaries, scored = [group.summary for group in groups], [group.scored for group in groups]
+        return await self.critic.compute_values(summaries, scored, self.batch(summaries))
+
+    async def _lesson(self, groups: list[ReadyGroup], judged: CriticLesson | None) -> Lesson:
+        """What the policy is to learn."""
+        lesson = await self.weighing.lesson(groups, self.batch)
+        if judged is None:
+            return lesson
+        return replace(lesson, batch=with_token_advantages(lesson.batch, judged.advantages))
+
+    async def _step(self, lesson: Lesson, judged: CriticLesson | None) -> Update:
         """The next version, published; a critic learns at the same time, from values that it gave before."""
-        if self.critic is None or lesson is None:
-            update = await self.policy.step(batch, scored)
-            await self._publish(update.version)
-            return update
+        if self.critic is None or judged is None:
+            return await self._learned(lesson)
         async with asyncio.TaskGroup() as steps:
-            learning = steps.create_task(self.critic.train_step(lesson, scored), name="critic")
-            if self._rests(batch.version):
-                update = await self.policy.rest(batch)
-            else:
-                update = await self.policy.step(batch, scored)
-            await self._publish(update.version)
+            learning = steps.create_task(self.critic.train_step(judged, lesson.groups), name="critic")
+            update = await self._learned(lesson)
         return replace(update, metrics={**update.metrics, **learning.result()})
+
+    async def _learned(self, lesson: Lesson) -> Update:
+        """The policy's next version, published."""
+        if self._rests(lesson.batch.version):
+            update = await self.policy.rest(lesson.batch)
+        else:
+            update = await self.policy.step(lesson.batch, lesson.groups)
+        await self._publish(update.version)
+        return replace(update, metrics={**update.metrics, **lesson.metrics})
 
     def _rests(self, version: int) -> bool:
         """Whether the critic learns alone in the step at this version."""

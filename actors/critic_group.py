@@ -32,7 +32,7 @@ Place = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class CriticLesson:
     """What a batch says to policy and critic; a rollout without a reward says nothing to either."""
 
     advantages: Mapping[Place, NDArray[np.float32]]
@@ -53,7 +53,7 @@ class CriticGroup:
 
     async def compute_values(
         self, groups: Sequence[GroupSummary], scored: Sequence[ray.ObjectRef | Group], batch: Batch
-    ) -> Lesson:
+    ) -> CriticLesson:
         """Values of all loss tokens by the critic as it is now, and what follows from them; `batch` is the policy's."""
         started = time.perf_counter()
         asked = self._asked(groups, batch)
@@ -62,7 +62,7 @@ class CriticGroup:
         deciding = aside(_advantages, found, self.algorithm.normalize_advantages == "tokens")
         advantages = await within(self.ranks.timeout_s, deciding, "whitening the advantages")
         returns = {place: assessed.returns_L for place, assessed in found.items()}
-        return Lesson(advantages, with_token_advantages(asked, returns), time.perf_counter() - started)
+        return CriticLesson(advantages, with_token_advantages(asked, returns), time.perf_counter() - started)
 
     def _asked(self, groups: Sequence[GroupSummary], batch: Batch) -> Batch:
         """The scored rollouts that the policy trains on, each with its reward in place of an advantage."""
@@ -82,7 +82,7 @@ class CriticGroup:
             costs=self.ranks.costs,
         )
 
-    async def train_step(self, lesson: Lesson, scored: Sequence[ray.ObjectRef | Group]) -> dict[str, float]:
+    async def train_step(self, lesson: CriticLesson, scored: Sequence[ray.ObjectRef | Group]) -> dict[str, float]:
         """Learn the returns; the metrics."""
         update = await self.ranks.step(lesson.batch, scored)
         metrics = {_RENAMED.get(name, name): value for name, value in update.metrics.items()}

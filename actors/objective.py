@@ -1,12 +1,13 @@
 """What a step of the policy minimises, and what it computes of each sequence for that."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from algorithms.config import GrpoConfig
+from algorithms.gkd import DistillationConfig
 from algorithms.losses import Normalizer, grpo_loss, sft_loss, value_loss
 from algorithms.packed import PackedRow
 from algorithms.preference.weigh import weighted_sum
@@ -21,11 +22,15 @@ class Objective:
     grpo: GrpoConfig | None
     temperature: float
     max_completion_length: int
-    numbers: Literal["logprobs", "scores", "values"] | None = None
-    """What each sequence amounts to: the log-probability of its loss tokens, or a reward model's score at its end; or
-    what a critic says before each of its loss tokens."""
+    numbers: Literal["logprobs", "scores", "values", "divergences"] | None = None
+    """What each sequence amounts to: the log-probability of its loss tokens, a reward model's score at its end, what a
+    critic says before each of its loss tokens, or how far these are from a teacher's."""
     cliprange_value: float = 0.0
     """Of a critic."""
+    distillation: DistillationConfig | None = None
+    """Which divergence from the teacher, where it is that."""
+    reference_below: bool = False
+    """The reference is the policy without its adapter, so the ranks themselves have its log-probabilities."""
 
     @property
     def num_iterations(self) -> int:
@@ -37,14 +42,31 @@ class Objective:
         """Whether the model gives one number at a token, and no distribution."""
         return self.numbers in ("scores", "values")
 
-    def values(self, model: Any, row: PackedRow) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each loss token; of a reward model or a critic its number, and entropy 0."""
-        from actors.model.forward import row_logprobs, row_scores, row_values
+    def values(self, model: Any, row: PackedRow, teacher: Any = None) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each loss token; of a reward model or a critic its number, and entropy 0; with
+        distillation the divergence from the teacher, and the entropy."""
+        from actors.model.forward import row_divergences, row_logprobs, row_scores, row_values
 
+        if self.distillation is not None:
+            return row_divergences(model, teacher, row, self.distillation.beta, self.distillation.temperature)
         if self.has_scalar_head:
             scores_N = (row_scores if self.numbers == "scores" else row_values)(model, row)
             return scores_N, torch.zeros_like(scores_N)
         return row_logprobs(model, row, self.temperature)
+
+    def referred(self, model: Any, row: PackedRow) -> PackedRow:
+        """The row with the reference's log-probabilities; they came with the rollouts unless the reference is below."""
+        if not self.reference_below:
+            return row
+        from actors.model.forward import row_logprobs
+        from actors.model.lora import without_adapter
+
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), without_adapter(model):
+            reference_N, _ = row_logprobs(model, row, self.temperature)
+        model.train(was_training)
+        return replace(row, reference_logprobs_N=reference_N)
 
     def loss(
         self, row: PackedRow, values_N: Tensor, entropy_N: Tensor, start_N: Tensor, normalizer: Normalizer
@@ -63,7 +85,8 @@ class Objective:
                 fresh_N=row.fresh_N,
             )
         if self.numbers is not None:
-            return weighted_sum(values_N, entropy_N, row.advantages_N)
+            values_N, entropy_N, weights_N = (each[row.fresh_N] for each in (values_N, entropy_N, row.advantages_N))
+            return weighted_sum(values_N, entropy_N, weights_N)
         if self.grpo is None:
             return sft_loss(values_N, entropy_N, normalizer.num_loss_tokens)
         return grpo_loss(

@@ -6,30 +6,36 @@ into micro-batches (`loss_type: bnpo` alone depends on the split, by definition)
 """
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
 from actors.errors import RunError
-from actors.policy_calls import PolicySettings, RankBatch, RankUpdate
+from actors.policy_calls import PolicySettings, RankBatch, RankUpdate, ReferenceSums
 from actors.policy_state import PolicyState, collect, restore
+from actors.recipe.policy import LoraConfig
 from algorithms.corrections import sequence_sum
+from algorithms.losses import Normalizer
 from algorithms.packed import PackedRow, pack_row
 from algorithms.stats import LossStats, merge
-from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup
+from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup, kl_sums
 from sync.gloo import open_store, reach_store
 from sync.layout import parameters_of, plan_layout
 from sync.member import Membership
 from sync.sender import Sender, Sent
 from sync.transport import Kind, Ticket, Transport, open_wire
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONTROL, IO = "control", "io"
 """Concurrency groups, one call each, that are answered while a rank trains or sends."""
@@ -65,6 +71,7 @@ class PolicyActor:
         self._timeout = timedelta(seconds=max(_MEET_TIMEOUT_S, settings.policy.timeout_s + 60.0))
         self._writing = False
         """The snapshot is being written: the next one must not take its memory."""
+        self._teacher: Any = None
         self._base: str | None = None
         """Digest of the frozen weights below an adapter."""
 
@@ -101,6 +108,8 @@ class PolicyActor:
         from actors.model.load import disable_dropout, load_causal_lm, load_scorer
         from actors.model.lora import adapt, base_digest, trained_parameters
         from actors.model.optimizer import adamw, deepspeed_config
+        from actors.model.quantize import quantization
+        from actors.model.teacher import load_teacher
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
         # killed meanwhile leaves behind: every later start would wait for it without end.
@@ -110,7 +119,10 @@ class PolicyActor:
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
         deepspeed.init_distributed(backend, verbose=False, timeout=self._timeout)  # takes the group that is there
-        load = load_scorer if settings.objective.has_scalar_head else load_causal_lm
+        load: Callable[..., PreTrainedModel] = load_scorer
+        if not settings.objective.has_scalar_head:
+            four_bits = quantization(settings.policy.lora, settings.policy.dtype)
+            load = functools.partial(load_causal_lm, quantization=four_bits)
         model = load(
             settings.model_path,
             settings.revision,
@@ -121,8 +133,11 @@ class PolicyActor:
         make_savable(model)
         if settings.objective.numbers is not None:
             disable_dropout(model)  # a sequence must amount to the same whenever it is asked
-        if not settings.objective.has_scalar_head:
-            put_scoring_head(model)
+        if not settings.objective.has_scalar_head and not put_scoring_head(model) and settings.teacher is not None:
+            raise ValueError(
+                f"model.path: the logits of '{settings.model_path}' are scaled or capped behind its head, so they "
+                "cannot be compared with a teacher's slab by slab; leave distillation out"
+            )
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if settings.policy.lora is not None:
@@ -145,6 +160,8 @@ class PolicyActor:
             config=deepspeed_config(settings.policy, settings.optimizer),
         )
         self.engine.train()
+        if settings.teacher is not None:
+            self._teacher = load_teacher(settings.teacher, settings.policy.dtype).to(self.engine.device)
         self._parameters: dict[str, Any] = trained_parameters(self.engine.module)
 
     def _meet(self, host: str, port: int, backend: str) -> None:
@@ -163,8 +180,9 @@ class PolicyActor:
         num_iterations = self.settings.objective.num_iterations
         passes: list[_Pass] = []
         starts: dict[int, Tensor] = {}
+        rows = [self._referred(micro_batch, groups, batch.oldest_version) for micro_batch in batch.micro_batches]
         while len(passes) < num_iterations and all(one.stepped for one in passes):
-            passes.append(self._pass(batch, groups, starts))
+            passes.append(self._pass(rows, batch.normalizer, starts))
         done = [one for one in passes if one.stepped]
         for _ in range(num_iterations - len(done)):
             self.engine.lr_scheduler.step()  # a completed batch has its place in the schedule
@@ -191,16 +209,15 @@ class PolicyActor:
         factor = self._learning_rate_factor
         return RankUpdate(self.version, 0.0, 0.0, learning_rate, stats, factor, num_updates=0)
 
-    def _pass(self, batch: RankBatch, groups: Sequence[ScoredGroup | Group], starts: dict[int, Tensor]) -> _Pass:
+    def _pass(self, rows: Sequence[PackedRow], normalizer: Normalizer, starts: dict[int, Tensor]) -> _Pass:
         """One update of the policy; the first leaves in `starts` the log-probabilities that the step began with."""
         objective = self.settings.objective
         losses, stats = [], []
-        for index, micro_batch in enumerate(batch.micro_batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(batch.micro_batches) - 1)
-            row = self._row(micro_batch, groups, batch.oldest_version)
-            values_N, entropy_N = objective.values(self.engine, row)
+        for index, row in enumerate(rows):
+            self.engine.set_gradient_accumulation_boundary(index == len(rows) - 1)
+            values_N, entropy_N = objective.values(self.engine, row, self._teacher)
             start_N = starts.setdefault(index, values_N.detach())
-            loss, micro_stats = objective.loss(row, values_N, entropy_N, start_N, batch.normalizer)
+            loss, micro_stats = objective.loss(row, values_N, entropy_N, start_N, normalizer)
             # DeepSpeed averages gradients over the ranks; our shares are to be summed.
             self.engine.backward(loss * self.settings.num_ranks)
             losses.append(loss.item())
@@ -228,6 +245,19 @@ class PolicyActor:
         advantages = [sample.advantage if sample.advantages_L is None else sample.advantages_L for sample in samples]
         row = pack_row(rollouts, advantages, self.pad_id, oldest_version, self.version)
         return row.to(self.engine.device)
+
+    def _referred(
+        self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group], oldest_version: int
+    ) -> PackedRow:
+        return self.settings.objective.referred(self.engine, self._row(micro_batch, groups, oldest_version))
+
+    def references(self, batch: RankBatch, *groups: ScoredGroup | Group) -> list[list[ReferenceSums]]:
+        """What the reference says of each sample of each micro-batch; every rank is called."""
+        sums = []
+        for micro_batch in batch.micro_batches:
+            row = self._referred(micro_batch, groups, batch.oldest_version)
+            sums.append(_sums(row) if micro_batch.samples else [])
+        return sums
 
     def numbers(self, batch: RankBatch, *groups: ScoredGroup | Group) -> list[list[float]]:
         """Log-probability, or score, of each sample of each micro-batch, without dropout; every rank is called."""
@@ -383,6 +413,9 @@ class PolicyActor:
         from actors.model.lora import ADAPTER_FOLDER, merged, save_adapter, sources
 
         module, lora = self.engine.module, self.settings.policy.lora
+        if lora is not None and lora.quantize is not None:
+            self._save_over_the_whole(folder, lora)
+            return
         parameters: dict[str, Any] = dict(module.named_parameters())
         plan = {name: [parameters[part] for part in parts] for name, parts in sources(parameters).items()}
         scaling = lora.lora_alpha / lora.r if lora is not None else 1.0
@@ -394,6 +427,21 @@ class PolicyActor:
         adapter = self._copied({name: [p] for name, p in self._parameters.items()}, lambda parts: merged(parts, 1.0))
         if self.rank == 0:
             save_adapter(module, adapter, folder / ADAPTER_FOLDER)
+
+    def _save_over_the_whole(self, folder: Path, lora: LoraConfig) -> None:
+        """The same of a model that is held in four bits: the adapter over the model as it was."""
+        from actors.model.load import load_causal_lm
+        from actors.model.lora import ADAPTER_FOLDER, merged, save_adapter
+        from actors.model.quantize import merge_over
+
+        adapter = self._copied({name: [p] for name, p in self._parameters.items()}, lambda parts: merged(parts, 1.0))
+        if self.rank != 0:
+            return
+        told = self.settings
+        model = load_causal_lm(told.model_path, told.revision, told.trust_remote_code, told.policy.dtype)
+        merge_over(model, adapter, lora.lora_alpha / lora.r)
+        model.save_pretrained(folder)
+        save_adapter(self.engine.module, adapter, folder / ADAPTER_FOLDER)
 
     def _copied(
         self, plan: Mapping[str, Sequence[Any]], make: Callable[[Sequence[Tensor]], Tensor]
@@ -420,6 +468,19 @@ def node_ip() -> str:
     import ray
 
     return ray.util.get_node_ip_address()
+
+
+def _sums(row: PackedRow) -> list[ReferenceSums]:
+    """Of each sequence of the row."""
+    assert row.reference_logprobs_N is not None, "nobody has asked the reference"
+    reference_N, sampled_N, sequence_N = (
+        values_N.cpu().numpy() for values_N in (row.reference_logprobs_N, row.sampled_logprobs_N, row.sequence_N)
+    )
+    sums = []
+    for place in range(len(row.lengths_S)):
+        reference_L, sampled_L = (values_N[sequence_N == place].astype(float) for values_N in (reference_N, sampled_N))
+        sums.append(ReferenceSums(float(reference_L.sum()), kl_sums(sampled_L - reference_L)))
+    return sums
 
 
 def _rollouts(group: ScoredGroup | Group) -> tuple[Rollout, ...]:

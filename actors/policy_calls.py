@@ -7,7 +7,16 @@ from actors.objective import Objective
 from actors.recipe.policy import PolicyConfig
 from algorithms.config import OptimizerConfig
 from algorithms.losses import Normalizer
-from algorithms.types import MicroBatch
+from algorithms.types import KlSums, MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where every worker loads the same weights and tokenizer from."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,8 @@ class PolicySettings:
     objective: Objective
     run_dir: str
     """Where the model will be saved; rank 0's node must see it."""
+    teacher: ModelSource | None = None
+    """The model that the objective compares with, of which each rank holds a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +47,16 @@ class RankBatch:
     normalizer: Normalizer
     oldest_version: int
     """Tokens sampled by weights older than this leave the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceSums:
+    """What the reference says of one sequence."""
+
+    logprob: float
+    """Of its loss tokens, summed."""
+    kl: KlSums
+    """Of those that were sampled."""
 
 
 @dataclass(frozen=True, slots=True)

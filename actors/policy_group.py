@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from actors.deadline import DeadlineError, within
 from actors.errors import PolicyLostError, RunError, SpoiledError, last_line
 from actors.policy import CONTROL, IO
-from actors.policy_calls import RankBatch, RankUpdate
+from actors.policy_calls import RankBatch, RankUpdate, ReferenceSums
 from actors.recipe.upkeep import LivenessConfig
 from algorithms.costs import SequenceCosts
 from algorithms.losses import Normalizer
@@ -69,25 +69,32 @@ class PolicyGroup:
         assert len({update.skipped for update in updates}) == 1, "all ranks step, or none does"
         return _merge(batch, updates, time.perf_counter() - started)
 
-    async def numbers(self, batch: Batch, groups: Sequence[Group]) -> dict[tuple[int, int], float]:
+    async def numbers(self, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> dict[tuple[int, int], float]:
         """What each sample of the batch amounts to under the current weights, by group and rollout."""
-        what = f"log-probabilities or scores at version {batch.version}"
-        found: dict[tuple[int, int], float] = await self.of_each("numbers", batch, groups, what)
+        found: dict[tuple[int, int], float] = await self.of_each("numbers", batch, groups)
+        return found
+
+    async def references(
+        self, batch: Batch, groups: Sequence[ray.ObjectRef | Group]
+    ) -> dict[tuple[int, int], ReferenceSums]:
+        """What the reference says of each sample of the batch, by group and rollout."""
+        found: dict[tuple[int, int], ReferenceSums] = await self.of_each("references", batch, groups)
         return found
 
     async def of_each(
-        self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group], what: str
+        self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group], what: str = ""
     ) -> dict[tuple[int, int], Any]:
         """What the ranks' `method` says of each sample of the batch, by group and rollout."""
+        calls = asyncio.gather(*self._calls(method, batch, groups))
         with _lost():
             found: list[list[list[Any]]] = await _answer(
-                self.timeout_s, asyncio.gather(*self._calls(method, batch, groups)), what
+                self.timeout_s, calls, what or f"{method} of the batch at version {batch.version}"
             )
         return {
-            (sample.group, sample.rollout): number
-            for rank, numbers in zip(batch.ranks, found, strict=True)
-            for micro_batch, of_samples in zip(rank, numbers, strict=True)
-            for sample, number in zip(micro_batch.samples, of_samples, strict=True)
+            (sample.group, sample.rollout): answer
+            for rank, answers in zip(batch.ranks, found, strict=True)
+            for micro_batch, of_samples in zip(rank, answers, strict=True)
+            for sample, answer in zip(micro_batch.samples, of_samples, strict=True)
         }
 
     def _calls(self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> list[Any]:

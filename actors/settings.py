@@ -1,10 +1,10 @@
 """What each worker is told: the values of the recipe that it needs, and not the recipe."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from actors.objective import Objective
-from actors.policy_calls import PolicySettings
+from actors.policy_calls import ModelSource, PolicySettings
 from actors.recipe.critic import CriticConfig
 from actors.recipe.deadlines import score_timeout_s
 from actors.recipe.file import load_recipe
@@ -15,15 +15,6 @@ from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.reference import ReferenceSettings
 from actors.rollout import RolloutSettings
 from actors.run.folder import RunFolder
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Where every worker loads the same weights and tokenizer from."""
-
-    path: str
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 def source_of(model: PretrainedModel | RecipeModel) -> ModelSource:
@@ -59,6 +50,7 @@ def policy_settings(recipe: Recipe, model: ModelSource, run_dir: Path) -> Policy
         optimizer=recipe.optimizer,
         objective=_objective(recipe),
         run_dir=str(run_dir),
+        teacher=_teacher(recipe),
     )
 
 
@@ -86,7 +78,7 @@ def reference_settings(recipe: GrpoRecipe, model: ModelSource) -> ReferenceSetti
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         dtype=recipe.policy.dtype,
-        temperature=recipe.generation.temperature,
+        temperature=recipe.logprob_temperature,
         max_tokens=recipe.policy.max_tokens_per_micro_batch,
         use_gpu=recipe.pools.reference.gpus_per_worker > 0,
     )
@@ -111,14 +103,30 @@ def rollout_settings(recipe: GrpoRecipe, model: ModelSource) -> RolloutSettings:
     )
 
 
+def _teacher(recipe: Recipe) -> ModelSource | None:
+    if not isinstance(recipe, GrpoRecipe) or recipe.distillation is None:
+        return None
+    assert recipe.reference is not None, "a recipe that distills names its teacher"
+    return source_of(recipe.reference)
+
+
 def _objective(recipe: Recipe) -> Objective:
     match recipe:
         case GrpoRecipe():
             generation = recipe.generation
-            return Objective(recipe.algorithm, generation.temperature, generation.max_completion_length)
+            if recipe.distillation is not None:
+                longest, distillation = generation.max_completion_length, recipe.distillation
+                return Objective(None, 1.0, longest, numbers="divergences", distillation=distillation)
+            return Objective(
+                recipe.algorithm if recipe.online_dpo is None else None,
+                recipe.logprob_temperature,
+                generation.max_completion_length,
+                numbers=None if recipe.online_dpo is None else "logprobs",
+                reference_below=recipe.reference_below,
+            )
         case SftRecipe():
             return Objective(None, temperature=1.0, max_completion_length=recipe.max_length)
         case RewardRecipe():
             return Objective(None, 1.0, recipe.max_length, numbers="scores")
         case PreferenceRecipe():
-            return Objective(None, 1.0, recipe.max_length, numbers="logprobs")
+            return Objective(None, 1.0, recipe.max_length, numbers="logprobs", reference_below=recipe.reference_below)

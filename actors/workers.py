@@ -208,7 +208,7 @@ def _spawn_all(
 
     functions, timeout_s = reward_functions(recipe), recipe.rewards.timeout_s
     rewards = scorers(roles.reward, "reward", recipe.pools.reward.num_workers, functions, timeout_s)
-    num_references = recipe.pools.reference.num_workers if recipe.algorithm.beta > 0 else 0
+    num_references = recipe.pools.reference.num_workers if recipe.has_reference_workers else 0
     references = scorers(roles.reference, "reference", num_references, reference_settings(recipe, model))
     settings = rollout_settings(recipe, model)
 

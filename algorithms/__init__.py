@@ -22,6 +22,8 @@ signal.py       rewards of a batch -> its advantages, penalties, baseline and sc
 packing.py      rollouts -> balanced micro-batches of every policy rank
 packed.py       one micro-batch as the tensors of one row
 head.py         hidden states and output head -> log-probabilities and entropies, without logits
+divergence.py   two hidden states and output heads -> how far the distributions are apart, without logits
+gkd.py          what each token weighs when a student learns from a teacher
 logprobs.py     the same from logits, for models that change what the head gives
 corrections.py  importance weights against the weights that sampled the tokens
 losses/         one micro-batch's share of the loss of the global batch, a file for each ingredient of the formula

@@ -57,7 +57,7 @@ class GrpoConfig(BaseModel):
     num_iterations: int = Field(1, ge=1)
     """Updates of the policy on each batch; the ratio is measured against the policy before the first."""
     beta: float = Field(0.0, ge=0.0)
-    """Weight of the KL penalty against the reference; at 0 no reference worker is started."""
+    """Weight of the KL penalty against the reference; at 0 there is none."""
     kl_penalty: Literal["k3", "k2", "reward", "reward_to_go", "advantage"] = "k3"
     """Where the KL penalty goes: into the loss (the estimate k3, or k2), or, with the estimate k1, into the reward of
     the whole rollout (with gae, of each token), each token's return, or each token's advantage (on-policy
@@ -128,6 +128,12 @@ class GrpoConfig(BaseModel):
         for refusal in refusals(self):
             raise ValueError(refusal)
         return self
+
+    @property
+    def sums_the_kl(self) -> bool:
+        """Whether the KL of whole rollouts is part of what a batch's advantages are made of."""
+        to_go = self.kl_penalty == "reward_to_go" and self.normalize_advantages == "tokens"
+        return self.kl_penalty == "reward" or to_go
 
     @property
     def corrects_off_policy(self) -> bool:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_SLAB = 2**23
+SLAB = 2**23
 """Logits that exist at once (32 MiB in float32): few enough to be no matter, enough for a large multiplication."""
-_LEAST = -1e4
+LEAST = -1e4
 _NARROWEST = 128
 """Tokens of a slab at least, however many rows there are."""
 
@@ -26,7 +26,7 @@ def head_logprobs_and_entropy(
     bias_V: Tensor | None,
     targets_N: Tensor,
     temperature: float,
-    slab: int = _SLAB,
+    slab: int = SLAB,
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and the entropy, both of softmax((hidden weight^T + bias) / temperature), both with gradient.
 
@@ -57,15 +57,15 @@ class _HeadLogprobs(torch.autograd.Function):
         dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
         sum_N, negentropy_N, target_N = (hidden_NH.new_zeros(len(hidden_NH), dtype=dtype) for _ in range(3))
         greatest_N = torch.full_like(sum_N, torch.finfo(dtype).min)
-        for columns in _slabs(len(weight_VH), len(hidden_NH), slab):
-            scaled_NW = _scaled(hidden_NH, weight_VH, bias_V, columns, temperature)
+        for columns in slabs(len(weight_VH), len(hidden_NH), slab):
+            scaled_NW = scaled(hidden_NH, weight_VH, bias_V, columns, temperature)
             place_N, inside_N = _place(targets_N, columns)
             target_N += scaled_NW.gather(-1, place_N[:, None])[:, 0].where(inside_N, 0.0)
             # Everything is kept relative to the greatest logit so far, and moves when a greater one is met.
             before_N, greatest_N = greatest_N, torch.maximum(greatest_N, scaled_NW.amax(-1))
             shift_N = before_N - greatest_N
             # e to the power of the least is 0, and so is its product with it; of -inf the product would be NaN.
-            below_NW = scaled_NW.sub_(greatest_N[:, None]).clamp_(min=_LEAST)
+            below_NW = scaled_NW.sub_(greatest_N[:, None]).clamp_(min=LEAST)
             exp_NW = below_NW.exp()
             negentropy_N = shift_N.exp() * (negentropy_N + shift_N * sum_N) + below_NW.mul_(exp_NW).sum(-1)
             sum_N = shift_N.exp() * sum_N + exp_NW.sum(-1)
@@ -86,8 +86,8 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
         scale_N, entropy_scale_N = grad_N / ctx.temperature, grad_entropy_N / ctx.temperature
         by_entropy = bool(entropy_scale_N.any())  # hardly ever: only a bonus for entropy asks for it
-        for columns in _slabs(len(weight_VH), len(hidden_NH), ctx.slab):
-            scaled_NW = _scaled(hidden_NH, weight_VH, bias_V, columns, ctx.temperature)
+        for columns in slabs(len(weight_VH), len(hidden_NH), ctx.slab):
+            scaled_NW = scaled(hidden_NH, weight_VH, bias_V, columns, ctx.temperature)
             place_N, inside_N = _place(targets_N, columns)
             probs_NW = scaled_NW.sub_(logsumexp_N[:, None]).exp_()
             of_entropy_NW = _of_entropy(probs_NW, entropy_N, entropy_scale_N) if by_entropy else None
@@ -111,14 +111,14 @@ def _of_entropy(probs_NW: Tensor, entropy_N: Tensor, scale_N: Tensor) -> Tensor:
     return torch.special.entr(probs_NW).sub_(probs_NW * entropy_N[:, None]).mul_(scale_N[:, None])
 
 
-def _slabs(vocabulary: int, num_rows: int, slab: int) -> Iterator[slice]:
+def slabs(vocabulary: int, num_rows: int, slab: int) -> Iterator[slice]:
     """The vocabulary in slabs of equal width, but for the last."""
     width = max(_NARROWEST, slab // max(num_rows, 1))
     for start in range(0, vocabulary, width):
         yield slice(start, min(start + width, vocabulary))
 
 
-def _scaled(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, columns: slice, temperature: float) -> Tensor:
+def scaled(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, columns: slice, temperature: float) -> Tensor:
     """The slab's logits over the temperature, in at least float32."""
     bias_W = None if bias_V is None else bias_V[columns]
     logits_NW = nn.functional.linear(hidden_NH, weight_VH[columns], bias_W)

@@ -46,7 +46,8 @@ def build_batch(
 ) -> Batch:
     """Over all ranks each rollout exactly once, with its advantage; the counts are over the global batch.
 
-    A rollout whose advantage is None is left out of the samples and of `num_loss_tokens`.
+    A rollout whose advantage is None is left out, of the samples and of `num_loss_tokens`.
+
     With `mask_truncated` the truncated rollouts are left out of the samples and of `num_loss_tokens`, for TRL's mask
     zeroes all their tokens, but they stay in `num_sequences`, because TRL's mean over sequences counts them. Tokens
     older than `oldest_version` leave the loss and stay in every count.

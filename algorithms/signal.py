@@ -25,8 +25,8 @@ class Signal:
     Where the advantages are divided by their spread and there is none, nothing is said, of the KL either.
     """
 
-    advantages: list[tuple[float, ...]]
-    """One inner tuple for each group."""
+    advantages: Sequence[Sequence[float | None]]
+    """One inner sequence for each group; a rollout with None is left out of the batch."""
     kl_weight: float
 
 

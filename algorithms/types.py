@@ -174,13 +174,18 @@ def summarize(scored: ScoredGroup, generate_s: float, score_s: float) -> GroupSu
         score_s=score_s,
         notes=scored.notes,
         details=scored.details,
-        kl_G=tuple(_kl_sums(r, r.reference_logprobs_T) for r in group.rollouts if r.reference_logprobs_T is not None),
+        kl_G=tuple(_kl_of(r, r.reference_logprobs_T) for r in group.rollouts if r.reference_logprobs_T is not None),
     )
 
 
-def _kl_sums(rollout: Rollout, reference_logprobs_T: NDArray[np.float32]) -> KlSums:
+def _kl_of(rollout: Rollout, reference_logprobs_T: NDArray[np.float32]) -> KlSums:
     kl_T = rollout.logprobs_T.astype(np.float64) - reference_logprobs_T
-    to_go_L = kl_T[rollout.loss_mask_T][::-1].cumsum()  # from the last token to the first
+    return kl_sums(kl_T[rollout.loss_mask_T])
+
+
+def kl_sums(kl_L: NDArray[np.float64]) -> KlSums:
+    """Of the estimates of a rollout's loss tokens."""
+    to_go_L = kl_L[::-1].cumsum()  # from the last token to the first
     total = float(to_go_L[-1]) if len(to_go_L) else 0.0
     return KlSums(total, float(to_go_L.sum()), float((to_go_L**2).sum()))
 
@@ -230,12 +235,16 @@ class Batch:
 
 
 def num_trained_tokens(batch: Batch, groups: Sequence[GroupSummary]) -> int:
-    """How many sampled tokens of the batch's samples are in its loss: those not older than its oldest version."""
+    """How many sampled tokens of the batch's samples are in its loss: those not older than its oldest version.
+
+    Samples of no group of these were sampled by nobody.
+    """
     return sum(
         num_tokens
         for rank in batch.ranks
         for micro_batch in rank
         for sample in micro_batch.samples
+        if sample.group < len(groups)
         for version, num_tokens in groups[sample.group].tokens_by_version_G[sample.rollout].items()
         if version >= batch.oldest_version
     )

@@ -3,6 +3,7 @@
 A GB is 2**30 bytes here; GPUs are sold by a little more than they have.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ def estimate(recipe: Recipe, placed: PlacementPlan, cluster: ClusterSpec, gpu_gb
         if (gigabytes := memory[pool]) is not None:
             _check(recipe, its, pool, gigabytes * GB)
     footprints = {pool: _footprint(recipe, shapes[pool], pool, has and has * GB) for pool, has in memory.items()}
+    lines += _unknown_teacher(recipe, shape)
     lines.insert(0, f"memory: estimated for {shape.num_parameters / 1e9:.3g} B parameters{_unknown(memory)}")
     return Estimate(lines + _waiting(recipe, shape, memory.get("rollout")), _table(footprints, memory))
 
@@ -79,6 +81,22 @@ def _shapes(recipe: Recipe, shape: ModelShape, pools: Iterable[str]) -> tuple[di
             del shapes[pool]
             lines.append(f"memory: the {pool} is not estimated: {error}")
     return shapes, lines
+
+
+def _unknown_teacher(recipe: Recipe, shape: ModelShape) -> list[str]:
+    """What the policy's column lacks."""
+    try:
+        _teacher_bytes(recipe, shape)
+    except ValueError as error:
+        return [f"memory: the teacher, which each policy rank holds, is not estimated: {error}"]
+    return []
+
+
+def _teacher_bytes(recipe: Recipe, shape: ModelShape) -> float:
+    """Of the teacher on each policy rank; ValueError when its shape is not known."""
+    if not isinstance(recipe, GrpoRecipe) or recipe.distillation is None:
+        return 0.0
+    return float(_BYTES[recipe.policy.dtype] * reference_shape(recipe, shape).num_parameters)
 
 
 def _table(footprints: Mapping[str, Footprint], memory: Mapping[str, float | None]) -> Table:
@@ -147,7 +165,10 @@ def _waiting(recipe: Recipe, shape: ModelShape, gpu_gb: float | None) -> list[st
 
 def policy_load(recipe: Recipe, shape: ModelShape) -> PolicyLoad:
     """Of one rank of the recipe's policy."""
-    policy = recipe.policy
+    policy, lora = recipe.policy, recipe.policy.lora
+    teacher = 0.0
+    with contextlib.suppress(ValueError):  # one that is not here, of which a line tells
+        teacher = _teacher_bytes(recipe, shape)
     return PolicyLoad(
         num_ranks=recipe.pools.policy.num_workers,
         zero_stage=policy.zero_stage,
@@ -155,6 +176,8 @@ def policy_load(recipe: Recipe, shape: ModelShape) -> PolicyLoad:
         tokens=_tokens(recipe, _per_rank(recipe)),
         gradient_checkpointing=policy.gradient_checkpointing,
         num_trained=_adapted(recipe, shape),
+        four_bits=lora is not None and lora.quantize is not None,
+        teacher=teacher,
     )
 
 

@@ -16,13 +16,14 @@ from transformers.utils.logging import disable_progress_bar
 from actors.checkpoint.resume import Resume, changes, find
 from actors.checkpoint.store import CheckpointStore
 from actors.data.dataset import Rows, load_rows, reward_column_names
-from actors.data.examples import ExampleStream
+from actors.data.examples import ExampleStream, data_examples
 from actors.data.preferences import JudgementStream, PairStream
 from actors.data.prompts import PromptStream
 from actors.errors import RunError, first_cause, last_line
 from actors.journal import check
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
+from actors.model.quantize import check_quantizer
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
 from actors.recipe.base import OfflineRecipe
 from actors.recipe.file import load_recipe
@@ -92,6 +93,8 @@ def prepare(
             _check_reference("critic.model", run.critic_model, tokenizer, num_positions)
         if run.policy.lora is not None:
             target_modules(_skeleton(run), run.policy.lora)
+            if run.policy.lora.quantize is not None:
+                check_quantizer()
         folder = RunFolder(run.folder)
         resume = None if overwrite else _resume(run, folder, allowed)
         replaces = overwrite or (resume is None and _ended_early(run, folder))
@@ -296,6 +299,9 @@ def stream_of(
                 )
             prompts = PromptStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, generation.max_prompt_length)
             prompts.preflight(max_bad_rows=recipe.dataset.max_bad_rows)
+            examples = data_examples(recipe, rows, tokenizer)
+            if examples is not None:
+                examples.preflight()
             return prompts
         case OfflineRecipe():
             if recipe.max_length > num_positions:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.data.chat import assistant_tokens
 from actors.data.dataset import Rows, prompt_of
 from actors.data.prompts import conversation_ids, prompt_ids, text_ids
+from actors.recipe.schema import GrpoRecipe
 from algorithms.order import row_of
 from algorithms.types import Messages, Rollout
 
@@ -64,6 +65,19 @@ class ExampleStream:
         learned_ids = completion_ids(self.tokenizer, prompt, given_ids, completion, where)
         learned_T = [False] * len(given_ids) + [True] * len(learned_ids)
         return as_rollout(given_ids + learned_ids, learned_T, self.max_length, where)
+
+
+def data_examples(recipe: GrpoRecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> ExampleStream | None:
+    """What a run learns of the data's completions beside its samples; None when nothing."""
+    if recipe.distillation is None or recipe.distillation.lmbda == 1:
+        return None
+    longest = recipe.generation.max_prompt_length + recipe.generation.max_completion_length
+    try:
+        return ExampleStream(rows, tokenizer, recipe.seed, recipe.dataset.shuffle, longest)
+    except ValueError as error:
+        raise ValueError(
+            f"distillation.lmbda: {recipe.distillation.lmbda:g} learns from the data, too: {error}"
+        ) from None
 
 
 def _conversation(row: Mapping[str, Any], where: str) -> tuple[Messages, int]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from actors.model.head import scores_of, scoring_head
+from algorithms.divergence import Head
 from algorithms.logprobs import logprobs_and_entropy
 from algorithms.packed import PackedRow
 
@@ -176,18 +177,40 @@ def row_logprobs(model: nn.Module, row: PackedRow, temperature: float) -> tuple[
     predicted, over the sampling temperature, as the rollout replicas do. A scoring head makes no logits beyond a slab
     of the vocabulary; of any other head the logits of the loss tokens are there at once.
     """
-    inputs = {
+    inputs = _inputs(row)
+    head = scoring_head(model)
+    if head is None:
+        return logprobs_and_entropy(model(**inputs).logits[0], row.targets_N, temperature, _CHUNK)
+    with head.scoring(row.targets_N, temperature):
+        return scores_of(model(**inputs).logits)
+
+
+def row_divergences(
+    model: nn.Module, teacher: nn.Module, row: PackedRow, beta: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Divergence from the teacher at each loss token of the row, with gradient, and the model's entropy: both (N,).
+
+    Both models were loaded with `attn_implementation=PACKED_ATTENTION` and have scoring heads.
+    """
+    head, of_teacher = scoring_head(model), scoring_head(teacher)
+    assert head is not None, "whole distributions are compared slab by slab"
+    assert of_teacher is not None, "whole distributions are compared slab by slab"
+    inputs = _inputs(row)
+    with torch.no_grad(), of_teacher.passing():
+        hidden_NK = teacher(**inputs).logits[0]
+    with head.comparing(Head(hidden_NK, of_teacher.weight, of_teacher.bias), beta, temperature):
+        return scores_of(model(**inputs).logits)
+
+
+def _inputs(row: PackedRow) -> dict[str, Any]:
+    """Of a model that is to predict the row's loss tokens."""
+    return {
         "input_ids": row.token_ids_T.unsqueeze(0),
         "position_ids": row.position_ids_T.unsqueeze(0),
         "logits_to_keep": row.predictor_N,
         "use_cache": False,
         "segments": Segments.of(row),
     }
-    head = scoring_head(model)
-    if head is None:
-        return logprobs_and_entropy(model(**inputs).logits[0], row.targets_N, temperature, _CHUNK)
-    with head.scoring(row.targets_N, temperature):
-        return scores_of(model(**inputs).logits)
 
 
 def row_scores(model: nn.Module, row: PackedRow) -> Tensor:

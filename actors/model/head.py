@@ -4,7 +4,7 @@ Legend: N = loss tokens, H = hidden size.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from algorithms.divergence import Head, head_divergence
 from algorithms.head import head_logprobs_and_entropy
 
 
 class ScoringHead(nn.Linear):
-    """The linear layer that it takes the place of, parameters and names included; inside `scoring` it scores.
+    """The linear layer that it takes the place of, parameters and names included; inside `scoring` it scores, inside
+    `comparing` it compares, inside `passing` it does nothing.
 
     It is a module that is called like any other, so whatever gathers, moves or watches modules finds it.
     """
 
-    _asked: tuple[Tensor, float] | None = None
+    _asked: Callable[[Tensor], Tensor] | None = None
+    """What is done to the hidden states instead of making logits."""
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "ScoringHead":
@@ -32,16 +35,41 @@ class ScoringHead(nn.Linear):
     @contextlib.contextmanager
     def scoring(self, targets_N: Tensor, temperature: float) -> Iterator[None]:
         """The next forward pass of the model gives, as its logits, what `scores_of` takes apart."""
-        self._asked = targets_N, temperature
+
+        def score(hidden_1NH: Tensor) -> Tensor:
+            found = head_logprobs_and_entropy(hidden_1NH[0], self.weight, self.bias, targets_N, temperature)
+            return torch.stack(found, -1)[None]
+
+        with self._asking(score):
+            yield
+
+    @contextlib.contextmanager
+    def comparing(self, teacher: Head, beta: float, temperature: float) -> Iterator[None]:
+        """The same of divergences from the teacher in place of log-probabilities."""
+
+        def compare(hidden_1NH: Tensor) -> Tensor:
+            student = Head(hidden_1NH[0], self.weight, self.bias)
+            return torch.stack(head_divergence(student, teacher, beta, temperature), -1)[None]
+
+        with self._asking(compare):
+            yield
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """The model gives, as its logits, the hidden states of which they would be made."""
+        with self._asking(lambda hidden_1NH: hidden_1NH):
+            yield
+
+    @contextlib.contextmanager
+    def _asking(self, what: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        self._asked = what
         try:
             yield
         finally:
             self._asked = None
 
     def forward(self, hidden_1NH: Tensor) -> Tensor:
-        if self._asked is None:
-            return super().forward(hidden_1NH)
-        return torch.stack(head_logprobs_and_entropy(hidden_1NH[0], self.weight, self.bias, *self._asked), -1)[None]
+        return super().forward(hidden_1NH) if self._asked is None else self._asked(hidden_1NH)
 
 
 def scores_of(logits_1N2: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,9 +45,16 @@ def load_causal_lm(
     trust_remote_code: bool,
     dtype: Dtype,
     attn_implementation: str = "sdpa",
+    quantization: Any | None = None,
 ) -> PreTrainedModel:
-    """The causal language model with its weights in `dtype`, on the CPU; ValueError as in `load_tokenizer`."""
-    return _load(AutoModelForCausalLM.from_pretrained, path, revision, trust_remote_code, dtype, attn_implementation)
+    """The causal language model with its weights in `dtype`, on the CPU; ValueError as in `load_tokenizer`.
+
+    `quantization`: how its linear layers are held instead (actors/model/quantize.py), which is on the GPU.
+    """
+    from_pretrained: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+    if quantization is not None:
+        from_pretrained = partial(from_pretrained, quantization_config=quantization)
+    return _load(from_pretrained, path, revision, trust_remote_code, dtype, attn_implementation)
 
 
 def load_scorer(

@@ -5,8 +5,9 @@ peft's files, which vLLM knows: `base_model.model.<module>.lora_A.weight`, shape
 (outputs, r).
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -60,12 +61,43 @@ def adapt(model: PreTrainedModel, config: LoraConfig) -> None:
     peft.get_peft_model(model, settings, adapter_name=_NAME, autocast_adapter_dtype=False)
 
 
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its base computes: every adapter's part is multiplied by 0.
+
+    The adapters' modules are still called, so that ZeRO-3, which fetches weights in the order of the calls, sees the
+    order that it knows; and what requires a gradient stays as it is, for DeepSpeed has hooks on it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert layers, "a model without adapters has no base below them"
+    for layer in layers:
+        layer.set_scale(_NAME, 0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(_NAME, 1)
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained and travels, under the names that it travels by: the adapters, or all of a model without."""
     parameters = dict(model.named_parameters())
     adapters = {name: parameter for name, parameter in parameters.items() if name.endswith((_A, _B))}
     on_the_wire = {_PREFIX + name.replace(f".{_NAME}.", "."): parameter for name, parameter in adapters.items()}
     return on_the_wire or parameters
+
+
+def adapted_modules(names: Iterable[str]) -> list[str]:
+    """The plain model's modules that have an adapter, from its parameters' names on the wire."""
+    ends = ".lora_A.weight"
+    return [name.removeprefix(_PREFIX).removesuffix(ends) for name in names if name.endswith(ends)]
+
+
+def factors(adapter: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
+    """A and B of one module, from the adapter by its names on the wire."""
+    return adapter[f"{_PREFIX}{module}.lora_A.weight"], adapter[f"{_PREFIX}{module}.lora_B.weight"]
 
 
 def sources(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -109,7 +141,7 @@ def base_digest(model: nn.Module) -> str:
     digest = xxhash.xxh3_128()  # finds another base, not forgery
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
-        digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -47,6 +47,16 @@ class BaseRecipe(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _quantizes_on_gpus(self) -> Self:
+        lora = self.policy.lora
+        if lora is not None and lora.quantize is not None and self.pools.policy.gpus_per_worker == 0:
+            raise ValueError(
+                f"policy.lora.quantize: {lora.quantize} runs on GPUs alone, and the policy pool has none; set "
+                "pools.policy.gpus_per_worker to 1, or leave quantize out"
+            )
+        return self
+
     @property
     def folder(self) -> Path:
         return self.run_dir or Path("runs") / self.name

@@ -12,7 +12,7 @@ def score_timeout_s(recipe: GrpoRecipe) -> float:
     A worker that hangs, and is found out and started again meanwhile, has time for it, too.
     """
     queue = -(-recipe.max_groups_in_flight // recipe.pools.reward.num_workers)
-    reference_s = recipe.policy.timeout_s if recipe.algorithm.beta > 0 else 0.0
+    reference_s = recipe.policy.timeout_s if recipe.has_reference_workers else 0.0
     return _SLACK_S + _found_out_s(recipe) + queue * _rewards_s(recipe) + reference_s
 
 
@@ -35,7 +35,7 @@ def stall_timeout_s(recipe: GrpoRecipe) -> float:
 def stall_parts_s(recipe: GrpoRecipe) -> dict[str, float]:
     """What the stall's own deadline is the sum of."""
     parts = {"generation": recipe.generation.timeout_s}
-    if recipe.algorithm.beta > 0:
+    if recipe.has_reference_workers:
         parts["the reference"] = recipe.generation.timeout_s
     calls_s = len(recipe.rewards.functions) * recipe.rewards.timeout_s
     parts |= {"rewards": calls_s, "loading them again": _rewards_s(recipe) - calls_s}

@@ -21,6 +21,10 @@ class LoraConfig(BaseModel):
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """`all-linear`, which leaves out the output head alone, or names of linear layers such as `[q_proj, v_proj]`."""
 
+    quantize: Literal["nf4"] | None = None
+    """Hold the model below the adapter in four bits (QLoRA, by bitsandbytes), on GPUs; null holds it in `dtype`. The
+    rollout replicas serve the adapter over the whole model, so that they differ from the policy a little."""
+
     @field_validator("target_modules", mode="before")
     @classmethod
     def _names(cls, given: Any) -> Any:
@@ -59,6 +63,17 @@ class PolicyConfig(BaseModel):
     @model_validator(mode="after")
     def _sound(self) -> Self:
         check_stage("policy", self.zero_stage, self.dtype)
+        if self.lora is None or self.lora.quantize is None:
+            return self
+        if self.dtype != "bfloat16":
+            raise ValueError(
+                f"lora.quantize: {self.lora.quantize} is computed in bfloat16, and dtype is {self.dtype}; set dtype to "
+                "bfloat16"
+            )
+        if self.zero_stage == 3:
+            raise ValueError(
+                "lora.quantize: ZeRO-3 would shard weights of four bits, which has not been tried; set zero_stage to 2"
+            )
         return self
 
 

@@ -6,13 +6,13 @@ from placement.config import PoolConfig
 
 
 def used_pools(recipe: Recipe) -> dict[str, PoolConfig]:
-    """The pools that a run of the recipe starts; no KL penalty, no reference; no GAE, no critic."""
+    """The pools that a run of the recipe starts; without a KL penalty no reference, nor where it is below an adapter."""
     pools = recipe.pools
     match recipe:
         case OfflineRecipe():
             return {"policy": pools.policy}
         case GrpoRecipe():
-            reference = {"reference": pools.reference} if recipe.algorithm.beta > 0 else {}
+            reference = {"reference": pools.reference} if recipe.has_reference_workers else {}
             critic = {"critic": pools.critic} if pools.critic is not None else {}
             return {"policy": pools.policy, **critic, **reference, "reward": pools.reward, "rollout": pools.rollout}
 

@@ -30,6 +30,11 @@ class PreferenceRecipe(OfflineRecipe):
             )
         return self
 
+    @property
+    def reference_below(self) -> bool:
+        """The reference is the policy without its adapter."""
+        return self.policy.lora is not None and isinstance(self.algorithm, DpoConfig | KtoConfig)
+
 
 class DpoRecipe(PreferenceRecipe):
     """Direct preference optimisation: pairs of answers, against the policy as it was before the first step."""

@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import BaseModel, Field, model_validator
 
 from actors.recipe.closed import CLOSED
-from actors.rewards.functions import CLASSIFIER
+from actors.rewards.functions import CLASSIFIER, JUDGE
 
 LOAD_TIMEOUT_S = 120.0
 """Deadline for a process to load all reward functions; it is not part of a call's deadline. After a call that had to be
@@ -22,17 +22,25 @@ class RewardConfig(BaseModel):
     model: str | None = Field(None, min_length=1)
     """A reward model in place of a function: the folder or hub name of a sequence classifier with one label, such as
     the `runs/<name>/model` that a recipe of kind `reward` leaves."""
+    judge: str | None = Field(None, min_length=1)
+    """A function that compares two completions, in place of one that scores each: `judge(prompts, pairs) -> list[int |
+    None]`, the place of the better one in each pair; it needs num_generations 2. The better one has the reward 1."""
     weight: float = 1.0
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
-        if (self.function is None) == (self.model is None):
-            raise ValueError("write either function: 'path/to/file.py:name' or model: path/to/a/reward/model")
+        if [self.function, self.model, self.judge].count(None) != 2:
+            raise ValueError(
+                "write either function: 'path/to/file.py:name' or model: path/to/a/reward/model or judge: "
+                "'path/to/file.py:name'"
+            )
         return self
 
     @property
     def source(self) -> str:
         """What the process that scores is told to load."""
+        if self.judge is not None:
+            return f"{JUDGE}{self.judge}"
         return self.function or f"{CLASSIFIER}{self.model}"
 
 

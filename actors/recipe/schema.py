@@ -9,14 +9,17 @@ from pydantic import Field, model_validator
 
 from actors.recipe.base import BaseRecipe, OfflineRecipe
 from actors.recipe.critic import CriticConfig
+from actors.recipe.methods import method_refusals
 from actors.recipe.model import PretrainedModel, ReferenceConfig
 from actors.recipe.preference import KtoRecipe, PairRecipe
 from actors.recipe.rewards import RewardsConfig
 from actors.recipe.rollout import GenerationConfig, RolloutConfig
 from actors.recipe.upkeep import LivenessConfig, StallConfig
 from algorithms.config import GrpoConfig, StalenessConfig
+from algorithms.gkd import DistillationConfig
 from algorithms.health.config import HealthConfig
 from algorithms.pacing import default_depth
+from algorithms.preference.online import OnlineDpoConfig
 from algorithms.simulation.config import SimulationConfig
 from sync.config import SyncConfig
 
@@ -30,9 +33,15 @@ class GrpoRecipe(BaseRecipe):
     algorithm: GrpoConfig = GrpoConfig()
     reference: ReferenceConfig | None = None
     """The model that the KL penalty is measured against, with the policy's tokenizer; null takes the policy's initial
-    weights. With `algorithm.kl_penalty: advantage` it is a teacher."""
+    weights, which with `policy.lora` are those below the adapter, so that no worker is needed for them. With
+    `algorithm.kl_penalty: advantage` it is a teacher."""
     critic: CriticConfig | None = None
     """For algorithm.advantage 'gae' alone; null takes the critic's defaults."""
+    distillation: DistillationConfig | None = None
+    """Learn from the whole distributions of a teacher, which `reference` names and each policy rank loads, in place of
+    GRPO's loss; rewards are only measured."""
+    online_dpo: OnlineDpoConfig | None = None
+    """Learn from the best and the worst of each group by DPO's loss, in place of GRPO's."""
     staleness: StalenessConfig = StalenessConfig()
     rewards: RewardsConfig
     generation: GenerationConfig = GenerationConfig()
@@ -53,7 +62,9 @@ class GrpoRecipe(BaseRecipe):
                 "correction; set algorithm.vllm_importance_sampling_correction to true, algorithm.old_logprobs to "
                 "'sampled', or staleness.max_staleness to 0"
             )
-        if self.reference is not None and algorithm.beta == 0:
+        for refusal in method_refusals(self):
+            raise ValueError(refusal)
+        if self.reference is not None and algorithm.beta == 0 and self.distillation is None:
             raise ValueError(
                 "reference: nothing is measured against it when algorithm.beta is 0; set algorithm.beta, or leave "
                 "reference out"
@@ -137,6 +148,21 @@ class GrpoRecipe(BaseRecipe):
     def critic_model(self) -> PretrainedModel | None:
         """The critic's own; None: there is no critic, or it begins as the policy does."""
         return None if self.critic is None else self.critic.model
+
+    @property
+    def reference_below(self) -> bool:
+        """The reference is the policy without its adapter, which the policy's ranks hold; a `reference` that is named
+        has workers of its own, whichever model it is."""
+        return self.algorithm.beta > 0 and self.policy.lora is not None and self.reference is None
+
+    @property
+    def has_reference_workers(self) -> bool:
+        return self.algorithm.beta > 0 and not self.reference_below
+
+    @property
+    def logprob_temperature(self) -> float:
+        """That log-probabilities are taken at: of GRPO that of sampling, of DPO, as TRL does, 1."""
+        return self.generation.temperature if self.online_dpo is None else 1.0
 
     @property
     def max_groups_per_replica(self) -> int:

@@ -11,7 +11,7 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +19,14 @@ from typing import Any
 KEYWORDS = ("prompts", "completions", "completion_ids")
 """Every reward function is called with these keywords, and with one more for each column of the data set."""
 
+JUDGED = ("prompts", "pairs")
+"""A judge is called with these, and with the columns that it has parameters for."""
+
 CLASSIFIER = "sequence-classifier:"
 """What is written before the path of a reward model, in place of a function's name; no module can be called so."""
+
+JUDGE = "pairwise-judge:"
+"""The same before the name of a function that compares two completions."""
 
 TRL_ONLY = ("trainer_state", "log_extra", "log_metric", "environments")
 """Objects of TRL's trainer, which no function in another process can hold; with a default of None they are optional."""
@@ -59,6 +65,7 @@ def load(function: str, columns: Collection[str] | None = None) -> Callable[...,
     """The function that `path/to/file.py:name` or `package.module:name` names; RewardError says what is wrong."""
     if function.startswith(CLASSIFIER):
         return _classifier(function.removeprefix(CLASSIFIER))
+    judges, function = function.startswith(JUDGE), function.removeprefix(JUDGE)
     place, separator, name = function.rpartition(":")
     if not (separator and place and name.isidentifier()):
         raise RewardError(f"rewards.functions: '{function}' must read 'path/to/file.py:name' or 'package.module:name'")
@@ -71,10 +78,16 @@ def load(function: str, columns: Collection[str] | None = None) -> Callable[...,
             f"rewards.functions: {function}: '{name}' is a {type(found).__name__}, which cannot be called; "
             "name a function"
         )
-    problem = _signature_problem(found, columns)
+    problem = _signature_problem(found, columns, JUDGED if judges else KEYWORDS, judges)
     if problem:
         raise RewardError(f"rewards.functions: {function}: {problem}")
-    return found
+    return _judge(found) if judges else found
+
+
+def _judge(function: Callable[..., Any]) -> Callable[..., Any]:
+    from actors.rewards.judge import as_reward  # only where there is one
+
+    return as_reward(function)
 
 
 def _classifier(path: str) -> Callable[..., Any]:
@@ -180,7 +193,9 @@ def _did_you_mean(name: str, module: ModuleType) -> str:
     return f"{hint}; it defines {', '.join(sorted(defined)) or 'no functions'}"
 
 
-def _signature_problem(function: Callable[..., Any], columns: Collection[str] | None) -> str:
+def _signature_problem(
+    function: Callable[..., Any], columns: Collection[str] | None, keywords: Sequence[str], chooses: bool
+) -> str:
     """Why `function(prompts=..., completions=..., completion_ids=..., **columns)` would fail; '' when it would not."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -189,12 +204,13 @@ def _signature_problem(function: Callable[..., Any], columns: Collection[str] | 
     by_keyword = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     required = [p.name for p in by_keyword if p.default is p.empty]
     accepted = {p.name for p in by_keyword}
-    given = {*KEYWORDS, *(columns or ())}
+    given = {*keywords, *(columns or ())}
+    asked = {*keywords} if chooses else given  # a judge is given the columns that it names, and no others
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     if positional:
         return f"its parameter '{positional[0]}' is positional-only; reward functions are called with keywords"
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters) and not given <= accepted:
-        missing = ", ".join(sorted(given - accepted))
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters) and not asked <= accepted:
+        missing = ", ".join(sorted(asked - accepted))
         return f"it cannot take the keywords {missing}; add **kwargs to its parameters: f(completions, **kwargs)"
     absent = [name for name in required if name not in given and (columns is not None or name in TRL_ONLY)]
     if absent and absent[0] in TRL_ONLY:

@@ -40,7 +40,7 @@ def lesson_of(
     if isinstance(stream, ExampleStream):
         return Supervision(recipe, stream, policy)
     assert isinstance(recipe, PreferenceRecipe)
-    references = References(policy, folder, recipe.policy.max_tokens_per_micro_batch, say)
+    references = References(policy, folder, recipe.policy.max_tokens_per_micro_batch, say, recipe.reference_below)
     if isinstance(stream, JudgementStream):
         assert isinstance(recipe, KtoRecipe)
         return Judging(recipe, stream, policy, references)

@@ -18,6 +18,7 @@ from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
 from actors.critic_group import CriticGroup
+from actors.data.examples import data_examples
 from actors.data.prompts import PromptStream
 from actors.elastic import capacity_followed
 from actors.errors import PolicyLostError, first_cause
@@ -35,6 +36,7 @@ from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.tracker import Tracker
 from actors.run.watchdog import Watchdog
+from actors.weighing import ByKl, ByPairs, ByRewards, ByTeacher, Weighing
 from actors.workers import Learners, Workers
 from algorithms.budgets import RewardBudget
 from algorithms.depth import DepthController
@@ -143,6 +145,7 @@ async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
         settled=checkpointer.after,
         stopped=checkpointer.last,
         first_version=version,
+        weighing=_weighing(run, policy),
     )
     watchdog = _watchdog(run, learners, waiting, publisher, checkpointer)
     waiting.on_stall = watchdog.idle
@@ -264,6 +267,20 @@ def _publisher(run: Run, policy: PolicyGroup) -> Publisher:
         member_timeout_s=recipe.replica_timeout_s,
         drain_timeout_s=0.0 if recipe.staleness.in_flight_updates else recipe.generation.timeout_s,
     )
+
+
+def _weighing(run: Run, policy: PolicyGroup) -> Weighing:
+    """What a batch's weights depend on besides rewards."""
+    recipe = run.recipe
+    if recipe.distillation is not None:
+        examples = data_examples(recipe, run.prompts.rows, run.tokenizer)
+        return ByTeacher(recipe.distillation.lmbda, recipe.groups_per_batch, examples)
+    if recipe.online_dpo is not None:
+        algorithm = recipe.algorithm
+        return ByPairs(policy, recipe.online_dpo, algorithm.beta, algorithm.mask_truncated_completions)
+    if recipe.reference_below and recipe.algorithm.sums_the_kl:
+        return ByKl(policy)
+    return ByRewards()
 
 
 def _limits(recipe: GrpoRecipe) -> Limits:

@@ -25,6 +25,9 @@ from algorithms.preference.kto import kl_estimate
 from algorithms.preference.weigh import Weighed, weigh_judged, weigh_pairs
 from algorithms.types import Group, Rollout, Update
 
+Numbers = dict[tuple[int, int], float]
+"""One for each sequence, by group and rollout."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
@@ -45,26 +48,29 @@ class Pairing:
         pairs = self._pairs(step)
         groups = self._groups(step, pairs)
         numbers = await _numbers(self.policy, groups, step, self.recipe)
-        weighed = weigh_pairs(self._numbered(groups, pairs, numbers), self.recipe.algorithm)
+        reference = await self._reference(groups, step)
+        weighed = weigh_pairs(self._numbered(groups, pairs, numbers, reference), self.recipe.algorithm)
         return await _train(self.policy, groups, weighed, step, self.recipe)
 
-    def _numbered(self, groups: Sequence[Group], pairs: Sequence[Pair], numbers: dict[tuple[int, int], float]) -> Pairs:
-        chosen_P, rejected_P = (_tensor([numbers[place, side] for place in range(len(groups))]) for side in range(2))
+    def _numbered(
+        self, groups: Sequence[Group], pairs: Sequence[Pair], numbers: Numbers, reference: Numbers | None
+    ) -> Pairs:
+        chosen_P, rejected_P = (_of_side(numbers, side, len(groups)) for side in range(2))
         chosen, rejected = ([group.rollouts[side] for group in groups] for side in range(2))
         return Pairs(
             chosen_P,
             rejected_P,
             chosen_tokens_P=_tensor([rollout.num_loss_tokens for rollout in chosen]),
             rejected_tokens_P=_tensor([rollout.num_loss_tokens for rollout in rejected]),
-            reference_chosen_P=self._reference(chosen),
-            reference_rejected_P=self._reference(rejected),
+            reference_chosen_P=None if reference is None else _of_side(reference, 0, len(groups)),
+            reference_rejected_P=None if reference is None else _of_side(reference, 1, len(groups)),
             margin_P=_tensor([pair.margin or 0.0 for pair in pairs]),
         )
 
-    def _reference(self, rollouts: Sequence[Rollout]) -> Tensor | None:
+    async def _reference(self, groups: Sequence[Group], step: int) -> Numbers | None:
         if not isinstance(self.recipe.algorithm, DpoConfig):
             return None
-        return _tensor([self.references.of(rollout) for rollout in rollouts])
+        return await self.references.numbers(groups, step)
 
     def _pairs(self, step: int) -> list[Pair]:
         first = step * self.recipe.batch_size
@@ -103,19 +109,13 @@ class Judging:
         groups = self._groups(step, judgements)
         numbers = await _numbers(self.policy, groups, step, self.recipe)
         good_S = torch.tensor([judgement.good for judgement in judgements])
-        logprobs_S, reference_S = self._both(groups, numbers, 0)
+        reference = await self.references.numbers(groups, step)
+        logprobs_S, reference_S = (_of_side(each, 0, len(groups)) for each in (numbers, reference))
         kl = torch.zeros((), dtype=torch.float64)
         if self.recipe.algorithm.loss_type == "kto":
-            kl = kl_estimate(*self._both(groups, numbers, 1))
+            kl = kl_estimate(*(_of_side(each, 1, len(groups)) for each in (numbers, reference)))
         weighed = weigh_judged(Judged(logprobs_S, reference_S, good_S, kl), self.recipe.algorithm)
         return await _train(self.policy, groups, weighed, step, self.recipe)
-
-    def _both(
-        self, groups: Sequence[Group], numbers: dict[tuple[int, int], float], rollout: int
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of one rollout of each group, under the policy and under the reference."""
-        mine = [numbers[place, rollout] for place in range(len(groups))]
-        return _tensor(mine), _tensor([self.references.of(group.rollouts[rollout]) for group in groups])
 
     def _judgements(self, step: int) -> list[Judgement]:
         first = step * self.recipe.batch_size
@@ -136,9 +136,7 @@ class Judging:
         return examples[place], mismatched(examples[place], examples[place - 1], self.recipe.max_length)
 
 
-async def _numbers(
-    policy: PolicyGroup, groups: Sequence[Group], step: int, recipe: PreferenceRecipe
-) -> dict[tuple[int, int], float]:
+async def _numbers(policy: PolicyGroup, groups: Sequence[Group], step: int, recipe: PreferenceRecipe) -> Numbers:
     """What every sequence of the groups amounts to under the current weights."""
     nothing = [(0.0,) * len(group.rollouts) for group in groups]
     batch = batch_of(groups, nothing, step, policy, recipe.policy.max_tokens_per_micro_batch)
@@ -159,6 +157,11 @@ async def _train(
     if isinstance(recipe, RewardRecipe):
         metrics.pop("entropy", None)  # scores have none
     return replace(update, metrics=metrics), batch.num_loss_tokens
+
+
+def _of_side(numbers: Numbers, side: int, num_groups: int) -> Tensor:
+    """The numbers of one rollout of each group."""
+    return _tensor([numbers[place, side] for place in range(num_groups)])
 
 
 def _sequences(groups: Sequence[Group]) -> list[Rollout]:

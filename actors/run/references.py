@@ -1,13 +1,14 @@
-"""Each sequence's log-probability under the weights that the run began with is computed once, by the policy itself.
+"""Each sequence's log-probability under the weights that the run began with is computed by the policy itself.
 
-The ranks hold those weights until the first step, so no other model is needed; an adapter adds nothing yet. What was
-computed stays in the run folder: a run that goes on compares with the same numbers, to the bit.
+The ranks hold those weights until the first step, so no other model is needed, and every sequence is asked for once,
+before it. What was computed stays in the run folder: a run that goes on compares with the same numbers, to the bit.
+Below an adapter they hold those weights all the time, so each step asks for its own sequences, and nothing is kept.
 """
 
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ import xxhash
 from actors.errors import RunError
 from actors.policy_group import PolicyGroup
 from actors.run.batches import batch_of, group_of
-from algorithms.types import Rollout
+from algorithms.types import Group, Rollout
 
 FILE = "reference_logprobs.msgpack"
 _WRITE_EVERY_S = 60.0
@@ -33,9 +34,12 @@ class _Known(msgspec.Struct):
 
 
 class References:
-    """What the policy's ranks said of sequences before the first step."""
+    """What the policy's ranks said of sequences before the first step, or say without their adapter (`below`)."""
 
-    def __init__(self, policy: PolicyGroup, folder: Path, max_tokens: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, policy: PolicyGroup, folder: Path, max_tokens: int, say: Callable[[str], None], below: bool = False
+    ) -> None:
+        self._below = below
         self._policy = policy
         self._path = folder / FILE
         self._max_tokens = max_tokens
@@ -49,6 +53,8 @@ class References:
 
         The policy holds the weights that the run began with.
         """
+        if self._below:
+            return
         self._known = self._read()
         written = said = time.monotonic()
         for step in range(max(steps.start, self._known.num_steps), steps.stop):
@@ -67,6 +73,15 @@ class References:
                 self._say(f"log-probabilities of the reference: {step + 1} of {steps.stop} steps")
                 said = now
         self._write()
+
+    async def numbers(self, groups: Sequence[Group], step: int) -> dict[tuple[int, int], float]:
+        """Of every sequence of the groups, by group and rollout; `step` is the policy's version."""
+        if not self._below:
+            places = ((g, r) for g, group in enumerate(groups) for r in range(len(group.rollouts)))
+            return {(g, r): self.of(groups[g].rollouts[r]) for g, r in places}
+        nothing = [(0.0,) * len(group.rollouts) for group in groups]
+        batch = batch_of(groups, nothing, step, self._policy, self._max_tokens)
+        return {place: sums.logprob for place, sums in (await self._policy.references(batch, groups)).items()}
 
     def of(self, rollout: Rollout) -> float:
         """Log-probability of the sequence's loss tokens, summed; RunError when the data are others than they were."""

@@ -4,5 +4,6 @@ The number is the log-probability of the completion, summed over its tokens, or 
 batch.py     those numbers, in pairs or one by one
 weigh.py     the loss, and what each sequence weighs in its gradient
 config.py    what a recipe says about the losses
+online.py    pairs of samples from their rewards
 dpo.py, kto.py, orpo.py, cpo.py, bradley_terry.py      one loss, or one family of losses, each
 """

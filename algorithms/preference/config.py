@@ -42,8 +42,10 @@ class DpoConfig(BaseModel):
     """How much a departure from the reference costs; of `ipo` the regularisation, tau."""
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
     """Share of the preferences that are taken to be the wrong way round, for exo_pair, robust and aot."""
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence"] = "reverse_kl"
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Which divergence from the reference is held (arXiv 2309.16240)."""
+    f_alpha_divergence_coef: float = Field(0.5)
+    """Alpha, for alpha_divergence: towards 0 the forward, towards 1 the reverse KL divergence."""
     discopop_tau: float = Field(0.05, gt=0.0)
     """Temperature of the mixture, for discopop."""
 
@@ -71,6 +73,11 @@ class DpoConfig(BaseModel):
             raise ValueError(
                 f"f_divergence_type: only {', '.join(DIVERGING)} know {self.f_divergence_type}; take one of them, or "
                 "reverse_kl"
+            )
+        if self.f_alpha_divergence_coef != 0.5 and self.f_divergence_type != "alpha_divergence":
+            raise ValueError(
+                f"f_alpha_divergence_coef: {self.f_divergence_type} does not know it; set f_divergence_type to "
+                "alpha_divergence, or remove it"
             )
         if self.label_smoothing > 0 and not set(self.loss_type) & set(SMOOTHED):
             raise ValueError(

@@ -12,6 +12,9 @@ from torch.nn.functional import logsigmoid
 from algorithms.preference.batch import Pairs
 from algorithms.preference.config import DpoConfig, DpoLoss
 
+_LARGEST = 80.0
+"""Of an exponent in the alpha divergence: beyond it float32 has no number."""
+
 
 def dpo_loss(pairs: Pairs, config: DpoConfig) -> Tensor:
     """The weighted sum of the losses that the recipe names, each averaged over the pairs."""
@@ -30,6 +33,11 @@ def scores(pairs: Pairs, config: DpoConfig) -> tuple[Tensor, Tensor]:
                 return 1 - torch.exp(-ratio_P)
             case "js_divergence":
                 return math.log(2) + logsigmoid(ratio_P)
+            case "alpha_divergence":
+                power = config.f_alpha_divergence_coef - 1
+                if abs(power) < 1e-6:  # where it is the reverse KL divergence
+                    return ratio_P
+                return torch.expm1((power * ratio_P).clamp(max=_LARGEST)) / power
 
     chosen_P, rejected_P = pairs.ratios
     return score(chosen_P), score(rejected_P)

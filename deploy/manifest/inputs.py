@@ -86,6 +86,8 @@ def _named(recipe: Recipe, path: str) -> Iterator[tuple[str, str, bool]]:
         for index, reward in enumerate(recipe.rewards.functions):
             if reward.function is not None:
                 yield f"rewards.functions.{index}.function", reward.function.rpartition(":")[0], True
+            if reward.judge is not None:
+                yield f"rewards.functions.{index}.judge", reward.judge.rpartition(":")[0], True
             if reward.model is not None:
                 yield f"rewards.functions.{index}.model", reward.model, _is_path(reward.model)
 

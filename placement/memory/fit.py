@@ -94,7 +94,7 @@ def _settings(load: PolicyLoad, shortest: int) -> Iterator[tuple[bool, int, int]
     while halved[-1] // 2 >= max(shortest, _MIN_TOKENS):
         halved.append(halved[-1] // 2)
     for tokens in halved:
-        for stage in range(load.zero_stage, 4):
+        for stage in range(load.zero_stage, 3 if load.four_bits else 4):
             for checkpointing in sorted({load.gradient_checkpointing, True}):
                 yield checkpointing, stage, tokens
 

@@ -7,6 +7,7 @@ layer to Llama's (gated MLP, RMSNorm in float32, no dropout, attention scores ne
 where activations are recomputed. Legend: P = parameters, T = those that are trained, N = ranks.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ _SUB_GROUP = 1_000_000_000
 _SLAB = 2**23
 """Logits that exist at once, in three float32 copies; of a token 128 at least."""
 _NARROWEST = 128
+_FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in NF4 with double quantization: its four bits, a scale of eight bits for each 64 weights, and of
+those a float32 for each 256 (QLoRA, arXiv 2305.14314, section 3)."""
 _PADDING = 4 / 3
 """Attention runs on sequences padded to the longest that they attend beside; each is three quarters of it at least."""
 _ENGINE_TOKENS = 8192
@@ -45,6 +49,10 @@ class PolicyLoad:
     """Parameters of the adapters; None trains every parameter."""
     has_vocabulary: bool = True
     """Whether its head gives logits; a critic's gives one number."""
+    four_bits: bool = False
+    """The linear layers below the adapters are held in four bits."""
+    teacher: float = 0.0
+    """Bytes of a frozen model beside, which every rank holds whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +98,13 @@ def policy_footprint(shape: ModelShape, load: PolicyLoad) -> Footprint:
     step = 8.0 * min(_SUB_GROUP, own) if stage == 3 else 8.0 * own if stage >= 1 else 4.0 * own
     activations = policy_activations(shape, load)
     head = head_bytes(shape, load.tokens, size, trained=load.num_trained is None) if load.has_vocabulary else 0.0
+    held = float(size * whole)
+    if load.four_bits:  # one layer at a time is there in full, too
+        held -= (size - _FOUR_BITS) * shape.quantizable_parameters
+        held += size * max(math.prod(sizes) for sizes in shape.linear_layers.values())
     gathered = size * min(_LIVE, whole) if stage == 3 else 0.0
     return {
-        "weights": size * whole / (ranks if stage == 3 else 1),
+        "weights": held / (ranks if stage == 3 else 1) + load.teacher,
         "gradients": summed + fresh,
         "optimizer": (12.0 if has_masters else 8.0) * own,
         "activations": max(activations, step - head - gathered),

@@ -6,7 +6,7 @@ from placement.memory.shape import ModelShape
 
 def policy_host_bytes(shape: ModelShape, load: PolicyLoad, ranks_here: int, holds_first: bool) -> float:
     """Each rank loads the model whole before it is sharded; later rank 0 gathers a checkpoint, which it keeps."""
-    loading = float(load.bytes_per_weight * shape.num_parameters * ranks_here)
+    loading = (load.bytes_per_weight * shape.num_parameters + load.teacher) * ranks_here
     trained = shape.num_parameters if load.num_trained is None else load.num_trained
     return max(loading, 12.0 * trained if holds_first else 0.0)
 

@@ -1,5 +1,6 @@
 """The number of parameters of a decoder-only model follows from its config.json exactly, or the shape is not known."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,12 @@ class ModelShape:
     def num_parameters(self) -> int:
         embeddings = self.embedding_parameters * (1 if self.tied else 2)
         return self.num_layers * self.parameters_per_layer + embeddings + self.hidden_size
+
+    @property
+    def quantizable_parameters(self) -> int:
+        """Of the linear layers that are modules of their own: experts are not."""
+        names = ("q_proj", "k_proj", "v_proj", "o_proj") if self.num_experts else tuple(self.linear_layers)
+        return self.num_layers * sum(math.prod(self.linear_layers[name]) for name in names)
 
     def adapter_parameters(self, rank: int, modules: tuple[str, ...] | None) -> int:
         """Of LoRA adapters of this rank on the named linear layers; on all of them with None."""

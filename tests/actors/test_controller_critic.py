@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.critic_group import Lesson
+from actors.critic_group import CriticLesson
 from actors.errors import PolicyLostError
 from algorithms.config import AdaptDepthConfig, StalenessConfig
 from algorithms.depth import DepthController
@@ -23,7 +23,7 @@ class Critic:
         self.warmup_steps = warmup_steps
         self.lost_at: int | None = None
 
-    async def compute_values(self, groups: list[GroupSummary], scored: list[Any], batch: Batch) -> Lesson:
+    async def compute_values(self, groups: list[GroupSummary], scored: list[Any], batch: Batch) -> CriticLesson:
         self.bench.events.append(f"values {batch.version}")
         assert len(scored) == len(groups)
         places = [(group, rollout) for group in range(len(groups)) for rollout in range(2)]
@@ -31,9 +31,9 @@ class Critic:
             (group, rollout): np.full(groups[group].num_loss_tokens_G[rollout], batch.version + rollout, np.float32)
             for group, rollout in places[:-1]  # the last one has no reward
         }
-        return Lesson(known, batch, 0.0)
+        return CriticLesson(known, batch, 0.0)
 
-    async def train_step(self, lesson: Lesson, scored: list[Any]) -> dict[str, float]:
+    async def train_step(self, lesson: CriticLesson, scored: list[Any]) -> dict[str, float]:
         version = lesson.batch.version
         self.bench.events.append(f"critic begins {version}")
         await asyncio.sleep(0.02)

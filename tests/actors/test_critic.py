@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from actors.critic import CriticActor, critic_actor
-from actors.critic_group import CriticGroup, Lesson
+from actors.critic_group import CriticGroup, CriticLesson
 from actors.model.forward import PACKED_ATTENTION, row_values
 from actors.model.load import load_scorer
 from actors.objective import Objective
@@ -71,13 +71,13 @@ def with_critic(
             ray.kill(rank)
 
 
-async def step(critic: CriticGroup, version: int, oldest_version: int = 0) -> tuple[Lesson, dict[str, float]]:
+async def step(critic: CriticGroup, version: int, oldest_version: int = 0) -> tuple[CriticLesson, dict[str, float]]:
     batch, groups = policy_batch(1, MAX_TOKENS, version, oldest_version)
     lesson = await critic.compute_values(summaries(), groups, batch)
     return lesson, await critic.train_step(lesson, groups)
 
 
-def returns_of(lesson: Lesson) -> dict[int, np.ndarray]:
+def returns_of(lesson: CriticLesson) -> dict[int, np.ndarray]:
     samples = (sample for rank in lesson.batch.ranks for micro in rank for sample in micro.samples)
     return {sample.group: sample.advantages_L for sample in samples if sample.advantages_L is not None}
 
@@ -120,7 +120,7 @@ def test_a_critic_learns_what_is_earned_and_goes_on_from_where_it_was(
 ) -> None:
     settings = settings_of(tiny_models["untied"], tmp_path, 1, 1, "float32")
 
-    async def learn(critic: CriticGroup) -> tuple[list[tuple[Lesson, dict[str, float]]], dict[str, float]]:
+    async def learn(critic: CriticGroup) -> tuple[list[tuple[CriticLesson, dict[str, float]]], dict[str, float]]:
         steps = [await step(critic, version) for version in range(30)]
         await asyncio.to_thread((tmp_path / "cut").mkdir)
         await critic.ranks.snapshot()

@@ -129,7 +129,7 @@ FAILS = [
     ("7B", 80, (*PPO, "critic={zero_stage: 3}", "pools.critic.num_workers=1"), "critic", "pools.critic.num_workers=4"),
     ("70B", 80, (parallel(4),), "policy", ranks(32)),
     ("70B", 80, (LORA, parallel(2)), "rollout", parallel(4)),
-    ("70B", 80, (LORA, parallel(4), "algorithm.beta=0.1"), "reference", "algorithm.beta=0"),
+    ("70B", 80, (ranks(64), parallel(4), "algorithm.beta=0.1"), "reference", "algorithm.beta=0"),
     ("70B", 80, (LORA, parallel(4), "policy.zero_stage=2"), "policy", "policy.zero_stage=3"),
     ("70B", 24, (LORA, parallel(8)), "policy", ranks(16)),
 ]

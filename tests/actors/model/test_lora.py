@@ -8,7 +8,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.model.forward import PACKED_ATTENTION, row_logprobs
 from actors.model.load import load_causal_lm, load_skeleton
-from actors.model.lora import adapt, merged, save_adapter, sources, target_modules, trained_parameters
+from actors.model.lora import (
+    adapt,
+    merged,
+    save_adapter,
+    sources,
+    target_modules,
+    trained_parameters,
+    without_adapter,
+)
+from actors.model.quantize import merge_over, quantization
+from actors.objective import Objective
 from actors.recipe.policy import LoraConfig
 from algorithms.packed import pack_row
 from sync.layout import parameters_of, plan_layout
@@ -45,6 +55,35 @@ def test_a_new_adapter_adds_nothing(tiny_models: dict[str, Path]) -> None:
     before, model = plain(tiny_models["tied"]), plain(tiny_models["tied"])
     adapt(model, LORA)
     assert torch.equal(model(IDS).logits, before(IDS).logits)
+
+
+def test_without_its_adapter_a_model_is_its_base(tiny_models: dict[str, Path]) -> None:
+    """To the bit; and afterwards the adapter is what it was, and as trainable."""
+    base, model = plain(tiny_models["untied"])(IDS).logits, adapted(tiny_models["untied"]).eval()
+    before, trained = model(IDS).logits, [p.requires_grad for p in model.parameters()]
+    assert not torch.allclose(before, base, atol=1e-3)
+    with without_adapter(model):
+        assert torch.equal(model(IDS).logits, base)
+        assert [p.requires_grad for p in model.parameters()] == trained
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_the_reference_below_an_adapter_is_as_a_worker_would_compute_it(tiny_models: dict[str, Path]) -> None:
+    """Not those that came with the rollouts count, and training goes on as if nobody had asked."""
+    model = load_causal_lm(str(tiny_models["tied"]), None, False, "float32", attn_implementation=PACKED_ATTENTION)
+    row = pack_row(rollouts(), [0.0] * len(rollouts()), 0)
+    with torch.no_grad():
+        expected_N, _ = row_logprobs(model, row, 0.7)
+    adapt(model, LORA)
+    for parameter in trained_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.train()
+    referred = Objective(None, 0.7, 16, reference_below=True).referred(model, row)
+    assert referred.reference_logprobs_N is not None
+    assert torch.equal(referred.reference_logprobs_N, expected_N)
+    assert model.training
+    assert not referred.reference_logprobs_N.requires_grad
+    assert Objective(None, 0.7, 16).referred(model, row) is row
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("v_proj", "q_proj")])
@@ -108,6 +147,21 @@ def test_merged_weights_are_the_plain_model(tiny_models: dict[str, Path], name: 
     save_adapter(model, on_disk, tmp_path / "adapter")
     read = peft.PeftModel.from_pretrained(plain(tiny_models[name]), tmp_path / "adapter").eval()
     assert torch.allclose(read(IDS).logits, expected, atol=1e-5)
+
+
+def test_an_adapter_merges_over_a_model_that_was_loaded_anew(tiny_models: dict[str, Path]) -> None:
+    """Which is how a model is saved that is held in four bits."""
+    model = adapted(tiny_models["untied"])
+    whole = plain(tiny_models["untied"])
+    merge_over(whole, {name: p.detach() for name, p in trained_parameters(model).items()}, LORA.lora_alpha / LORA.r)
+    assert all(torch.equal(whole.get_parameter(name), weight) for name, weight in plainly(model).items())
+
+
+def test_four_bits_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.model.quantize.find_spec", lambda name: None)
+    assert quantization(LORA, "bfloat16") is None
+    with pytest.raises(ValueError, match=r"policy.lora.quantize: nf4 needs the package bitsandbytes.*leave quantize"):
+        quantization(LoraConfig(quantize="nf4"), "bfloat16")
 
 
 def test_a_merged_weight_keeps_its_dtype() -> None:

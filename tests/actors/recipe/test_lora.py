@@ -6,6 +6,9 @@ import pytest
 
 from actors.recipe.file import RecipeError, dump_recipe, load_recipe
 from actors.recipe.policy import LoraConfig
+from actors.recipe.pools import used_pools
+from actors.recipe.preference import PreferenceRecipe
+from actors.recipe.schema import GrpoRecipe
 
 ROOT = Path(__file__).parents[3]
 GRPO, SFT = ROOT / "recipes/demo.yaml", ROOT / "recipes/demo_sft.yaml"
@@ -53,5 +56,63 @@ def test_what_cannot_be_is_named_with_the_fix(override: str, expected: str) -> N
     assert len(str(refused.value).splitlines()) == 1
 
 
+QUANTIZED = ["policy.lora.quantize=nf4", "policy.dtype=bfloat16", "pools.policy.gpus_per_worker=1"]
+
+
+def test_a_base_of_four_bits_is_read() -> None:
+    lora = load_recipe(GRPO, QUANTIZED).policy.lora
+    assert lora is not None
+    assert lora.quantize == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "pools.policy.gpus_per_worker=0",
+            "policy.lora.quantize: nf4 runs on GPUs alone, and the policy pool has none",
+        ),
+        ("policy.dtype=float32", "policy.lora.quantize: nf4 is computed in bfloat16, and dtype is float32"),
+        ("policy.zero_stage=3", "policy.lora.quantize: ZeRO-3 would shard weights of four bits"),
+        ("policy.lora.quantize=int8", "policy.lora.quantize: 'int8'"),
+    ],
+)
+def test_where_four_bits_cannot_be_they_are_refused(override: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(GRPO, [*QUANTIZED, override])
+    assert expected in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_supervised_recipes_may_have_dropout() -> None:
     assert load_recipe(SFT, ["policy.lora.lora_dropout=0.1"]).policy.lora is not None
+
+
+REFERENCE = "reference={kind: pretrained, path: somewhere}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "below", "pool"),
+    [
+        (["algorithm.beta=0.1", "policy.lora={}"], True, False),
+        (["algorithm.beta=0.1", "policy.lora={}", REFERENCE], False, True),
+        (["algorithm.beta=0.1"], False, True),
+        (["policy.lora={}"], False, False),
+    ],
+    ids=["below", "named", "whole", "none"],
+)
+def test_a_reference_below_the_adapter_needs_no_worker(overrides: list[str], below: bool, pool: bool) -> None:
+    recipe = load_recipe(GRPO, overrides)
+    assert isinstance(recipe, GrpoRecipe)
+    assert recipe.reference_below == below
+    assert ("reference" in used_pools(recipe)) == pool
+
+
+@pytest.mark.parametrize(("name", "below"), [("dpo", True), ("kto", True), ("orpo", False), ("cpo", False)])
+def test_preferences_compare_with_the_base_where_there_is_an_adapter(name: str, below: bool) -> None:
+    path = ROOT / f"recipes/offline/{name}.yaml"
+    whole, adapted = load_recipe(path), load_recipe(path, ["policy.lora={}"])
+    assert isinstance(whole, PreferenceRecipe)
+    assert isinstance(adapted, PreferenceRecipe)
+    assert not whole.reference_below
+    assert adapted.reference_below == below

@@ -10,6 +10,7 @@ from actors.model.load import load_tokenizer
 from actors.model.tiny import make_tiny_model
 from actors.recipe.file import RecipeError, load_recipe
 from actors.recipe.model import TinyModel
+from actors.recipe.pools import used_pools
 from deploy.train import prepare
 
 ROOT = Path(__file__).parents[3]
@@ -68,3 +69,33 @@ def test_a_teacher_with_another_tokenizer_is_refused(student: list[str], tmp_pat
     tokenizer.save_pretrained(path)
     with pytest.raises(ValueError, match=r"reference: its tokenizer is not the policy's.*same family"):
         prepare(load_recipe(DISTILLATION, student), DISTILLATION, None, False)
+
+
+GKD = str(ROOT / "recipes/methods/gkd.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reference=null"], "distillation: there is no teacher; name it under reference"),
+        (["algorithm.beta=0.1"], "algorithm.beta: 0.1 would weigh a KL penalty, and distillation has none"),
+        (["algorithm.epsilon=0.3"], "algorithm.epsilon: it has no effect beside distillation"),
+        (["staleness.adapt_depth={}"], "staleness.adapt_depth: the sample size that it follows is not measured"),
+        (["distillation.lmbda=0"], "distillation.lmbda"),
+    ],
+)
+def test_what_distillation_would_ignore_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(GKD, overrides)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_data_without_completions_are_refused_unless_only_samples_are_learned(
+    student: list[str], tmp_path: Path
+) -> None:
+    teacher(tmp_path)
+    with pytest.raises(ValueError, match=r"distillation.lmbda: 0.5 learns from the data, too: .*no column"):
+        prepare(load_recipe(GKD, student), GKD, None, False)
+    (job,) = prepare(load_recipe(GKD, [*student, "distillation.lmbda=1.0"]), GKD, None, False)
+    assert "reference" not in used_pools(job.recipe), "each policy rank holds the teacher"

@@ -81,7 +81,7 @@ class LocalRanks:
         for rank, share, some in self._shares(batch, groups):
             for micro in share.micro_batches:
                 row = rank._row(micro, some, 0)
-                values_N, entropy_N = rank.settings.objective.values(rank.engine, row)
+                values_N, entropy_N = rank.settings.objective.values(rank.engine, row, rank._teacher)
                 loss, _ = rank.settings.objective.loss(row, values_N, entropy_N, values_N.detach(), share.normalizer)
                 loss.backward()
                 total += loss.item()

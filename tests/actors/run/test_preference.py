@@ -18,6 +18,7 @@ from actors.data.preferences import JudgementStream, PairStream, mismatched
 from actors.errors import RunError
 from actors.model.forward import PACKED_ATTENTION, row_logprobs
 from actors.model.tiny import byte_tokenizer, make_tiny_model
+from actors.policy_calls import ReferenceSums
 from actors.recipe.model import TinyModel
 from actors.recipe.preference import CpoRecipe, DpoRecipe, KtoRecipe, OrpoRecipe, RewardRecipe
 from actors.run.preference import Judging, Pairing
@@ -28,7 +29,7 @@ from algorithms.packed import pack_row
 from algorithms.preference.batch import Judged, Pairs
 from algorithms.preference.kto import kl_estimate, kto_loss
 from algorithms.preference.weigh import pair_loss, weighted_sum
-from algorithms.types import Batch, Group, Rollout, Update
+from algorithms.types import Batch, Group, KlSums, Rollout, Update
 from tests.actors.data.test_prompts import ListRows
 
 BYTES = byte_tokenizer(256)
@@ -47,6 +48,7 @@ class LocalPolicy:
     asked: int = 0
     """Sequences whose log-probability was asked for."""
     steps: list[Batch] = field(default_factory=list)
+    below: Any = None
     costs: SequenceCosts = field(default_factory=SequenceCosts)
 
     @property
@@ -67,6 +69,13 @@ class LocalPolicy:
             found |= {(s.group, s.rollout): value for s, value in zip(micro.samples, sums.tolist(), strict=True)}
         self.asked += len(found)
         return found
+
+    async def references(self, batch: Batch, groups: Sequence[Group]) -> dict[tuple[int, int], ReferenceSums]:
+        """Of the model below, which these tests give one."""
+        above, self.model = self.model, self.below
+        found = await self.numbers(batch, groups)
+        self.model = above
+        return {place: ReferenceSums(number, KlSums()) for place, number in found.items()}
 
     async def step(self, batch: Batch, groups: Sequence[Group]) -> Update:
         self.model.zero_grad()
@@ -204,6 +213,32 @@ async def test_what_was_computed_of_the_reference_is_kept(folder: Path, tmp_path
     for rollout in (stream.pair(5).chosen, stream.pair(5).rejected):
         assert resumed.of(rollout) == lesson.references.of(rollout)
         assert resumed.of(rollout) == pytest.approx(sums(policy.model, [rollout]).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [DpoRecipe, KtoRecipe])
+async def test_below_an_adapter_each_step_asks_for_its_own_reference(
+    folder: Path, tmp_path: Path, kind: type[DpoRecipe | KtoRecipe]
+) -> None:
+    """The gradient is that of the numbers computed before the first step, and nothing is kept."""
+    recipe: Any = recipe_of(kind)
+    gradients = []
+    for below in (False, True):
+        policy: Any = LocalPolicy(model_of(folder), 2, below=model_of(folder))
+        references = References(policy, tmp_path / str(below), 64, print, below=below)
+        (tmp_path / str(below)).mkdir()
+        rows = ListRows(ROWS)
+        lesson: Any = (
+            Pairing(recipe, PairStream(rows, BYTES, 3, True, 60), policy, references)
+            if kind is DpoRecipe
+            else Judging(recipe, JudgementStream(rows, BYTES, 3, True, 60), policy, references)
+        )
+        await lesson.prepare(range(2))
+        policy.model = model_of(folder, change=0.1)
+        await lesson.step(1)
+        gradients.append(policy.gradient())
+        assert (tmp_path / str(below) / FILE).exists() != below
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(*gradients, atol=1e-6)
 
 
 async def test_it_goes_on_where_it_was_ended(folder: Path, tmp_path: Path) -> None:

@@ -189,6 +189,35 @@ def test_dpo_agrees_in_loss_and_gradient(name: str, beta: float) -> None:
         metrics_agree(weighed, stand_in._metrics["train"], (*REWARDS, *LOGPS))
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, 1.7])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_the_alpha_divergence_agrees(alpha: float, loss_type: Any) -> None:
+    """TRL knows it in float32 and less."""
+    torch.set_default_dtype(torch.float32)
+    config = DpoConfig(
+        loss_type=loss_type, beta=0.3, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=alpha
+    )
+    for seed in range(3):
+        case = make_case(seed)
+        logits_BCV = case.logits_BCV.clone().requires_grad_()
+        references = sums(case, case.reference_BCV).chunk(2)
+        stand_in = trainer(
+            ld_alpha=None,
+            precompute_ref_logps=True,
+            use_weighting=False,
+            f_divergence_type="alpha_divergence",
+            f_alpha_divergence_coef=alpha,
+            loss_types=[loss_type],
+            loss_weights=[1.0],
+            beta=config.beta,
+            label_smoothing=0.0,
+            args=SimpleNamespace(discopop_tau=config.discopop_tau),
+        )
+        inputs = {**case.inputs, "ref_chosen_logps": references[0], "ref_rejected_logps": references[1]}
+        loss = DPOTrainer._compute_loss(stand_in, Model(case, logits_BCV), inputs, return_outputs=False)
+        agree(case, weigh_pairs(pairs_of(case, reference=True), config), loss, logits_BCV, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
 @pytest.mark.parametrize("labels", [(1, 0, 1, 1, 0, 0, 1, 0), (1,) * 8, (0,) * 8])
 @pytest.mark.parametrize("farther", [True, False])

@@ -164,3 +164,15 @@ def test_a_layer_keeps_what_autograd_keeps(
     per_token = (kept[1] - kept[0]) / 2 / tokens
     padding = sum(len(members) * max(lengths[index] for index in members) for members in alike(lengths)) / tokens
     assert layer_activations(shape_of(config.to_dict()), dtype.itemsize, padding) == pytest.approx(per_token, rel=0.02)
+
+
+def test_a_base_of_four_bits_takes_a_quarter_of_its_linear_layers() -> None:
+    """QLoRA, section 3: 4.127 bits a weight; embeddings and norms stay as they are, and one layer is there in full."""
+    adapters = SEVENTY.adapter_parameters(16, None)
+    found = policy_footprint(SEVENTY, load(zero_stage=2, num_trained=adapters, four_bits=True))["weights"]
+    linear = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    assert SEVENTY.quantizable_parameters == linear
+    others = SEVENTY.num_parameters - linear + adapters
+    assert found == pytest.approx(linear * 4.127 / 8 + 2 * others + 2 * 8192 * 28672, rel=1e-4)
+    plain = policy_footprint(SEVENTY, load(zero_stage=2, num_trained=adapters))["weights"]
+    assert 0.25 < found / plain < 0.32

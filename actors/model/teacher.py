@@ -1,0 +1,21 @@
+"""A frozen model beside the policy, whose distribution is compared with the policy's at every loss token."""
+
+from typing import Any
+
+from actors.model.forward import PACKED_ATTENTION
+from actors.model.head import put_scoring_head
+from actors.model.load import Dtype, load_causal_lm
+from actors.policy_calls import ModelSource
+
+
+def load_teacher(source: ModelSource, dtype: Dtype) -> Any:
+    """The model, on the CPU; ValueError when its head does more than one multiplication."""
+    model: Any = load_causal_lm(
+        source.path, source.revision, source.trust_remote_code, dtype, attn_implementation=PACKED_ATTENTION
+    )
+    if not put_scoring_head(model):
+        raise ValueError(
+            f"reference: the logits of '{source.path}' are scaled or capped behind its output head, so they cannot "
+            "be compared slab by slab; choose another teacher, or kl_penalty 'advantage' without distillation"
+        )
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,66 @@
+"""Methods that have a loss of their own in place of GRPO's: which keys of a recipe they leave without effect."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from algorithms.config import GrpoConfig
+
+if TYPE_CHECKING:
+    from actors.recipe.schema import GrpoRecipe
+
+_OF_ANY_METHOD = ("num_generations", "beta", "dynamic_sampling", "mask_truncated_completions")
+
+
+def method_refusals(recipe: "GrpoRecipe") -> Iterator[str]:
+    """What is wrong with the choice of a method; the first is what the user reads."""
+    if recipe.distillation is not None and recipe.online_dpo is not None:
+        yield "online_dpo: a step has one loss, and distillation asks for another; leave one of them out"
+    if recipe.distillation is not None:
+        yield from _of_distillation(recipe)
+        yield from _without_effect(recipe, "distillation")
+    if recipe.online_dpo is not None:
+        yield from _of_online_dpo(recipe)
+        yield from _without_effect(recipe, "online_dpo")
+    judges = [reward.judge for reward in recipe.rewards.functions if reward.judge is not None]
+    if judges and recipe.algorithm.num_generations != 2:
+        yield (
+            f"rewards.functions: {judges[0]}: a judge compares two completions, and algorithm.num_generations is "
+            f"{recipe.algorithm.num_generations}; set it to 2, or take a reward function"
+        )
+
+
+def _of_distillation(recipe: "GrpoRecipe") -> Iterator[str]:
+    if recipe.reference is None:
+        yield (
+            "distillation: there is no teacher; name it under reference, such as {kind: pretrained, path: "
+            "organisation/model}"
+        )
+    if recipe.algorithm.beta > 0:
+        yield (
+            f"algorithm.beta: {recipe.algorithm.beta:g} would weigh a KL penalty, and distillation has none, but a "
+            "divergence of its own (distillation.beta); set algorithm.beta to 0"
+        )
+
+
+def _of_online_dpo(recipe: "GrpoRecipe") -> Iterator[str]:
+    if recipe.algorithm.beta == 0:
+        yield (
+            "algorithm.beta: 0 would let online_dpo go as far from the reference as it likes; set it above 0, such as "
+            "to 0.1"
+        )
+    if recipe.algorithm.num_generations < 2:
+        yield "algorithm.num_generations: a preference needs two samples of a prompt; set it to 2 or more"
+    if recipe.staleness.when_stale == "mask":
+        yield (
+            "staleness.when_stale: 'mask' takes single tokens out, and online_dpo compares whole completions; set it "
+            "to pace or requeue"
+        )
+
+
+def _without_effect(recipe: "GrpoRecipe", method: str) -> Iterator[str]:
+    """Keys of GRPO's loss that were given another value than their default."""
+    for key, field in GrpoConfig.model_fields.items():
+        if key not in _OF_ANY_METHOD and recipe.algorithm.model_dump()[key] != field.default:
+            yield f"algorithm.{key}: it has no effect beside {method}, which has a loss of its own; leave it out"
+    if recipe.staleness.adapt_depth is not None:
+        yield (f"staleness.adapt_depth: the sample size that it follows is not measured beside {method}; leave it out")
