@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 
 from actors.critic import critic_actor
 from actors.deadline import DeadlineError, aside, within
+from actors.elastic import Elastic
 from actors.errors import RunError, last_line
 from actors.fleet import Fleet
 from actors.model.costs import sequence_costs
@@ -24,6 +25,7 @@ from actors.reference import reference_actor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from actors.router import Router
+from actors.scaling import ScaleFiles
 from actors.scorers import Scorers
 from actors.settings import (
     ModelSource,
@@ -33,6 +35,7 @@ from actors.settings import (
     reward_functions,
     rollout_settings,
 )
+from placement.elastic import num_placed
 from placement.groups import ReservedPools
 
 _CLOSE_TIMEOUT_S = 30.0
@@ -106,6 +109,17 @@ class Workers:
     scorers: Scorers
     rewards: tuple[ActorHandle, ...]
     references: tuple[ActorHandle, ...]
+    elastic: Elastic | None = None
+    """When replicas come and go."""
+
+    @contextlib.asynccontextmanager
+    async def scaled(self) -> AsyncIterator[None]:
+        """Replicas come and go while the context is open, if they do in this run."""
+        if self.elastic is None:
+            yield
+            return
+        async with self.elastic.supervised():
+            yield
 
     async def learners(self) -> Learners:
         """New ranks of whoever learns, side by side; the first that fails stops the start of the others."""
@@ -117,6 +131,8 @@ class Workers:
     @property
     def starting(self) -> str:
         """Which workers are being started, and no group gets on without them; empty when there are none."""
+        if self.elastic is not None and self.elastic.waits_for and not self.fleet.num_serving:
+            return self.elastic.waits_for
         return "no rollout replica serves, and one is being started" if self.fleet.rebuilding else ""
 
     @property
@@ -201,21 +217,26 @@ def _spawn_all(
         handle: ActorHandle = roles.rollout.options(**options).remote(number, settings, [*rewards], [*references])
         return handle
 
+    pool, seats = recipe.pools.rollout, pools.seats.get("rollout")
     fleet = Fleet(
         spawn,
-        recipe.pools.rollout.num_workers,
+        pool.num_workers if seats is None else min(pool.num_workers, num_placed(seats.look())),
         router,
         start_timeout_s=recipe.rollout.start_timeout_s,
         max_rebuilds=recipe.rollout.max_rebuilds,
         say=say,
     )
+    elastic = None
+    if seats is not None:
+        files, rollout = ScaleFiles(run_dir), recipe.rollout
+        elastic = Elastic(pool, seats, fleet, files, rollout.leave_grace_s, rollout.capacity_timeout_s, say)
     by_name = {f"reward worker {index}": worker for index, worker in enumerate(rewards)}
     by_name |= {f"reference worker {index}": worker for index, worker in enumerate(references)}
     ranks = Ranks(roles.policy, policy_settings(recipe, model, run_dir), pools)
     critic = None
     if recipe.pools.critic is not None:
         critic = Ranks(roles.critic, critic_settings(recipe, model, run_dir), pools, "critic")
-    return Workers(ranks, critic, fleet, Scorers(by_name, recipe.liveness, say), rewards, references)
+    return Workers(ranks, critic, fleet, Scorers(by_name, recipe.liveness, say), rewards, references, elastic)
 
 
 async def _close(actors: Sequence[ActorHandle]) -> None:

@@ -51,16 +51,19 @@ def train(
     with _user_errors():
         loaded = load_recipe(recipe, overrides or ())
     address = _ray_address(address)
-    # After the recipe is known to be good: these load Ray and torch, which takes seconds.
-    from rich.console import Console
-
     from actors.errors import RunError, StoppedError
-    from deploy.train import execute, prepare
+    from deploy.stopping import heard
 
-    with _user_errors():
-        jobs = prepare(loaded, recipe, address, overwrite, allow_change or ())
     try:
-        execute(jobs, address, Console())
+        with heard():
+            # After the recipe is known to be good: these load Ray and torch, which takes seconds.
+            from rich.console import Console
+
+            from deploy.train import execute, prepare
+
+            with _user_errors():
+                jobs = prepare(loaded, recipe, address, overwrite, allow_change or ())
+            execute(jobs, address, Console())
     except StoppedError as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(STOPPED) from None
@@ -329,6 +332,24 @@ def ledger(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finish
         consistent = show(run_dir)
     if not consistent:
         raise typer.Exit(1)
+
+
+@app.command()
+def scale(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run that trains now.")],
+    wish: Annotated[str, typer.Argument(metavar="rollout=N", help="How many rollout replicas it is to have.")],
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="Longest wait for the run's answer.")] = 60.0,
+) -> None:
+    """Ask a run for more or fewer rollout replicas, within its recipe's min_workers and max_workers."""
+    from actors.errors import RunError
+    from deploy.scale import scale as scale_run
+
+    with _user_errors():
+        try:
+            typer.echo(scale_run(run_dir, wish, timeout_s))
+        except RunError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
 
 
 @app.command()

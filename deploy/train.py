@@ -27,7 +27,7 @@ from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
 from actors.recipe.base import OfflineRecipe
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
-from actors.recipe.pools import used_pools
+from actors.recipe.pools import first_pools
 from actors.recipe.schema import GrpoRecipe, Recipe
 from actors.rewards.classifier import check_reward_model
 from actors.rewards.functions import check_reward
@@ -41,6 +41,7 @@ from actors.run.tracker import check_tracker
 from actors.settings import ModelSource, source_of
 from deploy.columns import example_stream, needed_columns
 from deploy.session import ray_session
+from deploy.stopping import nothing_left
 from deploy.trust import trusted_code
 from placement.cluster import from_ray, this_machine
 from placement.groups import ReservedPools, reserve
@@ -81,7 +82,7 @@ def prepare(
                 else:
                     check_reward(reward.source, reward_column_names(rows.column_names))
         if address is None:
-            plan(used_pools(run), this_machine())
+            plan(first_pools(run), this_machine())
         check_tracker(run.logging.wandb_project)
         tokenizer, num_positions = words(run)
         stream_of(run, rows, tokenizer, num_positions)
@@ -135,6 +136,7 @@ def execute(jobs: list[Job], address: str | None, console: Console) -> None:
     with ray_session(address, say):
         for job in jobs:
             _run(job, console)
+        nothing_left()
 
 
 def _run(job: Job, console: Console) -> None:
@@ -157,7 +159,9 @@ def _run(job: Job, console: Console) -> None:
 def _reserved(recipe: Recipe) -> ReservedPools:
     """All pools on the live cluster; RunError when it is too small or too busy."""
     try:
-        return reserve(plan(used_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
+        rollout = recipe.pools.rollout
+        singly = {"rollout": rollout.num_workers} if isinstance(recipe, GrpoRecipe) and rollout.elastic else {}
+        return reserve(plan(first_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S, singly)
     except PlacementError as error:
         raise RunError(str(error)) from None
 

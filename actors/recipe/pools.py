@@ -15,3 +15,11 @@ def used_pools(recipe: Recipe) -> dict[str, PoolConfig]:
             reference = {"reference": pools.reference} if recipe.algorithm.beta > 0 else {}
             critic = {"critic": pools.critic} if pools.critic is not None else {}
             return {"policy": pools.policy, **critic, **reference, "reward": pools.reward, "rollout": pools.rollout}
+
+
+def first_pools(recipe: Recipe) -> dict[str, PoolConfig]:
+    """What a run needs to begin: of replicas that come and go, the fewest."""
+    pools = used_pools(recipe)
+    if "rollout" in pools:
+        pools["rollout"] = pools["rollout"].model_copy(update={"num_workers": recipe.pools.rollout.least})
+    return pools

@@ -157,8 +157,18 @@ class GrpoRecipe(BaseRecipe):
 
     @property
     def max_groups_in_flight(self) -> int:
-        """Groups that all replicas together may hold."""
-        return min(self.pipeline_depth, self.max_groups_per_replica * self.pools.rollout.num_workers)
+        """Groups that all replicas together may hold, when there are as many as there may be."""
+        return self.groups_in_flight(self.pools.rollout.most)
+
+    def groups_in_flight(self, num_replicas: int) -> int:
+        """Groups that so many replicas together may hold."""
+        return min(self.pipeline_depth, self.max_groups_per_replica * num_replicas)
+
+    @property
+    def replica_timeout_s(self) -> float:
+        """Longest wait for a replica when there is none: for its machine, if replicas come and go, and its start."""
+        rollout = self.rollout
+        return rollout.start_timeout_s + (rollout.capacity_timeout_s if self.pools.rollout.elastic else 0.0)
 
 
 class SftRecipe(OfflineRecipe):

@@ -10,6 +10,7 @@ model/            the trained weights and tokenizer in Hugging Face layout; of a
 critic/           of PPO: the critic's weights and tokenizer, likewise
 checkpoints/      cuts from which the same command goes on when the run was ended before its time
 summary.json      the figures of the whole run; written last
+scale.json        what `python -m deploy scale` asks of the run, until it is taken; and the answer in scale_answer.json
 stall.txt         of a run that stalled: the suspect, what waits for what, and the stack of every process
 reward.png        reward and staleness over the steps; loss.png where nothing is sampled
 wandb_id          the run's id at Weights & Biases, when it is tracked there

@@ -47,7 +47,7 @@ async def run_grpo(
         workers, learners = started
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config, progress.say) as tracker:
             lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), learners)
-            async with workers.fleet.supervised(recipe.liveness), workers.scorers.watched():
+            async with workers.fleet.supervised(recipe.liveness), workers.scorers.watched(), workers.scaled():
                 with on_signal(lives.stop, progress.say):
                     summary = await lives.recovery.live(resume)
     tokenizer.save_pretrained(folder.model)

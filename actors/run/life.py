@@ -19,6 +19,7 @@ from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
 from actors.critic_group import CriticGroup
 from actors.data.prompts import PromptStream
+from actors.elastic import capacity_followed
 from actors.errors import PolicyLostError, first_cause
 from actors.health import Health
 from actors.ledger import Ledger
@@ -71,10 +72,15 @@ class Life:
 
     async def live(self) -> None:
         """Train to the last step; PolicyLostError when the policy is lost on the way."""
-        liveness = self.run.recipe.liveness
+        liveness, workers = self.run.recipe.liveness, self.run.workers
+        capacity = self.run.recipe.groups_in_flight if workers.elastic is not None else None
         with self.ledger:
             try:
-                async with self.watchdog.watching(), self.learners.watched(liveness):
+                async with (
+                    self.watchdog.watching(),
+                    self.learners.watched(liveness),
+                    capacity_followed(workers.fleet, self.pacer, capacity),
+                ):
                     await self.publisher.connect()
                     await self.controller.run()
             except BaseException as error:
@@ -90,6 +96,8 @@ class Life:
         return self.reporter.summary() | {
             "roll_backs": self.ledger.num_roll_backs,
             "replicas_rebuilt": workers.fleet.num_rebuilt,
+            "replicas_joined": workers.fleet.num_joined,
+            "replicas_left": workers.fleet.num_left,
             "scorers_restarted": workers.scorers.num_restarted,
         }
 
@@ -160,6 +168,7 @@ def _attempts(run: Run, pacer: AsyncPacer, ledger: Ledger) -> Attempts:
         router=run.router,
         fleet=run.workers.fleet,
         ledger=ledger,
+        keeps_groups=run.workers.elastic is not None,
     )
 
 
@@ -233,7 +242,7 @@ def _pacer(recipe: GrpoRecipe) -> Pacer:
         when_stale=staleness.when_stale,
         over_sampling=staleness.over_sampling,
         pipeline_depth=recipe.pipeline_depth,
-        max_in_flight=recipe.max_groups_in_flight,
+        max_in_flight=recipe.groups_in_flight(recipe.pools.rollout.num_workers),
     )
 
 
@@ -252,7 +261,7 @@ def _publisher(run: Run, policy: PolicyGroup) -> Publisher:
         workers_per_replica=max(1, recipe.pools.rollout.gpus_per_worker),
         dtype=recipe.rollout.dtype,
         config=recipe.sync,
-        member_timeout_s=recipe.rollout.start_timeout_s,
+        member_timeout_s=recipe.replica_timeout_s,
         drain_timeout_s=0.0 if recipe.staleness.in_flight_updates else recipe.generation.timeout_s,
     )
 
@@ -260,7 +269,7 @@ def _publisher(run: Run, policy: PolicyGroup) -> Publisher:
 def _limits(recipe: GrpoRecipe) -> Limits:
     return Limits(
         group_timeout_s=group_timeout_s(recipe),
-        start_timeout_s=recipe.rollout.start_timeout_s,
+        start_timeout_s=recipe.replica_timeout_s,
         max_attempts=recipe.rollout.max_attempts,
         max_quarantined=recipe.rollout.max_quarantined,
         max_bad_rows=recipe.dataset.max_bad_rows,

@@ -16,7 +16,7 @@ from tests.deploy.test_faults import wait_for_steps, workers
 from tests.deploy.test_resume import environment, train
 from tests.prove import ONLY_PROVE
 
-NUM_STEPS, EVERY = 400, 20
+NUM_STEPS, EVERY = 260, 20
 RECIPE = """
 kind: sft
 name: resumed
