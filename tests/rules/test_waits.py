@@ -45,6 +45,7 @@ ALLOWED = {
     "actors/policy.py: PolicyActor._is_true_anywhere: torch.distributed.all_reduce(*": MET,
     "actors/policy_state.py: _random_states: torch.distributed.all_gather(*": MET,
     "actors/policy.py: PolicyActor._whole: whole": "a gather of ZeRO-3: the controller's deadline of the call",
+    "deploy/doctor/cluster.py: _live: ended.wait()": "it keeps Ray's processes until the command ends",
     "deploy/doctor/gpus.py: _wire: group.broadcast(*": WIRE,
     "actors/deadline.py: aside: await asyncio.wrap_future(answer)": "made for `within`, and lint asks callers for it",
     "actors/publisher.py: Publisher._admit: self.exclusive": "held over a step and a publication: deadlines inside",
