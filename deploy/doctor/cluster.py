@@ -88,8 +88,12 @@ def run_a_task() -> None:
     """A worker process starts on the cluster, and answers."""
     import ray
 
-    remote: Any = ray.remote(num_cpus=0)(os.getpid)
+    remote: Any = ray.remote(num_cpus=0)(_answer)
     ray.get(remote.remote(), timeout=LOOK_TIMEOUT_S)
+
+
+def _answer() -> None:
+    """On a worker."""
 
 
 def refused(error: BaseException, address: str | None) -> Finding:
@@ -113,7 +117,12 @@ def look_at_nodes(num_ports: int) -> dict[str, Machine]:
 
 def nodes_that_see(probe: Path) -> dict[str, bool]:
     """By node, whether it sees the file."""
-    return _on_every_node(os.path.exists, str(probe.absolute()))
+    return _on_every_node(_sees, str(probe.absolute()))
+
+
+def _sees(probe: str) -> bool:
+    """On a node."""
+    return Path(probe).exists()
 
 
 def _on_every_node(function: Callable[..., T], *arguments: Any) -> dict[str, T]:
