@@ -2,11 +2,15 @@
 
 import contextlib
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
+
+from ray.exceptions import RayError
 
 from actors.errors import RunError, last_line
 from actors.recipe.pools import used_pools
@@ -22,6 +26,7 @@ from placement.plan import PlacementPlan, plan
 
 REACH_TIMEOUT_S = 120.0
 LOOK_TIMEOUT_S = 120.0
+_END_TIMEOUT_S = 60.0
 T = TypeVar("T")
 
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on the head (SECURITY.md)"
@@ -33,11 +38,10 @@ def reach(address: str | None, session: contextlib.ExitStack) -> Finding:
     if host.rpartition(":")[2].isdecimal() and not answers(host):
         return failed(f"nobody answers at {host}", "start Ray there (ray start --head), or correct --address")
     import ray
-    from ray.exceptions import RayError
 
     began = time.monotonic()
     try:
-        session.enter_context(ray_session(address, lambda _: None))  # that it is open is told below
+        _enter(address, session)
     except RunError as error:
         return refused(error.__context__ or error, address)
     except RayError as error:
@@ -50,6 +54,46 @@ def reach(address: str | None, session: contextlib.ExitStack) -> Finding:
     if is_open(at, os.environ):
         return warned(f"{text}, and it asks for no token: whoever reaches its ports can run code there", _TOKEN)
     return passed(text)
+
+
+def _enter(address: str | None, session: contextlib.ExitStack) -> None:
+    """Ray's own processes die with the thread that starts them (the kernel sees to it), and a check's thread ends with
+    the check: so this one has a thread of its own, which stays until the session is closed."""
+    reached: Future[None] = Future()
+    ended = threading.Event()
+    thread = threading.Thread(target=_live, args=(address, reached, ended), name="ray", daemon=True)
+    thread.start()
+    reached.result(REACH_TIMEOUT_S)
+    session.callback(thread.join, _END_TIMEOUT_S)
+    session.callback(ended.set)
+
+
+def _live(address: str | None, reached: Future[None], ended: threading.Event) -> None:
+    try:
+        with ray_session(address, lambda _: None):  # that it is open is told by the check
+            reached.set_result(None)
+            ended.wait()
+    except (RayError, RunError) as error:
+        if not reached.done():
+            reached.set_exception(error)
+
+
+def is_reached() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+def run_a_task() -> None:
+    """A worker process starts on the cluster, and answers."""
+    import ray
+
+    remote: Any = ray.remote(num_cpus=0)(_answer)
+    ray.get(remote.remote(), timeout=LOOK_TIMEOUT_S)
+
+
+def _answer() -> None:
+    """On a worker."""
 
 
 def refused(error: BaseException, address: str | None) -> Finding:
@@ -73,7 +117,12 @@ def look_at_nodes(num_ports: int) -> dict[str, Machine]:
 
 def nodes_that_see(probe: Path) -> dict[str, bool]:
     """By node, whether it sees the file."""
-    return _on_every_node(os.path.exists, str(probe.absolute()))
+    return _on_every_node(_sees, str(probe.absolute()))
+
+
+def _sees(probe: str) -> bool:
+    """On a node."""
+    return Path(probe).exists()
 
 
 def _on_every_node(function: Callable[..., T], *arguments: Any) -> dict[str, T]:

@@ -109,6 +109,8 @@ class Examination:
         if spec is None:
             return skipped(_NO_RAY)
         if self._address is None:
+            if cluster.is_reached():
+                cluster.run_a_task()
             self._machines = {spec.nodes[0].name: machine.this_machine(wanted)}
         else:
             self._machines = cluster.look_at_nodes(wanted)

@@ -13,7 +13,7 @@ from deploy.doctor.check import LEVELS, Check, Finding, found_by, passed
 from deploy.doctor.examination import Examination
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
-_CLOSE_S = 60.0
+_CLOSE_S = 90.0
 _WIDTH = len("shared storage")
 
 

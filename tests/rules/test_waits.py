@@ -50,6 +50,7 @@ ALLOWED = {
     "actors/policy_state.py: _random_states: torch.distributed.all_gather(*": MET,
     "actors/host_copy.py: HostCopies.finish: *": "its threads copy memory, which takes as long as it takes",
     "actors/policy.py: PolicyActor._whole: whole": "a gather of ZeRO-3: the controller's deadline of the call",
+    "deploy/doctor/cluster.py: _live: ended.wait()": "it keeps Ray's processes until the command ends",
     "deploy/doctor/gpus.py: _wire: group.broadcast(*": WIRE,
     "actors/deadline.py: aside: await asyncio.wrap_future(answer)": "made for `within`, and lint asks callers for it",
     "actors/publisher.py: Publisher._admit: self.exclusive": "held over a step and a publication: deadlines inside",
