@@ -1,8 +1,8 @@
 """SIGTERM is heard in every phase of a command: one that stopped can be given again, and says so.
 
 While a run trains, the signal is the loop's (actors/run/signals.py). Before and after that it raises SystemExit with
-the signal's number, so that whatever was started is ended on the way out: here, and in the handler that Ray puts in the
-place of this one when it is joined.
+the signal's number, so that whatever was started is ended on the way out. When Ray is joined it puts a handler of its
+own in the place of this one, which aborts the process 3 s later, whatever that does meanwhile; so `listen` again then.
 """
 
 import signal
@@ -16,7 +16,8 @@ from actors.errors import StoppedError
 @contextmanager
 def heard() -> Iterator[None]:
     """StoppedError when SIGTERM has ended what was done inside, and no run was there to say more about it."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    before = signal.getsignal(signal.SIGTERM)
+    listen()
     try:
         yield
     except SystemExit as ended:
@@ -27,6 +28,11 @@ def heard() -> Iterator[None]:
         ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def listen() -> None:
+    """From here on SIGTERM raises SystemExit with its number."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
 
 
 def nothing_left() -> None:

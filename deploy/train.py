@@ -42,7 +42,7 @@ from actors.run.tracker import check_tracker
 from actors.settings import ModelSource, source_of
 from deploy.columns import example_stream, needed_columns
 from deploy.session import ray_session
-from deploy.stopping import nothing_left
+from deploy.stopping import listen, nothing_left
 from deploy.trust import trusted_code
 from placement.cluster import from_ray, this_machine
 from placement.groups import ReservedPools, reserve
@@ -137,6 +137,7 @@ def execute(jobs: list[Job], address: str | None, console: Console) -> None:
     for warning in trusted_code(job.recipe for job in jobs):
         say(warning)
     with ray_session(address, say):
+        listen()
         for job in jobs:
             _run(job, console)
         nothing_left()

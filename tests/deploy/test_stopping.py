@@ -33,7 +33,7 @@ def test_sigterm_before_there_is_a_run_is_a_stop() -> None:
 
 
 def test_rays_own_handler_says_the_same() -> None:
-    """Ray puts it in the place of ours: the process ends with the signal's number."""
+    """While Ray is joined, it stands in the place of ours."""
     with pytest.raises(StoppedError), heard():
         sys.exit(signal.SIGTERM)
     with pytest.raises(SystemExit, match="3"), heard():

@@ -16,6 +16,7 @@ class Nothing:
     """Of which the watchdog asks no more than this."""
 
     committed = None
+    progress_at = 0.0
 
 
 async def told(monkeypatch: pytest.MonkeyPatch, workers: list[Worker], starting: str = "") -> tuple[Any, list[str]]:
