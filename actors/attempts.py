@@ -4,6 +4,7 @@ An attempt is one dispatch of one prompt to one replica. Here it is followed to 
 are told; what to do next is the pacer's decision.
 """
 
+import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -78,7 +79,11 @@ class Attempts:
         self.ledger.dispatched(slot, sent.replica)
         try:
             answer = await within(timeout_s, sent.answer, name)
+        except asyncio.CancelledError:
+            sent.forsake()
+            raise
         except (RayError, RunError) as error:
+            sent.forsake()
             await self._failed(slot, sent.replica, error)
         else:
             await self._arrived(slot, answer, sent.group)
