@@ -9,6 +9,7 @@ The record   fates.py        what the journal's events say       journal.py     
 The actors   policy.py       one DeepSpeed rank                   policy_group.py  all ranks as one
              policy_state.py what its next step depends on        objective.py     what a step minimises
              policy_calls.py what a rank is told, and answers
+             critic.py       one rank of PPO's critic             critic_group.py  all of them as one
              rollout.py      one vLLM replica                     reference.py     frozen log-probabilities
              sampled.py      a rollout as far as it is sampled
              reward.py       scores, in a killable child          workers.py       starts and stops all of them

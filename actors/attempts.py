@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from actors.checkpoint.cut import Failures
 from actors.data.prompts import PromptStream, over_budget
@@ -25,6 +25,8 @@ from algorithms.config import FilterConfig
 from algorithms.filters import verdict
 from algorithms.slots import Slot
 from algorithms.types import GroupSummary
+
+_FETCH_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Attempts:
     router: Router
     fleet: Fleet
     ledger: Ledger
+    keeps_groups: bool = False
+    """What was sampled is brought to the driver's machine at once: the replica's may go."""
     _partial: dict[int, ray.ObjectRef] = field(default_factory=dict)  # ordinal -> what an interrupted attempt has left
     _num_failures: Counter[int] = field(default_factory=Counter)  # by ordinal; interruptions do not count
     _num_filtered_in_a_row: int = 0
@@ -79,6 +83,7 @@ class Attempts:
         self.ledger.dispatched(slot, sent.replica)
         try:
             answer = await within(timeout_s, sent.answer, name)
+            group = await self._kept(name, sent.group)
         except asyncio.CancelledError:
             sent.forsake()
             raise
@@ -86,9 +91,15 @@ class Attempts:
             sent.forsake()
             await self._failed(slot, sent.replica, error)
         else:
-            await self._arrived(slot, answer, sent.group)
+            await self._arrived(slot, answer, group)
         finally:
             self.router.done(slot)
+
+    async def _kept(self, name: str, group: ray.ObjectRef) -> ray.ObjectRef:
+        """The group where it outlives its replica's machine, if need be."""
+        if not self.keeps_groups:
+            return group
+        return ray.put(await within(_FETCH_TIMEOUT_S, group, f"{name}: fetching it"))
 
     def discard(self, taken: TakenGroups) -> None:
         """What leaves with a batch and is not trained: nothing in pace mode without over-sampling."""
@@ -157,7 +168,10 @@ class Attempts:
         cause = f"replica {replica}: {last_line(error)}"
         # An actor error that comes wrapped in a task error is about a worker behind the replica.
         died = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
-        self.ledger.failed(slot, cause)
+        self.ledger.failed(slot, cause, "preempted" if died and self.fleet.is_leaving(replica) else "failed")
+        if isinstance(error, ObjectLostError):  # what an interrupted attempt had left was on a machine that is gone
+            await self.pacer.failed(slot)
+            return
         if died or isinstance(error, ReplicaDeadError):  # not the prompt's fault
             self.fleet.fence(replica, f"it died while it sampled group {slot.ordinal}: {last_line(error)}")
             await self.pacer.failed(slot)

@@ -10,9 +10,12 @@ loop.
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import ray
 
 from actors.attempts import Attempts
+from actors.critic_group import CriticGroup, Lesson
 from actors.errors import StoppedError
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
@@ -20,7 +23,7 @@ from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
 from algorithms.config import GrpoConfig, StalenessConfig
 from algorithms.depth import DepthController
-from algorithms.packing import build_batch
+from algorithms.packing import build_batch, with_token_advantages
 from algorithms.signal import signal
 from algorithms.types import Batch, Update
 
@@ -51,6 +54,8 @@ class Controller:
     version of the newest that there is."""
     first_version: int = 0
     """What the policy holds when the run begins, or goes on."""
+    critic: CriticGroup | None = None
+    """With algorithm.advantage 'gae' alone."""
 
     async def run(self) -> None:
         """Train `num_steps` updates; raises what stopped the run."""
@@ -74,10 +79,9 @@ class Controller:
                 newest = await self.stopped(version)
                 raise StoppedError.after(version, self.num_steps, newest, self.pacer.why_stopped)
             self.attempts.discard(taken)
-            batch = self.batch(taken.batch)
+            batch, lesson = await self._judged(taken.batch)
             async with self.publisher.exclusive:  # nobody is admitted between a step and its publication
-                update = await self.policy.step(batch, [group.scored for group in taken.batch])
-                await self._publish(update.version)
+                update = await self._step(batch, [group.scored for group in taken.batch], lesson)
             self.ledger.trained(taken.batch, update, batch.oldest_version)
             await self._follow(update)
             metrics = await self.report(taken.batch, batch, update)
@@ -106,13 +110,39 @@ class Controller:
             kl_weight=worth.kl_weight,
         )
 
+    async def _judged(self, groups: list[ReadyGroup]) -> tuple[Batch, Lesson | None]:
+        """The batch; with a critic every token has an advantage of its own, and the critic a lesson to learn."""
+        batch = self.batch(groups)
+        if self.critic is None:
+            return batch, None
+        summaries, scored = [group.summary for group in groups], [group.scored for group in groups]
+        lesson = await self.critic.compute_values(summaries, scored, batch)
+        return with_token_advantages(batch, lesson.advantages), lesson
+
+    async def _step(self, batch: Batch, scored: list[ray.ObjectRef], lesson: Lesson | None) -> Update:
+        """The next version, published; a critic learns at the same time, from values that it gave before."""
+        if self.critic is None or lesson is None:
+            update = await self.policy.step(batch, scored)
+            await self._publish(update.version)
+            return update
+        async with asyncio.TaskGroup() as steps:
+            learning = steps.create_task(self.critic.train_step(lesson, scored), name="critic")
+            step = self.policy.rest(batch) if self._rests(batch.version) else self.policy.step(batch, scored)
+            update = await step
+            await self._publish(update.version)
+        return replace(update, metrics={**update.metrics, **learning.result()})
+
+    def _rests(self, version: int) -> bool:
+        """Whether the critic learns alone in the step at this version."""
+        return self.critic is not None and version < self.critic.warmup_steps
+
     async def _publish(self, version: int) -> None:
         await self.publisher.publish(version)
         await self.pacer.published(version)
 
     async def _follow(self, update: Update) -> None:
         """The pipeline gets shallower when its samples are too far off policy, and deeper when they are not."""
-        if self.depth is not None:
+        if self.depth is not None and not self._rests(update.step):
             # A sample size that is no finite number is not among the metrics, and the worst there is.
             ess = update.metrics.get("sampling/ess", math.nan)
             await self.pacer.set_depth(self.depth.update(ess, update.metrics.get("kl")))

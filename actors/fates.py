@@ -73,7 +73,7 @@ class Fates:
                 self.num_redispatched += event["attempt"] > 0 and not event["resumed"]
                 self.dispatched[ordinal] = t
             case "failed":
-                self._wasted("failed", 0, t - self.dispatched[ordinal])
+                self._wasted(event.get("waste", "failed"), 0, t - self.dispatched[ordinal])
             case "late":
                 self.num_late += 1
                 self._wasted("late", tokens, 0.0)

@@ -4,6 +4,7 @@
     PENDING   it could serve, and waits for its first version
     SERVING   it holds the committed version; groups go to it
     FENCED    it failed: no group goes to it, its processes are ended, and another takes its bundle
+    LEAVING   it is not wanted any more, or its machine goes: no group goes to it, and nobody takes its place
 
 A replica's number is never used again, so nothing that an old engine says can be taken for its successor's word.
 """
@@ -11,7 +12,7 @@ A replica's number is never used again, so nothing that an old engine says can b
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
@@ -20,13 +21,15 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from actors.deadline import within
+from actors.deadline import DeadlineError, within
 from actors.errors import RunError, last_line
 from actors.recipe.upkeep import LivenessConfig
 from actors.router import Router
 
 _CLOSE_TIMEOUT_S = 10.0
 _FORGET_TIMEOUT_S = 100.0
+_HAND_BACK_S = 30.0
+"""A replica that leaves has so long to hand back what it was told to interrupt; the rest is sampled again."""
 
 
 class State(Enum):
@@ -34,6 +37,7 @@ class State(Enum):
     PENDING = "pending"
     SERVING = "serving"
     FENCED = "fenced"
+    LEAVING = "leaving"
 
 
 @dataclass(slots=True)
@@ -76,7 +80,9 @@ class Fleet:
         self._replicas: dict[int, Replica] = {}
         self._to_rebuild: asyncio.Queue[tuple[Replica, str]] = asyncio.Queue()
         self._changed = asyncio.Event()
-        self.num_rebuilt = 0
+        self.num_rebuilt = self.num_joined = self.num_left = 0
+        self.is_gone: Callable[[int], Awaitable[bool]] | None = None
+        """Whether the machine of a bundle is gone; then who was on it leaves, and that is no failure of his."""
         self.serves_since = 0.0
         """The time.monotonic() at which, after none had served, one did."""
 
@@ -90,13 +96,23 @@ class Fleet:
         return [replica for replica in self._replicas.values() if replica.state is State.PENDING]
 
     @property
-    def rebuilding(self) -> bool:
-        """Whether no replica serves, and one is about to: it is built, or waits for its version."""
-        return bool(self._replicas) and not self._serves
+    def num_serving(self) -> int:
+        return sum(replica.state is State.SERVING for replica in self._replicas.values())
+
+    def on(self, bundle: int) -> Replica | None:
+        """Who is on the bundle; a fenced one until its successor is."""
+        return next((replica for replica in self._replicas.values() if replica.bundle == bundle), None)
+
+    def is_leaving(self, number: int) -> bool:
+        """Whether the replica has been told to leave."""
+        replica = self._replicas.get(number)
+        return replica is not None and replica.state is State.LEAVING
 
     @property
-    def _serves(self) -> bool:
-        return any(replica.state is State.SERVING for replica in self._replicas.values())
+    def rebuilding(self) -> bool:
+        """Whether no replica serves, and one is about to: it is built, or waits for its version."""
+        states = {replica.state for replica in self._replicas.values()}
+        return State.SERVING not in states and bool(states & {State.STARTING, State.PENDING, State.FENCED})
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
         """Until a change of some replica's state makes the condition true; the caller sets the deadline, if any."""
@@ -112,7 +128,7 @@ class Fleet:
 
     def serve(self, replicas: Iterable[Replica]) -> None:
         """These hold the committed version."""
-        if not self._serves:
+        if self.num_serving == 0:
             self.serves_since = time.monotonic()
         for replica in replicas:
             if replica.state is State.PENDING:
@@ -123,7 +139,7 @@ class Fleet:
     def fence(self, number: int, cause: str) -> None:
         """Take the replica out; it is rebuilt while `supervised`. A replica that is out already stays so."""
         replica = self._replicas.get(number)
-        if replica is None or replica.state is State.FENCED:
+        if replica is None or replica.state in (State.FENCED, State.LEAVING):
             return
         if replica.state is State.SERVING:
             self._router.leave(number)
@@ -131,6 +147,40 @@ class Fleet:
         self._say(f"warning: rollout replica {number} is fenced and will be rebuilt: {cause}")
         self._to_rebuild.put_nowait((replica, cause))
         self._wake()
+
+    async def join(self, bundle: int) -> None:
+        """One replica more, on a bundle that nobody is on; it serves once it holds the committed version."""
+        replica = self._place(bundle)
+        self.num_joined += 1
+        self._say(f"rollout replica {replica.number} joins")
+        await self._built(replica)
+
+    async def leave(self, number: int, grace_s: float, cause: str) -> None:
+        """The replica ends its groups within the grace; the others go on elsewhere, with the tokens that they have."""
+        replica = self._replicas.get(number)
+        if replica is None or replica.state is State.LEAVING:
+            return
+        served, replica.state = replica.state is State.SERVING, State.LEAVING
+        self.num_left += 1
+        self._say(f"rollout replica {number} leaves: {cause}")
+        if served:
+            self._router.leave(number)
+        self._wake()
+        if served and not await self._emptied(replica, grace_s):
+            with contextlib.suppress(RayError, RunError):
+                await within(_HAND_BACK_S, replica.handle.interrupt.remote(None), "interrupting a replica that leaves")
+            await self._emptied(replica, _HAND_BACK_S)
+        await self._end(replica)
+        self._replicas.pop(number, None)
+        self._wake()
+
+    async def _emptied(self, replica: Replica, timeout_s: float) -> bool:
+        """Whether it holds no group any more, in time."""
+        try:
+            await within(timeout_s, self._router.emptied(replica.number), "the groups of a replica that leaves")
+        except DeadlineError:
+            return False
+        return True
 
     async def forget(self) -> None:
         """No replica holds a version any more: each waits for its first one again, its engine as it is."""
@@ -160,13 +210,21 @@ class Fleet:
         async with asyncio.TaskGroup() as rebuilds:
             while True:
                 replica, cause = await self._to_rebuild.get()
-                self.num_rebuilt += 1
-                if self.num_rebuilt > self._max_rebuilds:
-                    raise RunError(
-                        f"rollout replica {replica.number} failed ({cause}), and rollout.max_rebuilds allows "
-                        f"{self._max_rebuilds} replacements in a run"
-                    )
-                rebuilds.create_task(self._rebuild(replica), name=f"rebuild-{replica.number}")
+                rebuilds.create_task(self._replace(replica, cause), name=f"rebuild-{replica.number}")
+
+    async def _replace(self, replica: Replica, cause: str) -> None:
+        """Another takes its bundle, if there is a machine to have it."""
+        if self.is_gone is not None and await self.is_gone(replica.bundle):
+            await self.leave(replica.number, 0.0, "its machine is gone")
+        if replica.state is State.LEAVING:
+            return
+        self.num_rebuilt += 1
+        if self.num_rebuilt > self._max_rebuilds:
+            raise RunError(
+                f"rollout replica {replica.number} failed ({cause}), and rollout.max_rebuilds allows "
+                f"{self._max_rebuilds} replacements in a run"
+            )
+        await self._rebuild(replica)
 
     async def _watch(self, liveness: LivenessConfig) -> None:
         while True:
@@ -187,8 +245,13 @@ class Fleet:
 
     async def _rebuild(self, old: Replica) -> None:
         await self._end(old)
+        if old.state is State.LEAVING:
+            return  # it was told to meanwhile, and nobody takes its place
         del self._replicas[old.number]
-        new = self._place(old.bundle)
+        await self._built(self._place(old.bundle))
+
+    async def _built(self, new: Replica) -> None:
+        """A replica that cannot start is fenced."""
         try:
             await self._build(new)
         except RunError as error:

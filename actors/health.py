@@ -39,9 +39,10 @@ class Health:
 
     async def after(self, version: int, metrics: Mapping[str, float]) -> None:
         """The step that made `version` measured `metrics`; RunError when the run cannot go on like this."""
-        skipped = metrics["policy/skipped"] > 0
+        skipped = metrics["policy/skipped"] > 0 or metrics.get("value/skipped", 0.0) > 0  # of the critic
         self._count_skipped(version, skipped)
-        if skipped:  # what it measured is of weights that have not moved
+        rested = metrics.get("policy/updates") == 0  # while a critic learns alone
+        if skipped or rested:  # what it measured is of weights that have not moved
             return
         found = [(watch.rule, sentence) for watch in self._watches if (sentence := watch.after(metrics)) is not None]
         factor = metrics["policy/learning_rate_factor"]

@@ -145,8 +145,10 @@ class Ledger:
         """The run is over and does not need the attempt any more."""
         self._write("stopped", slot.ordinal, attempt=slot.attempt, tokens=num_tokens, seconds=round(seconds, 6))
 
-    def failed(self, slot: Slot, cause: str) -> None:
-        self._write("failed", slot.ordinal, attempt=slot.attempt, cause=cause)
+    def failed(self, slot: Slot, cause: str, waste: str = "failed") -> None:
+        """The attempt is lost. `waste`: what its time counts as, such as `preempted` on a replica that was leaving."""
+        other = {} if waste == "failed" else {"waste": waste}
+        self._write("failed", slot.ordinal, attempt=slot.attempt, cause=cause, **other)
 
     def late(self, slot: Slot, num_tokens: int) -> None:
         self._write("late", slot.ordinal, attempt=slot.attempt, tokens=num_tokens)

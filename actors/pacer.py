@@ -115,6 +115,11 @@ class AsyncPacer:
         async with self._change():
             self._pacer.pipeline_depth = pipeline_depth
 
+    async def set_capacity(self, max_in_flight: int) -> None:
+        """From now on the replicas may hold so many groups; what they hold already they keep."""
+        async with self._change():
+            self._pacer.max_in_flight = max_in_flight
+
     async def slots(self) -> AsyncIterator[Slot]:
         """Leave to dispatch, one group at a time, until the last batch has been taken."""
         while True:

@@ -63,8 +63,8 @@ class PolicyActor:
         self._snapshot: PolicyState | None = None
         self._meeting: TCPStore | None = None
         self._timeout = timedelta(seconds=max(_MEET_TIMEOUT_S, settings.policy.timeout_s + 60.0))
-        self._spare: PolicyState | None = None
-        """The last snapshot that was written: the next one takes its memory."""
+        self._writing = False
+        """The snapshot is being written: the next one must not take its memory."""
         self._base: str | None = None
         """Digest of the frozen weights below an adapter."""
 
@@ -110,7 +110,7 @@ class PolicyActor:
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
         deepspeed.init_distributed(backend, verbose=False, timeout=self._timeout)  # takes the group that is there
-        load = load_scorer if settings.objective.numbers == "scores" else load_causal_lm
+        load = load_scorer if settings.objective.has_scalar_head else load_causal_lm
         model = load(
             settings.model_path,
             settings.revision,
@@ -121,7 +121,7 @@ class PolicyActor:
         make_savable(model)
         if settings.objective.numbers is not None:
             disable_dropout(model)  # a sequence must amount to the same whenever it is asked
-        if settings.objective.numbers != "scores":
+        if not settings.objective.has_scalar_head:
             put_scoring_head(model)
         if settings.policy.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -181,6 +181,16 @@ class PolicyActor:
             num_updates=len(done),
         )
 
+    def rest(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
+        """Complete a batch without learning from it; it has its place in the schedule all the same."""
+        learning_rate = self._set_learning_rate()
+        for _ in range(self.settings.objective.num_iterations):
+            self.engine.lr_scheduler.step()
+        self.version += 1
+        stats = LossStats().to_dict()
+        factor = self._learning_rate_factor
+        return RankUpdate(self.version, 0.0, 0.0, learning_rate, stats, factor, num_updates=0)
+
     def _pass(self, batch: RankBatch, groups: Sequence[ScoredGroup | Group], starts: dict[int, Tensor]) -> _Pass:
         """One update of the policy; the first leaves in `starts` the log-probabilities that the step began with."""
         objective = self.settings.objective
@@ -215,7 +225,7 @@ class PolicyActor:
     def _row(self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group], oldest_version: int) -> PackedRow:
         samples = micro_batch.samples
         rollouts = [_rollouts(groups[sample.group])[sample.rollout] for sample in samples]
-        advantages = [sample.advantage for sample in samples]
+        advantages = [sample.advantage if sample.advantages_L is None else sample.advantages_L for sample in samples]
         row = pack_row(rollouts, advantages, self.pad_id, oldest_version, self.version)
         return row.to(self.engine.device)
 
@@ -325,7 +335,7 @@ class PolicyActor:
 
     def snapshot(self) -> None:
         """Copy all that the next step depends on to the host of rank 0; every rank is called."""
-        spare, self._spare = self._spare, None  # there is none while one is being written
+        spare = None if self._writing else self._snapshot
         keep = self.rank == 0
         state = collect(self.engine, self._parameters, self.version, keep, self._base, spare)
         self._snapshot = state and replace(state, learning_rate_factor=self._learning_rate_factor)
@@ -333,18 +343,21 @@ class PolicyActor:
     def write_snapshot(self, folder: Path) -> str | None:
         """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is.
 
-        The name of a tensor that is not finite, when there is one: nothing is written then.
+        It is kept until the next one is taken, and may be written again. The name of a tensor that is not finite, when
+        there is one: nothing is written then.
         """
         from actors.model.files import MODEL, describe
         from actors.model.lora import describe_adapter
 
         assert self._snapshot is not None, "snapshot comes first, and rank 0 keeps it"
-        snapshot, self._snapshot = self._snapshot, None
-        spoiled = snapshot.spoiled()
-        if spoiled is None:
-            snapshot.write(folder)
-            (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
-        self._spare = snapshot
+        snapshot, self._writing = self._snapshot, True
+        try:
+            spoiled = snapshot.spoiled()
+            if spoiled is None:
+                snapshot.write(folder)
+                (describe if self._base is None else describe_adapter)(self.engine.module, folder / MODEL)
+        finally:
+            self._writing = False
         return spoiled
 
     def restore(self, folder: Path) -> None:

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,17 +40,29 @@ class PolicyGroup:
     """Deadline of one step."""
     costs: SequenceCosts = field(default_factory=SequenceCosts)
     """What the ranks are balanced by."""
+    who: str = "policy"
+    """Whose ranks they are, in messages."""
 
     async def start(self, timeout_s: float) -> None:
         """Load the model on every rank and join them."""
-        meeting: tuple[str, int] = await _answer(timeout_s, self.ranks[0].address.remote(), "reaching policy rank 0")
+        meeting: tuple[str, int] = await _answer(
+            timeout_s, self.ranks[0].address.remote(), f"reaching {self.who} rank 0"
+        )
         await self._all("start", *meeting, timeout_s=timeout_s)
 
     async def step(self, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> Update:
         """Train on one batch; each rank is sent only the groups that it needs, by reference."""
+        return await self._complete("step", batch, groups)
+
+    async def rest(self, batch: Batch) -> Update:
+        """Complete one batch without training on it: the next version has the same weights."""
+        nothing = tuple((MicroBatch(()),) for _ in self.ranks)
+        return await self._complete("rest", replace(batch, ranks=nothing), ())
+
+    async def _complete(self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> Update:
         started = time.perf_counter()
-        calls = self._calls("step", batch, groups)
-        what = f"the policy step at version {batch.version}"
+        calls = self._calls(method, batch, groups)
+        what = f"the {self.who} step at version {batch.version}"
         with _lost():
             updates: list[RankUpdate] = await _answer(self.timeout_s, asyncio.gather(*calls), what)
         assert {update.version for update in updates} == {batch.version + 1}, "only the policy counts versions, by one"
@@ -60,9 +72,16 @@ class PolicyGroup:
     async def numbers(self, batch: Batch, groups: Sequence[Group]) -> dict[tuple[int, int], float]:
         """What each sample of the batch amounts to under the current weights, by group and rollout."""
         what = f"log-probabilities or scores at version {batch.version}"
+        found: dict[tuple[int, int], float] = await self.of_each("numbers", batch, groups, what)
+        return found
+
+    async def of_each(
+        self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group], what: str
+    ) -> dict[tuple[int, int], Any]:
+        """What the ranks' `method` says of each sample of the batch, by group and rollout."""
         with _lost():
-            found: list[list[list[float]]] = await _answer(
-                self.timeout_s, asyncio.gather(*self._calls("numbers", batch, groups)), what
+            found: list[list[list[Any]]] = await _answer(
+                self.timeout_s, asyncio.gather(*self._calls(method, batch, groups)), what
             )
         return {
             (sample.group, sample.rollout): number
@@ -99,7 +118,7 @@ class PolicyGroup:
                 await asyncio.sleep(config.every_s)
             call: Any = self.ranks[rank].ping.options(concurrency_group=CONTROL)
             try:
-                await _answer(config.timeout_s, call.remote(), f"a sign of life of policy rank {rank}")
+                await _answer(config.timeout_s, call.remote(), f"a sign of life of {self.who} rank {rank}")
             except DeadlineError as error:
                 raise PolicyLostError(str(error)) from error
         raise AssertionError("a cycle has no end")
@@ -136,9 +155,9 @@ class PolicyGroup:
     async def write_snapshot(self, folder: Path, timeout_s: float) -> None:
         """Write the snapshot while training goes on; SpoiledError when it is none to go on from."""
         call: Any = self.ranks[0].write_snapshot.options(concurrency_group=IO)
-        spoiled = await _answer(timeout_s, call.remote(folder), "writing the policy's checkpoint")
+        spoiled = await _answer(timeout_s, call.remote(folder), f"writing the {self.who}'s checkpoint")
         if spoiled is not None:
-            raise SpoiledError(f"{spoiled} of the policy is not finite")
+            raise SpoiledError(f"{spoiled} of the {self.who} is not finite")
 
     async def restore(self, folder: Path) -> None:
         """Go on from a snapshot, whatever number of ranks wrote it."""
@@ -149,7 +168,7 @@ class PolicyGroup:
 
     async def _all(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
         calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
-        answers: list[Any] = await _answer(timeout_s, asyncio.gather(*calls), f"policy {method}")
+        answers: list[Any] = await _answer(timeout_s, asyncio.gather(*calls), f"{self.who} {method}")
         return answers
 
 
@@ -176,7 +195,7 @@ def _renumbered(micro_batches: tuple[MicroBatch, ...], needed: list[int]) -> tup
     place = {group: index for index, group in enumerate(needed)}
     return tuple(
         MicroBatch(
-            tuple(type(s)(place[s.group], s.rollout, s.num_tokens, s.advantage) for s in micro.samples),
+            tuple(replace(s, group=place[s.group]) for s in micro.samples),
         )
         for micro in micro_batches
     )

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from actors.host_copy import HostCopies, can_share
 from actors.model.files import ADAPTER, METADATA, MODEL, WHOLE
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -113,13 +114,16 @@ def collect(
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     old: Mapping[str, Tensor] = {} if spare is None else {**spare.weights, **spare.moments}
+    copies = HostCopies(torch.get_num_threads())
     _link(engine)
     for name, parameter in parameters.items():
         master, both = _master(parameter), [_moment(engine, parameter, moment) for moment in _MOMENTS]
         if keep:
-            weights[name] = _host(master, old.get(name))
+            stays = not _is_gathered(parameter)
+            weights[name] = _host(master, old.get(name), copies if stays else None)
             for moment, value in zip(_MOMENTS, both, strict=True):
-                moments[f"{name}.{moment}"] = _host(value, old.get(f"{name}.{moment}"))
+                moments[f"{name}.{moment}"] = _host(value, old.get(f"{name}.{moment}"), copies if stays else None)
+    copies.finish()
     random = _random_states(engine.device)
     if not keep:
         return None
@@ -194,6 +198,12 @@ def _fragment(parameter: Tensor, moment: str | None = None) -> Tensor | None:
         return None
     kept: Tensor = parameter._hp_mapping.get_hp_fragment(moment)  # type: ignore[attr-defined]
     return kept.view(parameter.shape)
+
+
+def _is_gathered(parameter: Tensor) -> bool:
+    """Whether master and moments are made whole when they are asked for; else they lie where the next step finds
+    them."""
+    return _is_sharded(parameter) and _fragment(parameter) is None
 
 
 def _master(parameter: Tensor) -> Tensor:
@@ -295,8 +305,14 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _host(value: Tensor, held: Tensor | None) -> Tensor:
-    """A copy in host memory, in that of `held` if it fits; page-locked, for speed, when it comes from a GPU."""
+def _host(value: Tensor, held: Tensor | None, later: HostCopies | None) -> Tensor:
+    """A copy in host memory, in that of `held` if it fits; page-locked, for speed, when it comes from a GPU.
+
+    It may be made `later`, together with others.
+    """
     if held is None or held.shape != value.shape or held.dtype != value.dtype:
         held = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-    return held.copy_(value.detach())
+    if later is None or not can_share(held, value):
+        return held.copy_(value.detach())
+    later.add(held, value)
+    return held

@@ -116,11 +116,11 @@ class Router:
             if replica in self._replicas:
                 _heard(self._replicas[replica].interrupt.remote(attempts))
 
-    def drain(self, replica: int) -> None:
-        """No further group goes there, and those that it holds go on elsewhere."""
-        handle = self._replicas[replica]
-        self.leave(replica)
-        _heard(handle.interrupt.remote(None))
+    async def emptied(self, replica: int) -> None:
+        """Until the replica holds no group any more; the caller sets the deadline."""
+        while any(sent.replica == replica for sent in self._sent.values()):
+            self._freed.clear()
+            await self._freed.wait()
 
 
 def _heard(call: ray.ObjectRef) -> None:

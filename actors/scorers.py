@@ -35,6 +35,8 @@ class Scorers:
     """Those that are being started again."""
     there_since: float = 0.0
     """The time.monotonic() at which the last one was there again."""
+    start_timeout_s: float = _START_TIMEOUT_S
+    """Until one that was started again answers."""
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
@@ -48,20 +50,23 @@ class Scorers:
     async def _watch(self, name: str) -> None:
         worker = self.workers[name]
         process: int | None = None  # which one answered last
-        since = time.monotonic()
+        gone_since = 0.0
         while True:
             await asyncio.sleep(self.liveness.every_s)
             try:
                 answered = await within(self.liveness.timeout_s, _ping(worker), f"a sign of life of {name}")
-            except ActorUnavailableError:
-                self.gone.add(name)  # Ray is starting it again
-                if time.monotonic() - since > _START_TIMEOUT_S:
-                    raise RunError(f"{name} died and could not be started again in {_START_TIMEOUT_S:g} s") from None
-                continue
-            except DeadlineError as error:
-                self.say(f"warning: {error}; it is killed and started again")
-                ray.kill(worker, no_restart=False)
-                self.gone.add(name)
+            except (ActorUnavailableError, DeadlineError) as error:
+                if name not in self.gone:
+                    self.gone.add(name)
+                    gone_since = time.monotonic()
+                elif time.monotonic() - gone_since > self.start_timeout_s:
+                    raise RunError(
+                        f"{name} died or hung, and could not be started again in {self.start_timeout_s:g} s: "
+                        f"{last_line(error)}"
+                    ) from error
+                if isinstance(error, DeadlineError):  # else Ray is starting it again
+                    self.say(f"warning: {error}; it is killed and started again")
+                    ray.kill(worker, no_restart=False)
                 continue
             except RayActorError as error:
                 raise RunError(
@@ -73,7 +78,7 @@ class Scorers:
                 self.there_since = time.monotonic()
                 self.say(f"warning: {name} had died and was started again")
                 self.gone.discard(name)
-            process, since = answered, time.monotonic()
+            process = answered
 
 
 async def _ping(worker: ActorHandle) -> int:

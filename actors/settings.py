@@ -1,10 +1,11 @@
 """What each worker is told: the values of the recipe that it needs, and not the recipe."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.objective import Objective
 from actors.policy_calls import PolicySettings
+from actors.recipe.critic import CriticConfig
 from actors.recipe.deadlines import score_timeout_s
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel
@@ -58,6 +59,22 @@ def policy_settings(recipe: Recipe, model: ModelSource, run_dir: Path) -> Policy
         optimizer=recipe.optimizer,
         objective=_objective(recipe),
         run_dir=str(run_dir),
+    )
+
+
+def critic_settings(recipe: GrpoRecipe, model: ModelSource, run_dir: Path) -> PolicySettings:
+    """As the policy's but for what the recipe says of the critic; `model` is what the policy begins with."""
+    assert recipe.pools.critic is not None, "there is no critic without a pool"
+    config = recipe.critic or CriticConfig()
+    model = model if config.model is None else source_of(config.model)
+    like = policy_settings(recipe, model, run_dir)
+    return replace(
+        like,
+        num_ranks=recipe.pools.critic.num_workers,
+        use_gpu=recipe.pools.critic.gpus_per_worker > 0,
+        policy=config.ranks_like(recipe.policy),
+        optimizer=config.optimizer_like(recipe.optimizer),
+        objective=replace(like.objective, numbers="values", cliprange_value=config.cliprange_value),
     )
 
 

@@ -5,12 +5,14 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
 
+from actors.critic import critic_actor
 from actors.deadline import DeadlineError, aside, within
+from actors.elastic import Elastic
 from actors.errors import RunError, last_line
 from actors.fleet import Fleet
 from actors.model.costs import sequence_costs
@@ -22,8 +24,17 @@ from actors.reference import reference_actor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from actors.router import Router
+from actors.scaling import ScaleFiles
 from actors.scorers import Scorers
-from actors.settings import ModelSource, policy_settings, reference_settings, reward_functions, rollout_settings
+from actors.settings import (
+    ModelSource,
+    critic_settings,
+    policy_settings,
+    reference_settings,
+    reward_functions,
+    rollout_settings,
+)
+from placement.elastic import num_placed
 from placement.groups import ReservedPools
 
 _CLOSE_TIMEOUT_S = 30.0
@@ -38,27 +49,29 @@ class Roles:
     rollout: Any = field(default_factory=lambda: ray.remote(RolloutActor))
     reward: Any = field(default_factory=lambda: ray.remote(RewardActor))
     reference: Any = field(default_factory=reference_actor)
+    critic: Any = field(default_factory=critic_actor)
 
 
 @dataclass(slots=True)
 class Ranks:
-    """The policy's processes, which can be ended and made anew on the same bundles."""
+    """The policy's processes, or the critic's, which can be ended and made anew on the same bundles."""
 
     actor: Any
     settings: PolicySettings
     pools: ReservedPools
+    pool: Literal["policy", "critic"] = "policy"
     handles: tuple[ActorHandle, ...] = ()
 
     async def start(self) -> PolicyGroup:
         """New ones with the initial weights, in place of those that there are."""
         self.end()
-        options = (self.pools.options("policy", rank) for rank in range(self.settings.num_ranks))
+        options = (self.pools.options(self.pool, rank) for rank in range(self.settings.num_ranks))
         self.handles = tuple(self.actor.options(**o).remote(rank, self.settings) for rank, o in enumerate(options))
         longest = self.settings.objective.max_completion_length
         settings = self.settings
         reading = aside(sequence_costs, settings.model_path, settings.revision, settings.trust_remote_code)
         costs = await within(_START_TIMEOUT_S, reading, "reading the model's config")
-        group = PolicyGroup(self.handles, longest, self.settings.policy.timeout_s, costs)
+        group = PolicyGroup(self.handles, longest, self.settings.policy.timeout_s, costs, self.pool)
         await group.start(_START_TIMEOUT_S)
         return group
 
@@ -67,21 +80,49 @@ class Ranks:
 
 
 @dataclass(frozen=True, slots=True)
+class Learners:
+    """Whoever is in training; they are built, cut, lost and restored together."""
+
+    policy: PolicyGroup
+    critic: PolicyGroup | None = None
+    """With algorithm.advantage 'gae' alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Workers:
     """The actors of a GRPO run, by pool."""
 
     ranks: Ranks
+    critic_ranks: Ranks | None
     fleet: Fleet
     scorers: Scorers
     rewards: tuple[ActorHandle, ...]
     references: tuple[ActorHandle, ...]
+    elastic: Elastic | None = None
+    """When replicas come and go."""
+
+    @contextlib.asynccontextmanager
+    async def scaled(self) -> AsyncIterator[None]:
+        """Replicas come and go while the context is open, if they do in this run."""
+        if self.elastic is None:
+            yield
+            return
+        async with self.elastic.supervised():
+            yield
+
+    async def learners(self) -> Learners:
+        """New ranks of whoever learns, side by side; the first that fails stops the start of the others."""
+        async with asyncio.TaskGroup() as starts:
+            policy = starts.create_task(self.ranks.start())
+            critic = None if self.critic_ranks is None else starts.create_task(self.critic_ranks.start())
+        return Learners(policy.result(), None if critic is None else critic.result())
 
     @property
     def starting(self) -> str:
         """Which workers are being started, and no group gets on without them; empty when there are none."""
-        if self.fleet.rebuilding:
-            return "no rollout replica serves, and one is being started"
-        return f"{', '.join(sorted(self.scorers.gone))} is being started again" if self.scorers.gone else ""
+        if self.elastic is not None and self.elastic.waits_for and not self.fleet.num_serving:
+            return self.elastic.waits_for
+        return "no rollout replica serves, and one is being started" if self.fleet.rebuilding else ""
 
     @property
     def there_since(self) -> float:
@@ -110,23 +151,25 @@ async def grpo_workers(
     router: Router,
     say: Callable[[str], None],
     roles: Roles,
-) -> AsyncIterator[tuple[Workers, PolicyGroup]]:
+) -> AsyncIterator[tuple[Workers, Learners]]:
     """All workers of the run, started side by side; the first that fails stops the start of the others."""
     workers = _spawn_all(recipe, model, pools, run_dir, router, say, roles)
     try:
         async with asyncio.TaskGroup() as starts:
-            policy = starts.create_task(workers.ranks.start())
+            learners = starts.create_task(workers.learners())
             starts.create_task(workers.fleet.start())
             for index, reference in enumerate(workers.references):
                 starts.create_task(_started(reference.start, f"reference worker {index}"))
             for index, reward in enumerate(workers.rewards):
                 starts.create_task(_started(reward.check, f"reward worker {index}"))
-        yield workers, policy.result()
+        yield workers, learners.result()
     finally:
         await workers.fleet.close()
         await _close(workers.rewards)
         _kill([*workers.rewards, *workers.references])
         workers.ranks.end()
+        if workers.critic_ranks is not None:
+            workers.critic_ranks.end()
 
 
 async def _started(method: Any, who: str) -> None:
@@ -163,18 +206,26 @@ def _spawn_all(
         handle: ActorHandle = roles.rollout.options(**options).remote(number, settings, [*rewards], [*references])
         return handle
 
+    pool, seats = recipe.pools.rollout, pools.seats.get("rollout")
     fleet = Fleet(
         spawn,
-        recipe.pools.rollout.num_workers,
+        pool.num_workers if seats is None else min(pool.num_workers, num_placed(seats.look())),
         router,
         start_timeout_s=recipe.rollout.start_timeout_s,
         max_rebuilds=recipe.rollout.max_rebuilds,
         say=say,
     )
+    elastic = None
+    if seats is not None:
+        files, rollout = ScaleFiles(run_dir), recipe.rollout
+        elastic = Elastic(pool, seats, fleet, files, rollout.leave_grace_s, rollout.capacity_timeout_s, say)
     by_name = {f"reward worker {index}": worker for index, worker in enumerate(rewards)}
     by_name |= {f"reference worker {index}": worker for index, worker in enumerate(references)}
     ranks = Ranks(roles.policy, policy_settings(recipe, model, run_dir), pools)
-    return Workers(ranks, fleet, Scorers(by_name, recipe.liveness, say), rewards, references)
+    critic = None
+    if recipe.pools.critic is not None:
+        critic = Ranks(roles.critic, critic_settings(recipe, model, run_dir), pools, "critic")
+    return Workers(ranks, critic, fleet, Scorers(by_name, recipe.liveness, say), rewards, references, elastic)
 
 
 async def _close(actors: Sequence[ActorHandle]) -> None:

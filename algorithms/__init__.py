@@ -14,6 +14,7 @@ bias.py         whether what is trained differs from what is sampled
 simulation/     a run in virtual time, by the same pacer and router
 combinations.py which choices of a recipe contradict one another
 advantages.py   rewards of a group -> one advantage per rollout
+gae.py          rewards and a critic's values -> an advantage per token
 costs.py        what a sequence costs the policy to compute
 partition.py    items -> parts of nearly equal weight
 overlong.py     what a completion near the length limit is punished with

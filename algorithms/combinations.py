@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 def refusals(config: "GrpoConfig") -> Iterator[str]:
     """What is wrong with the choices; the first is what the user reads."""
+    yield from _of_gae(config)
     yield from _of_advantages(config)
     yield from _of_the_kl(config)
     yield from _of_clipping(config)
@@ -31,6 +32,34 @@ def _of_advantages(config: "GrpoConfig") -> Iterator[str]:
         yield (
             f"normalize_advantages: {normal!r} would scale a second time what scale_rewards {scale!r} has scaled; set "
             "scale_rewards to 'none'"
+        )
+
+
+def _of_gae(config: "GrpoConfig") -> Iterator[str]:
+    if config.advantage != "gae":
+        for key, value, default in (("gamma", config.gamma, 1.0), ("lam", config.lam, 0.95)):
+            if value != default:
+                yield f"{key}: only a critic's values are discounted; set advantage to 'gae', or leave {key} out"
+        return
+    if config.baseline != "none" or config.scale_rewards != "none":
+        yield (
+            "advantage: with 'gae' the critic is the baseline, and nothing is compared within a group; set both "
+            "baseline and scale_rewards to 'none'"
+        )
+    if config.dynamic_sampling is not None and config.dynamic_sampling.kind == "zero_std":
+        yield (
+            "dynamic_sampling: 'zero_std' leaves out groups of equal rewards, which say nothing only where a group is "
+            "the baseline; with advantage 'gae' leave dynamic_sampling out, or take 'reward_band'"
+        )
+    if config.normalize_advantages == "rollouts":
+        yield (
+            "normalize_advantages: 'rollouts' scales whole rollouts, and with advantage 'gae' every token has an "
+            "advantage of its own; set it to 'tokens' or 'none'"
+        )
+    if config.kl_penalty in ("reward_to_go", "advantage"):
+        yield (
+            f"kl_penalty: {config.kl_penalty!r} adds to advantages that advantage 'gae' has estimated; set kl_penalty "
+            "to 'reward', where each token's KL is part of what the critic learns, or to 'k2' or 'k3'"
         )
 
 

@@ -60,7 +60,8 @@ class GrpoConfig(BaseModel):
     """Weight of the KL penalty against the reference; at 0 no reference worker is started."""
     kl_penalty: Literal["k3", "k2", "reward", "reward_to_go", "advantage"] = "k3"
     """Where the KL penalty goes: into the loss (the estimate k3, or k2), or, with the estimate k1, into the reward of
-    the whole rollout, each token's return, or each token's advantage (on-policy distillation)."""
+    the whole rollout (with gae, of each token), each token's return, or each token's advantage (on-policy
+    distillation)."""
     epsilon: float = Field(0.2, gt=0.0, lt=1.0)
     """Lower clip range of the probability ratio."""
     epsilon_high: float | None = Field(None, gt=0.0)
@@ -76,15 +77,24 @@ class GrpoConfig(BaseModel):
     importance_sampling_level: RatioLevel = "token"
     """Whether the probability ratio is of each token, or of the sequence: the mean per token (sequence: GSPO) or the
     product (sequence_product: RLOO)."""
+    advantage: Literal["group", "gae"] = "group"
+    """Where an advantage comes from: a rollout's reward against a baseline, the same for all its tokens; or, for each
+    token, from the values of a critic (gae: PPO), which is the baseline then and needs `pools.critic`."""
+    gamma: float = Field(1.0, gt=0.0, le=1.0)
+    """Of gae: what the next token's value counts for."""
+    lam: float = Field(0.95, ge=0.0, le=1.0)
+    """Of gae: 1 trusts what was earned, 0 the values of the critic alone."""
     baseline: Literal["group", "leave_one_out", "none"] = "group"
     """What a rollout's reward is measured against: the mean of its group, of the others of its group (RLOO), or 0."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Standard deviation that divides the advantages: of the group's rewards, of the batch's, or none (Dr. GRPO)."""
     normalize_advantages: Literal["none", "rollouts", "tokens"] = "none"
     """Subtract the batch's mean from the advantages and divide by their standard deviation, over the batch's rollouts
-    (RLOO) or over its tokens (REINFORCE++)."""
+    (RLOO) or over its tokens (REINFORCE++, PPO)."""
     soft_punish_cache: int | None = Field(None, ge=1)
     """Over the last so many tokens up to max_completion_length the reward falls by 1 (DAPO's overlong punishment)."""
+    missing_eos_penalty: float | None = Field(None, gt=0.0)
+    """Taken from the reward of a rollout that has not ended before max_completion_length; null takes nothing."""
     use_bias_correction_kl: bool = True
     """Multiply the KL estimate by the probability ratio, so that its gradient is the unbiased reverse-KL gradient
     (DeepSeek-V3.2, arXiv 2512.02556)."""

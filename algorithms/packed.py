@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from algorithms.types import Rollout
@@ -44,9 +45,14 @@ class PackedRow:
 
 
 def pack_row(
-    rollouts: Sequence[Rollout], advantages: Sequence[float], pad_id: int, oldest_version: int = 0, version: int = 0
+    rollouts: Sequence[Rollout],
+    advantages: Sequence[float | NDArray[np.float32]],
+    pad_id: int,
+    oldest_version: int = 0,
+    version: int = 0,
 ) -> PackedRow:
-    """Lay the rollouts end to end, to be trained at `version`; `advantages` has one number for each.
+    """Lay the rollouts end to end, to be trained at `version`; `advantages` has one number for each, or for each of its
+    loss tokens.
 
     Tokens that weights older than `oldest_version` sampled are not fresh; tokens that nobody sampled are, and of age 0.
     Without rollouts the row is one padding token and no loss token, so that a rank with nothing to do still takes part
@@ -90,7 +96,7 @@ def _row(
     tokens: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
     logprobs: Sequence[np.ndarray],
-    advantages: Sequence[float],
+    advantages: Sequence[float | NDArray[np.float32]],
     references: Sequence[np.ndarray] | None,
     fresh: Sequence[np.ndarray],
     ages: Sequence[np.ndarray],
@@ -112,8 +118,15 @@ def _row(
         targets_N=token_ids_T[torch.from_numpy(loss_positions_N)],
         sequence_N=torch.from_numpy(sequence_N),
         sampled_logprobs_N=pick(logprobs),
-        advantages_N=torch.tensor(advantages, dtype=torch.float32)[torch.from_numpy(sequence_N)],
+        advantages_N=torch.from_numpy(_of_tokens(advantages, masks)),
         reference_logprobs_N=None if references is None else pick(references),
         fresh_N=torch.from_numpy(np.concatenate(fresh)[loss_positions_N]),
         age_N=torch.from_numpy(np.concatenate(ages)[loss_positions_N]),
     )
+
+
+def _of_tokens(advantages: Sequence[float | NDArray[np.float32]], masks: Sequence[np.ndarray]) -> np.ndarray:
+    """[N]: each sequence's number for all its loss tokens, or one for each."""
+    counts = [int(mask.sum()) for mask in masks]
+    spread = [np.broadcast_to(np.float32(each), count) for each, count in zip(advantages, counts, strict=True)]
+    return np.concatenate(spread)

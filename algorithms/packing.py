@@ -5,8 +5,11 @@ passes of a rank by least loaded first, which knows the budget.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from algorithms.costs import SequenceCosts
 from algorithms.partition import partition
@@ -31,7 +34,7 @@ class _Bin:
 
 def build_batch(
     groups: Sequence[GroupSummary],
-    advantages: Sequence[Sequence[float]],
+    advantages: Sequence[Sequence[float | None]],
     *,
     version: int,
     oldest_version: int,
@@ -43,6 +46,7 @@ def build_batch(
 ) -> Batch:
     """Over all ranks each rollout exactly once, with its advantage; the counts are over the global batch.
 
+    A rollout whose advantage is None is left out of the samples and of `num_loss_tokens`.
     With `mask_truncated` the truncated rollouts are left out of the samples and of `num_loss_tokens`, for TRL's mask
     zeroes all their tokens, but they stay in `num_sequences`, because TRL's mean over sequences counts them. Tokens
     older than `oldest_version` leave the loss and stay in every count.
@@ -53,7 +57,7 @@ def build_batch(
     for number, (group, advantages_G) in enumerate(zip(groups, advantages, strict=True)):
         assert len(advantages_G) == len(group.num_tokens_G), "one advantage per rollout"
         for rollout, (num_tokens, advantage) in enumerate(zip(group.num_tokens_G, advantages_G, strict=True)):
-            if mask_truncated and group.truncated_G[rollout]:
+            if advantage is None or (mask_truncated and group.truncated_G[rollout]):
                 continue
             samples.append(Sample(number, rollout, num_tokens, advantage))
             costs_S.append(costs.of(num_tokens, group.num_loss_tokens_G[rollout]))
@@ -67,6 +71,22 @@ def build_batch(
         oldest_version=oldest_version,
         kl_weight=kl_weight,
     )
+
+
+def with_token_advantages(batch: Batch, by_place: Mapping[tuple[int, int], NDArray[np.float32]]) -> Batch:
+    """The batch with an advantage for each loss token of the rollouts, by group and rollout, that have them.
+
+    The one of the whole rollout is their mean then, for the eye alone.
+    """
+
+    def told(sample: Sample) -> Sample:
+        advantages_L = by_place.get((sample.group, sample.rollout))
+        if advantages_L is None:
+            return sample
+        return replace(sample, advantage=float(advantages_L.mean()), advantages_L=advantages_L)
+
+    ranks = tuple(tuple(MicroBatch(tuple(map(told, micro.samples))) for micro in rank) for rank in batch.ranks)
+    return replace(batch, ranks=ranks)
 
 
 def pack(

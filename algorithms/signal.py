@@ -32,7 +32,7 @@ class Signal:
 
 def signal(groups: Sequence[GroupSummary], config: GrpoConfig, max_completion_length: int) -> Signal:
     """From the rewards as they were given, through the penalties, the baseline and the scale that the recipe names."""
-    rewards = [_penalised(group, config, max_completion_length) for group in groups]
+    rewards = penalised_rewards(groups, config, max_completion_length)
     in_advantage = config.kl_penalty in ("reward_to_go", "advantage")
     if config.normalize_advantages == "none":
         weight = config.beta if in_advantage else 0.0
@@ -49,8 +49,18 @@ def signal(groups: Sequence[GroupSummary], config: GrpoConfig, max_completion_le
             return Signal(scaled, 0.0)
 
 
+def penalised_rewards(
+    groups: Sequence[GroupSummary], config: GrpoConfig, max_completion_length: int
+) -> list[list[float | None]]:
+    """The rewards of each group after the penalties of whole rollouts; None where there is no reward."""
+    return [_penalised(group, config, max_completion_length) for group in groups]
+
+
 def _penalised(group: GroupSummary, config: GrpoConfig, max_completion_length: int) -> list[float | None]:
-    """The group's rewards, less what their length and, with `kl_penalty: reward`, their KL divergence cost."""
+    """The group's rewards, less what their length and, with `kl_penalty: reward`, their KL divergence cost.
+
+    With a critic the latter is a matter of each token (gae.py).
+    """
     rewards = list(group.rewards_G)
     for number, reward in enumerate(rewards):
         if reward is None:
@@ -58,7 +68,9 @@ def _penalised(group: GroupSummary, config: GrpoConfig, max_completion_length: i
         if config.soft_punish_cache is not None:
             length = group.num_loss_tokens_G[number]
             reward += soft_overlong_punishment(length, max_completion_length, config.soft_punish_cache)
-        if config.kl_penalty == "reward":
+        if config.missing_eos_penalty is not None and group.truncated_G[number]:
+            reward -= config.missing_eos_penalty
+        if config.kl_penalty == "reward" and config.advantage == "group":
             reward -= config.beta * group.kl_G[number].total
         rewards[number] = reward
     return rewards

@@ -50,6 +50,17 @@ class LossStats:
     """Tokens that a mask took out of the policy term."""
     num_maskable_tokens: float = 0.0
     """Tokens to which a weight or a mask was applied."""
+    num_value_tokens: float = 0.0
+    """Tokens of which a critic has learned; the following are sums over them."""
+    value_clipped: float = 0.0
+    """Those whose value has gone too far from the old one to count."""
+    values: float = 0.0
+    """Before the step."""
+    returns: float = 0.0
+    returns_squared: float = 0.0
+    value_misses: float = 0.0
+    """return - value."""
+    value_misses_squared: float = 0.0
 
     def finish(self) -> dict[str, float]:
         """The metrics under TRL's names; one without a finite value is left out.
@@ -57,8 +68,10 @@ class LossStats:
         Ours: `sampling/ess`, the effective sample size of the token weights as a fraction of the tokens,
         (sum w)^2 / (n sum w^2), 1 on policy; `sampling/kl`, the estimate k1 of KL(sampled || current), 0 on policy;
         `sampling/rejected`, the share of the tokens that masks took out of the policy term. "Current" is the policy
-        when the step began. Means are over the tokens of everything merged, where TRL averages over ranks,
-        micro-batches or, of ratios per sequence, over sequences.
+        when the step began. Of a critic: `value/explained_variance`, the share of the returns' variance that its values
+        knew before the step, `value/clip_fraction`, `value/mean` and `value/return_mean`. Means are over the
+        tokens of everything merged, where TRL averages over ranks, micro-batches or, of ratios per sequence, over
+        sequences.
         """
         means = {
             "entropy": (self.entropy, self.num_tokens),
@@ -71,6 +84,9 @@ class LossStats:
             "sampling/ess": (self.token_weight**2, self.num_ratio_tokens * self.token_weight_squared),
             "sampling/kl": (self.sampling_kl, self.num_sampled_tokens),
             "sampling/rejected": (self.rejected, self.num_maskable_tokens),
+            "value/clip_fraction": (self.value_clipped, self.num_value_tokens),
+            "value/mean": (self.values, self.num_value_tokens),
+            "value/return_mean": (self.returns, self.num_value_tokens),
         }
         extremes = {
             "clip_ratio/low_min": self.low_clipped_min,
@@ -80,7 +96,17 @@ class LossStats:
             "sampling/importance_sampling_ratio/max": self.weight_max,
         }
         metrics = {name: total / count for name, (total, count) in means.items() if count} | extremes
+        metrics["value/explained_variance"] = self._explained_variance()
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    def _explained_variance(self) -> float:
+        """1 - Var(return - value) / Var(return); NaN where the returns do not vary."""
+        count = self.num_value_tokens
+        if not count:
+            return math.nan
+        of_returns = self.returns_squared / count - (self.returns / count) ** 2
+        of_misses = self.value_misses_squared / count - (self.value_misses / count) ** 2
+        return 1 - of_misses / of_returns if of_returns > 1e-12 else math.nan
 
     def to_dict(self) -> dict[str, float]:
         """Plain floats by field name, so that a rank can send them; `from_dict` gives the same statistics back."""

@@ -2,7 +2,7 @@
 
 Prompt -> Group (n rollouts) -> ScoredGroup -> Batch -> Update -> the next weight version.
 
-Legend for shapes: T = tokens of one sequence (prompt and completion), G = rollouts of one group.
+Legend for shapes: T = tokens of one sequence (prompt and completion), L = its loss tokens, G = rollouts of one group.
 """
 
 from collections.abc import Mapping, Sequence
@@ -201,6 +201,8 @@ class Sample:
     rollout: int
     num_tokens: int
     advantage: float
+    advantages_L: NDArray[np.float32] | None = None
+    """One for each loss token, where a critic tells tokens apart; None: `advantage` holds for all of them."""
 
 
 @dataclass(frozen=True, slots=True)

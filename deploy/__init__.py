@@ -1,9 +1,10 @@
 """The edge, where people and clusters meet Paceline: `python -m deploy`.
 
-__main__.py   the command line: train, plan, simulate, tiny-model; user errors end here with one message and exit code 2
+__main__.py   the command line: user errors end here with one message and exit code 2
 plan.py       what a recipe would do and where, shown before anything is started
 memory.py     what each pool would take of its GPUs' memory; host_memory.py of its nodes' own;
               shapes.py reads how large the models are
+doctor/       what can be known to go wrong with a run, found before it
 simulate/     a recipe in virtual time
 manifest/     a recipe as a KubeRay manifest
 drain.py      what a pod runs before it ends

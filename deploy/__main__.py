@@ -50,21 +50,20 @@ def train(
 
     with _user_errors():
         loaded = load_recipe(recipe, overrides or ())
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address == "local":  # Ray's word for a Ray of one's own
-        address = None
-    if address is None:
-        shut_in(os.environ)  # before Ray is loaded, which reads it then
-    # After the recipe is known to be good: these load Ray and torch, which takes seconds.
-    from rich.console import Console
-
+    address = _ray_address(address)
     from actors.errors import RunError, StoppedError
-    from deploy.train import execute, prepare
+    from deploy.stopping import heard
 
-    with _user_errors():
-        jobs = prepare(loaded, recipe, address, overwrite, allow_change or ())
     try:
-        execute(jobs, address, Console())
+        with heard():
+            # After the recipe is known to be good: these load Ray and torch, which takes seconds.
+            from rich.console import Console
+
+            from deploy.train import execute, prepare
+
+            with _user_errors():
+                jobs = prepare(loaded, recipe, address, overwrite, allow_change or ())
+            execute(jobs, address, Console())
     except StoppedError as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(STOPPED) from None
@@ -105,6 +104,32 @@ def plan(
         else:
             cluster = this_machine() if address is None else live_cluster(address)
         show(loaded, cluster, recipe, overrides or (), gpu_memory_gb)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to look at; without it RAY_ADDRESS, or else this machine.")
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Start an engine, and compare it with the policy.")] = False,
+) -> None:
+    """Check machine, cluster and all that the recipe names before a run: a line for each, exit code 1 if one fails."""
+    from actors.recipe.file import load_recipe
+    from actors.recipe.schema import Recipe
+    from actors.run.lineage import trained_before
+
+    with _user_errors():
+        recipes: list[Recipe] = []
+        if recipe is not None:
+            loaded = load_recipe(recipe, overrides or ())
+            recipes = [*(first for _, first in trained_before(loaded, recipe)), loaded]
+    address = _ray_address(address)
+    from deploy.doctor.report import show
+
+    if not show(recipes, address, deep):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -310,6 +335,24 @@ def ledger(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finish
 
 
 @app.command()
+def scale(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run that trains now.")],
+    wish: Annotated[str, typer.Argument(metavar="rollout=N", help="How many rollout replicas it is to have.")],
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="Longest wait for the run's answer.")] = 60.0,
+) -> None:
+    """Ask a run for more or fewer rollout replicas, within its recipe's min_workers and max_workers."""
+    from actors.errors import RunError
+    from deploy.scale import scale as scale_run
+
+    with _user_errors():
+        try:
+            typer.echo(scale_run(run_dir, wish, timeout_s))
+        except RunError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+@app.command()
 def tiny_model(
     out_dir: Annotated[Path, typer.Argument(help="Folder for the model, in Hugging Face layout.")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
@@ -321,6 +364,15 @@ def tiny_model(
     with _user_errors():
         make_tiny_model(TinyModel(kind="tiny"), out_dir, seed)
     typer.echo(f"wrote {out_dir}")
+
+
+def _ray_address(given: str | None) -> str | None:
+    """The cluster to join; None for a Ray of our own, which is shut in before Ray is loaded and looks for it."""
+    address = given or os.environ.get("RAY_ADDRESS")
+    if address is None or address == "local":  # Ray's word for a Ray of one's own
+        shut_in(os.environ)
+        return None
+    return address
 
 
 @contextmanager

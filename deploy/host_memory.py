@@ -8,8 +8,8 @@ from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe
 from deploy.manifest.groups import PodGroup
 from deploy.manifest.options import ManifestOptions
-from deploy.memory import policy_load, reference_load, version_bytes
-from deploy.shapes import model_shape, reference_shape
+from deploy.memory import critic_load, policy_load, reference_load, version_bytes
+from deploy.shapes import critic_shape, model_shape, reference_shape
 from placement.memory.footprint import GB
 from placement.memory.host import policy_host_bytes, reference_host_bytes
 from placement.memory.shape import ModelShape
@@ -18,15 +18,23 @@ from placement.plan import PlacementPlan
 
 def host_lines(recipe: Recipe, placed: PlacementPlan) -> list[str]:
     """The node that needs most, where the model's shape is known."""
+    needs = bytes_by_node(recipe, placed)
+    if needs is None:
+        return []
+    ((node, most),) = needs.most_common(1)
+    return [f"host memory: {most / GB:.0f} GB on {node}, more than on any other node, beside what processes take"]
+
+
+def bytes_by_node(recipe: Recipe, placed: PlacementPlan) -> Counter[str] | None:
+    """What the workers on each node hold; None where the model's shape is not known."""
     shape = _shape(recipe)
     if shape is None:
-        return []
+        return None
     needs: Counter[str] = Counter()
     for pool, bundles in placed.bundles.items():
         for node, count in Counter(bundle.node for bundle in bundles).items():
             needs[node] += round(host_bytes(recipe, shape, pool, count, node == bundles[0].node))
-    ((node, most),) = needs.most_common(1)
-    return [f"host memory: {most / GB:.0f} GB on {node}, more than on any other node, beside what processes take"]
+    return needs
 
 
 def check_pods(recipe: Recipe, groups: Sequence[PodGroup], options: ManifestOptions) -> None:
@@ -52,6 +60,9 @@ def host_bytes(recipe: Recipe, shape: ModelShape, pool: str, workers: int, holds
     match pool:
         case "policy":
             return policy_host_bytes(shape, policy_load(recipe, shape), workers, holds_first)
+        case "critic" if isinstance(recipe, GrpoRecipe):
+            with contextlib.suppress(ValueError):  # a critic's model that is not here
+                return policy_host_bytes(critic_shape(recipe, shape), critic_load(recipe), workers, holds_first)
         case "reference" if isinstance(recipe, GrpoRecipe):
             with contextlib.suppress(ValueError):  # a teacher that is not here
                 return reference_host_bytes(reference_shape(recipe, shape), reference_load(recipe), workers)

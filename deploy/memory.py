@@ -1,6 +1,6 @@
 """What `plan` says about memory: a column for each pool with GPUs, a refusal where one cannot fit, or why neither.
 
-A GB is 2**30 bytes here; GPUs are sold by nearly that.
+A GB is 2**30 bytes here; GPUs are sold by a little more than they have.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from actors.recipe.base import OfflineRecipe
+from actors.recipe.critic import CriticConfig
 from actors.recipe.preference import PreferenceRecipe
 from actors.recipe.schema import GrpoRecipe, Recipe
-from deploy.shapes import model_shape, reference_shape
+from deploy.shapes import critic_shape, model_shape, reference_shape
 from placement.cluster import ClusterSpec
 from placement.memory.accelerators import gpu_memory_gb
 from placement.memory.fit import check_policy, check_reference, check_rollout, sequences, total
@@ -68,13 +69,16 @@ def estimate(recipe: Recipe, placed: PlacementPlan, cluster: ClusterSpec, gpu_gb
 def _shapes(recipe: Recipe, shape: ModelShape, pools: Iterable[str]) -> tuple[dict[str, ModelShape], list[str]]:
     """The model of each pool, and a line for one that is not known."""
     shapes = dict.fromkeys(pools, shape)
-    if "reference" in shapes and isinstance(recipe, GrpoRecipe):
+    lines = []
+    for pool, shape_of in (("reference", reference_shape), ("critic", critic_shape)):
+        if pool not in shapes or not isinstance(recipe, GrpoRecipe):
+            continue
         try:
-            shapes["reference"] = reference_shape(recipe, shape)
+            shapes[pool] = shape_of(recipe, shape)
         except ValueError as error:
-            del shapes["reference"]
-            return shapes, [f"memory: the reference is not estimated: {error}"]
-    return shapes, []
+            del shapes[pool]
+            lines.append(f"memory: the {pool} is not estimated: {error}")
+    return shapes, lines
 
 
 def _table(footprints: Mapping[str, Footprint], memory: Mapping[str, float | None]) -> Table:
@@ -110,6 +114,8 @@ def _check(recipe: Recipe, shape: ModelShape, pool: str, gpu_bytes: float) -> No
     match pool:
         case "policy":
             check_policy(shape, policy_load(recipe, shape), gpu_bytes, _longest(recipe))
+        case "critic" if isinstance(recipe, GrpoRecipe):
+            check_policy(shape, critic_load(recipe), gpu_bytes, _longest(recipe), "critic")
         case "reference" if isinstance(recipe, GrpoRecipe):
             check_reference(shape, reference_load(recipe), gpu_bytes, _longest(recipe))
         case "rollout" if isinstance(recipe, GrpoRecipe):
@@ -118,6 +124,8 @@ def _check(recipe: Recipe, shape: ModelShape, pool: str, gpu_bytes: float) -> No
 
 def _footprint(recipe: Recipe, shape: ModelShape, pool: str, gpu_bytes: float | None) -> Footprint:
     match pool:
+        case "critic" if isinstance(recipe, GrpoRecipe):
+            return policy_footprint(shape, critic_load(recipe))
         case "reference" if isinstance(recipe, GrpoRecipe):
             return reference_footprint(shape, reference_load(recipe))
         case "rollout" if isinstance(recipe, GrpoRecipe):
@@ -139,18 +147,30 @@ def _waiting(recipe: Recipe, shape: ModelShape, gpu_gb: float | None) -> list[st
 
 def policy_load(recipe: Recipe, shape: ModelShape) -> PolicyLoad:
     """Of one rank of the recipe's policy."""
-    policy, lora = recipe.policy, recipe.policy.lora
-    trained = None
-    if lora is not None:
-        modules = None if lora.target_modules == "all-linear" else tuple(lora.target_modules)
-        trained = shape.adapter_parameters(lora.r, modules)
+    policy = recipe.policy
     return PolicyLoad(
         num_ranks=recipe.pools.policy.num_workers,
         zero_stage=policy.zero_stage,
         bytes_per_weight=_BYTES[policy.dtype],
         tokens=_tokens(recipe, _per_rank(recipe)),
         gradient_checkpointing=policy.gradient_checkpointing,
-        num_trained=trained,
+        num_trained=_adapted(recipe, shape),
+    )
+
+
+def critic_load(recipe: GrpoRecipe) -> PolicyLoad:
+    """Of one rank of the recipe's critic, which trains a whole model with a head for one number."""
+    assert recipe.pools.critic is not None
+    num_ranks = recipe.pools.critic.num_workers
+    like = (recipe.critic or CriticConfig()).ranks_like(recipe.policy)
+    num_sequences = -(-recipe.groups_per_batch * recipe.algorithm.num_generations // num_ranks)
+    return PolicyLoad(
+        num_ranks=num_ranks,
+        zero_stage=like.zero_stage,
+        bytes_per_weight=_BYTES[like.dtype],
+        tokens=_tokens(recipe, num_sequences),
+        gradient_checkpointing=like.gradient_checkpointing,
+        has_vocabulary=False,
     )
 
 
@@ -173,9 +193,17 @@ def rollout_load(recipe: GrpoRecipe, shape: ModelShape) -> RolloutLoad:
 
 def version_bytes(recipe: GrpoRecipe, shape: ModelShape) -> float:
     """Of a version as it travels: the whole model, or the adapters."""
+    adapted = _adapted(recipe, shape)
+    return float(_BYTES[recipe.rollout.dtype] * (shape.num_parameters if adapted is None else adapted))
+
+
+def _adapted(recipe: Recipe, shape: ModelShape) -> int | None:
+    """Elements of the adapters; None without."""
     lora = recipe.policy.lora
-    elements = shape.num_parameters if lora is None else shape.adapter_parameters(lora.r, None)
-    return float(_BYTES[recipe.rollout.dtype] * elements)
+    if lora is None:
+        return None
+    modules = None if lora.target_modules == "all-linear" else tuple(lora.target_modules)
+    return shape.adapter_parameters(lora.r, modules)
 
 
 def _longest(recipe: Recipe) -> int:

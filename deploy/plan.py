@@ -49,6 +49,7 @@ def show(
     if isinstance(recipe, GrpoRecipe):
         lines.append(_describe_fanout(recipe, placed))
         lines.append(_describe_stall(recipe))
+        lines += _describe_range(recipe)
     lines += [*memory.lines, *host_lines(recipe, placed)]
     lines += trusted_code([recipe, *(first for _, first in trained_before(recipe, path))])
     lines.append(f"submit: {_submit_line(path, overrides)}")
@@ -128,6 +129,16 @@ def _describe_stall(recipe: GrpoRecipe) -> str:
         f"stall: when no group has finished for {stall_timeout_s(recipe):.0f} s while the policy waits "
         f"(stall.timeout_s{given}), the run {'ends with' if recipe.stall.then == 'exit' else 'replaces'} its suspect"
     )
+
+
+def _describe_range(recipe: GrpoRecipe) -> list[str]:
+    pool = recipe.pools.rollout
+    if not pool.elastic:
+        return []
+    return [
+        f"rollout: {pool.least} to {pool.most} replicas; the run begins when {pool.least} have a place, and asks for "
+        f"{pool.num_workers} (python -m deploy scale {recipe.folder} rollout=N asks for another number)"
+    ]
 
 
 def _describe_fanout(recipe: GrpoRecipe, placed: PlacementPlan) -> str:

@@ -24,6 +24,12 @@ def reference_shape(recipe: GrpoRecipe, policy: ModelShape) -> ModelShape:
     return policy if recipe.reference is None else _shape(recipe.reference, "reference") or policy
 
 
+def critic_shape(recipe: GrpoRecipe, policy: ModelShape) -> ModelShape:
+    """The policy's, or that of a critic of its own; ValueError as above."""
+    model = recipe.critic_model
+    return policy if model is None else _shape(model, "critic.model") or policy
+
+
 def _shape(model: ModelConfig, key: str) -> ModelShape | None:
     match model:
         case TinyModel():

@@ -27,7 +27,7 @@ from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
 from actors.recipe.base import OfflineRecipe
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
-from actors.recipe.pools import used_pools
+from actors.recipe.pools import first_pools
 from actors.recipe.schema import GrpoRecipe, Recipe
 from actors.rewards.classifier import check_reward_model
 from actors.rewards.functions import check_reward
@@ -41,6 +41,7 @@ from actors.run.tracker import check_tracker
 from actors.settings import ModelSource, source_of
 from deploy.columns import example_stream, needed_columns
 from deploy.session import ray_session
+from deploy.stopping import nothing_left
 from deploy.trust import trusted_code
 from placement.cluster import from_ray, this_machine
 from placement.groups import ReservedPools, reserve
@@ -81,12 +82,14 @@ def prepare(
                 else:
                     check_reward(reward.source, reward_column_names(rows.column_names))
         if address is None:
-            plan(used_pools(run), this_machine())
+            plan(first_pools(run), this_machine())
         check_tracker(run.logging.wandb_project)
-        tokenizer, num_positions = _words(run)
-        _stream(run, rows, tokenizer, num_positions)
+        tokenizer, num_positions = words(run)
+        stream_of(run, rows, tokenizer, num_positions)
         if isinstance(run, GrpoRecipe) and run.reference is not None:
-            _check_reference(run.reference, tokenizer, num_positions)
+            _check_reference("reference", run.reference, tokenizer, num_positions)
+        if isinstance(run, GrpoRecipe) and run.critic_model is not None:
+            _check_reference("critic.model", run.critic_model, tokenizer, num_positions)
         if run.policy.lora is not None:
             target_modules(_skeleton(run), run.policy.lora)
         folder = RunFolder(run.folder)
@@ -133,6 +136,7 @@ def execute(jobs: list[Job], address: str | None, console: Console) -> None:
     with ray_session(address, say):
         for job in jobs:
             _run(job, console)
+        nothing_left()
 
 
 def _run(job: Job, console: Console) -> None:
@@ -155,7 +159,9 @@ def _run(job: Job, console: Console) -> None:
 def _reserved(recipe: Recipe) -> ReservedPools:
     """All pools on the live cluster; RunError when it is too small or too busy."""
     try:
-        return reserve(plan(used_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S)
+        rollout = recipe.pools.rollout
+        singly = {"rollout": rollout.num_workers} if isinstance(recipe, GrpoRecipe) and rollout.elastic else {}
+        return reserve(plan(first_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S, singly)
     except PlacementError as error:
         raise RunError(str(error)) from None
 
@@ -190,7 +196,8 @@ def _train(job: Job, pools: ReservedPools, console: Console) -> None:
     recipe, folder = job.recipe, job.folder
     model = _source(recipe, folder)
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
-    stream = _stream(recipe, job.rows, tokenizer, max_model_length(model.path, model.revision, model.trust_remote_code))
+    num_positions = max_model_length(model.path, model.revision, model.trust_remote_code)
+    stream = stream_of(recipe, job.rows, tokenizer, num_positions)
     with RunProgress(recipe.name, recipe.steps, console) as progress:
         match recipe, stream:
             case GrpoRecipe(), PromptStream():
@@ -224,7 +231,7 @@ def _source(recipe: Recipe, folder: RunFolder) -> ModelSource:
             return source_of(model)
 
 
-def _words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
+def words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
     """The tokenizer, and the positions that the model has, also of a model that has yet to be made."""
     match recipe.model:
         case TinyModel() as tiny:
@@ -232,31 +239,31 @@ def _words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
         case RecipeModel():
             source = load_recipe(recipe.model.recipe)
             if not RunFolder(source.folder).finished:
-                return _words(source)
+                return words(source)
     model = _source(recipe, RunFolder(recipe.folder))
     tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
     return tokenizer, max_model_length(model.path, model.revision, model.trust_remote_code)
 
 
 def _check_reference(
-    reference: PretrainedModel | RecipeModel, tokenizer: PreTrainedTokenizerBase, num_positions: int
+    key: str, reference: PretrainedModel | RecipeModel, tokenizer: PreTrainedTokenizerBase, num_positions: int
 ) -> None:
     """ValueError unless it reads the policy's tokens, and as long sequences."""
     source = load_recipe(reference.recipe) if isinstance(reference, RecipeModel) else None
     if source is not None and not RunFolder(source.folder).finished:
-        theirs, theirs_positions = _words(source)
+        theirs, theirs_positions = words(source)
     else:
         place = source_of(reference)
         theirs = load_tokenizer(place.path, place.revision, place.trust_remote_code)
         theirs_positions = max_model_length(place.path, place.revision, place.trust_remote_code)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            "reference: its tokenizer is not the policy's, so it cannot tell how probable the policy's tokens are; "
-            "choose a model of the same family"
+            f"{key}: its tokenizer is not the policy's, so it cannot read the policy's tokens; choose a model of the "
+            "same family"
         )
     if theirs_positions < num_positions:
         raise ValueError(
-            f"reference: it has {theirs_positions} positions, the policy {num_positions}; choose a model with as many"
+            f"{key}: it has {theirs_positions} positions, the policy {num_positions}; choose a model with as many"
         )
 
 
@@ -273,7 +280,7 @@ def _skeleton(recipe: Recipe) -> PreTrainedModel:
     return load_skeleton(model.path, model.revision, model.trust_remote_code)
 
 
-def _stream(
+def stream_of(
     recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, num_positions: int
 ) -> PromptStream | Stream:
     """The tokenized data, its first rows looked at; ValueError when the model has no room for it."""

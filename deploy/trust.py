@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from actors.recipe.model import PretrainedModel
+from actors.recipe.model import PretrainedModel, RecipeModel
 from actors.recipe.schema import GrpoRecipe, Recipe
 
 
@@ -10,8 +10,8 @@ def trusted_code(recipes: Iterable[Recipe]) -> list[str]:
     """A warning for each model whose own Python code the recipes let run, with the revision that would run."""
     found = []
     for recipe in recipes:
-        reference = recipe.reference if isinstance(recipe, GrpoRecipe) else None
-        for key, model in (("model", recipe.model), ("reference", reference)):
+        models = [("model", recipe.model), *_others(recipe)]
+        for key, model in models:
             if isinstance(model, PretrainedModel) and model.trust_remote_code:
                 path, revision = model.path, model.revision
                 which = f"of revision {revision}" if revision else "of whatever revision is the newest then"
@@ -20,3 +20,9 @@ def trusted_code(recipes: Iterable[Recipe]) -> list[str]:
                     "the workers and on this machine"
                 )
     return list(dict.fromkeys(found))
+
+
+def _others(recipe: Recipe) -> list[tuple[str, PretrainedModel | RecipeModel | None]]:
+    if not isinstance(recipe, GrpoRecipe):
+        return []
+    return [("reference", recipe.reference), ("critic.model", recipe.critic_model)]

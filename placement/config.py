@@ -1,8 +1,8 @@
 """What a recipe may say about hardware: one pool per role, each a number of equal workers on whole GPUs."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -13,7 +13,7 @@ class PoolConfig(BaseModel):
     model_config = CLOSED
 
     num_workers: int = Field(1, ge=1)
-    """Policy ranks, rollout replicas, reference or reward workers."""
+    """Policy or critic ranks, rollout replicas, reference or reward workers."""
     gpus_per_worker: int = Field(0, ge=0)
     """Whole GPUs of each worker; 0 runs the worker on the CPU. For rollouts it is the tensor-parallel size."""
     cpus_per_worker: float = Field(1.0, gt=0.0)
@@ -24,6 +24,48 @@ class PoolConfig(BaseModel):
     """Only nodes that offer this custom Ray resource may hold the pool (each worker takes 0.001 of it)."""
 
 
+class RolloutPoolConfig(PoolConfig):
+    """Replicas may come and go while a run trains, between two numbers; the run begins with `num_workers`, or with as
+    many as the cluster has room for, and at least `min_workers`."""
+
+    min_workers: int | None = Field(None, ge=1)
+    """Fewest replicas that a run goes on with; null takes num_workers."""
+    max_workers: int | None = Field(None, ge=1)
+    """Most replicas (`python -m deploy scale`); null takes num_workers."""
+
+    @property
+    def least(self) -> int:
+        return self.min_workers or self.num_workers
+
+    @property
+    def most(self) -> int:
+        return self.max_workers or self.num_workers
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of replicas may change in a run."""
+        return self.least < self.most
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.min_workers is not None and self.num_workers < self.min_workers:
+            raise ValueError(
+                f"num_workers: {self.num_workers} is less than min_workers={self.min_workers}; raise it, or lower "
+                "min_workers"
+            )
+        if self.max_workers is not None and self.num_workers > self.max_workers:
+            raise ValueError(
+                f"num_workers: {self.num_workers} is more than max_workers={self.max_workers}; lower it, or raise "
+                "max_workers"
+            )
+        if self.elastic and self.strategy == "spread":
+            raise ValueError(
+                "strategy: replicas that come and go are placed one by one, which 'spread' does not reach; leave it "
+                "out, or min_workers and max_workers"
+            )
+        return self
+
+
 class PoolsConfig(BaseModel):
     """One pool per role; a pool whose role the recipe does not use is not placed."""
 
@@ -31,5 +73,7 @@ class PoolsConfig(BaseModel):
 
     policy: PoolConfig = PoolConfig()
     reference: PoolConfig = PoolConfig()
+    critic: PoolConfig | None = None
+    """For algorithm.advantage 'gae' alone, which needs it."""
     reward: PoolConfig = PoolConfig()
-    rollout: PoolConfig = PoolConfig()
+    rollout: RolloutPoolConfig = RolloutPoolConfig()

@@ -8,16 +8,20 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from placement.plan import NODE_RESOURCE_SHARE, Bundle, PlacementError, PlacementPlan
+from placement.elastic import num_placed
+from placement.plan import PlacementError, PlacementPlan
+from placement.seats import Seats, ask_for, resources_of
 
 _RELEASE_TIMEOUT_S = 15.0
+_SETTLE_S = 2.0
+"""Ray grants what there is room for at once; more time would be waiting for machines."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,13 @@ class ReservedPools:
 
     plan: PlacementPlan
     groups: Mapping[str, PlacementGroup]
+    seats: Mapping[str, Seats] = field(default_factory=dict)
+    """Of pools whose workers come and go, instead of a placement group; their workers are numbered as the seats."""
 
     def options(self, pool: str, worker: int) -> dict[str, Any]:
         """Options with which a Ray actor fills exactly the bundle of its worker."""
+        if pool in self.seats:
+            return self.seats[pool].options(worker)
         bundle = self.plan.bundles[pool][worker]
         strategy = PlacementGroupSchedulingStrategy(self.groups[pool], placement_group_bundle_index=worker)
         return {"num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "scheduling_strategy": strategy}
@@ -45,37 +53,54 @@ class ReservedPools:
     def _release(self) -> None:
         for group in self.groups.values():
             remove_placement_group(group)
+        for seats in self.seats.values():
+            seats.release()
 
 
-def reserve(plan: PlacementPlan, timeout_s: float) -> ReservedPools:
-    """Reserve all pools within the deadline, or none and raise a PlacementError that names those that did not fit."""
+def reserve(plan: PlacementPlan, timeout_s: float, singly: Mapping[str, int] = {}) -> ReservedPools:
+    """Reserve all pools within the deadline, or none and raise a PlacementError that names those that did not fit.
+
+    `singly`: pools whose workers come and go, and how many are wanted. As many as the plan has must fit; the others are
+    asked for, and may be granted later.
+    """
     deadline = time.monotonic() + timeout_s
     # The most demanding pools first, as in the plan: a small one must not split the node that a large one needs.
     order = sorted(plan.bundles, key=lambda pool: -max(bundle.gpus for bundle in plan.bundles[pool]))
     with ExitStack() as undo:
-        groups: dict[str, PlacementGroup] = {}
+        reserved: dict[str, list[PlacementGroup]] = {}
         for pool in order:
-            resources = [_resources(bundle) for bundle in plan.bundles[pool]]
-            groups[pool] = placement_group(resources, strategy=plan.strategies[pool].upper(), name=f"paceline-{pool}")
-            undo.callback(remove_placement_group, groups[pool])
-        lacking = [pool for pool in order if not groups[pool].wait(_whole_seconds_until(deadline))]
+            bundles = plan.bundles[pool]
+            if pool in singly:
+                reserved[pool] = [ask_for(bundle) for bundle in bundles]
+            else:
+                resources = [resources_of(bundle) for bundle in bundles]
+                group = placement_group(resources, strategy=plan.strategies[pool].upper(), name=f"paceline-{pool}")
+                reserved[pool] = [group]
+            for group in reserved[pool]:
+                undo.callback(remove_placement_group, group)
+        waits = {pool: [g.wait(_whole_seconds_until(deadline)) for g in reserved[pool]] for pool in order}
+        lacking = [pool for pool in order if not all(waits[pool])]
         if lacking:
             raise PlacementError(_lack(lacking, plan, timeout_s))
         undo.pop_all()
-    return ReservedPools(plan, groups)
+    seats = {pool: Seats(plan.bundles[pool][0], reserved[pool]) for pool in singly}
+    for pool, count in singly.items():
+        _ask_for_the_others(seats[pool], count)
+    return ReservedPools(plan, {pool: reserved[pool][0] for pool in order if pool not in singly}, seats)
+
+
+def _ask_for_the_others(seats: Seats, count: int) -> None:
+    """Where there is room for them now, they begin with the run."""
+    for _ in range(count - len(seats.numbers)):
+        seats.ask()
+    deadline = time.monotonic() + _SETTLE_S
+    while num_placed(seats.look()) < count and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _whole_seconds_until(deadline: float) -> int:
     """Rounded up, because Ray rounds down and would not wait at all for the last fraction of a second."""
     return max(0, math.ceil(deadline - time.monotonic()))
-
-
-def _resources(bundle: Bundle) -> dict[str, float]:
-    """The bundle in Ray's words."""
-    resources = {"CPU": bundle.cpus, "GPU": float(bundle.gpus)}
-    if bundle.resource is not None:
-        resources[bundle.resource] = NODE_RESOURCE_SHARE
-    return {name: amount for name, amount in resources.items() if amount}
 
 
 def _lack(pools: list[str], plan: PlacementPlan, timeout_s: float) -> str:

@@ -1,6 +1,7 @@
 """Cuts are taken while a run goes on: training stands still while the policy is copied to the host, and no longer.
 
-The copy is written in the background. A cut that cannot be written is told and does not end the run.
+The copy is written in the background. A cut that cannot be written is told and does not end the run; but when the last
+one cannot, the run does not end as if all were well.
 """
 
 import asyncio
@@ -18,12 +19,14 @@ from actors.checkpoint.config import CheckpointConfig
 from actors.checkpoint.cut import Cut
 from actors.checkpoint.groups import SavedGroup
 from actors.checkpoint.store import CheckpointStore
-from actors.deadline import aside, within
+from actors.deadline import DeadlineError, aside, within
 from actors.errors import PolicyLostError, RunError, SpoiledError
 from actors.model.files import MODEL
 from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
 
+CRITIC = "critic"
+"""The folder of a checkpoint that holds the critic, in files as the policy's are."""
 _FETCH_TIMEOUT_S = 60.0
 # Of Ray, the disk, or a column of the data set that is no JSON.
 _WORTH_NO_RUN = (
@@ -49,12 +52,18 @@ class Checkpointer:
     say: Callable[[str], None]
     healthy: Callable[[], bool]
     """Whether a cut of this moment is one to go back to; one that is not must not take the place of one that is."""
+    critic: PolicyGroup | None = None
+    """Its ranks hold a part of the cut, of the same version."""
     cut_version: int | None = None
     """Of the last cut; that from which the run goes on."""
     stall_s: float = 0.0
     """Training has stood still for cuts so long, in all."""
     _overdue: bool = False
     _writing: asyncio.Task[None] | None = None
+    _taken: tuple[Cut, list[ReadyGroup]] | None = None
+    """The last cut; the policy keeps its part until that is written."""
+    _failed: RunError | None = None
+    """Why it could not be written."""
     _watch: Watch | None = None
 
     def __post_init__(self) -> None:
@@ -85,15 +94,39 @@ class Checkpointer:
         return max(self.store.versions(), default=None)
 
     async def _last(self, version: int) -> None:
+        begun = version == self.cut_version and self._writing is not None
         if version != self.cut_version:
             await self.cut(version)
         try:
             await self._written()
         except RunError as error:
-            cause = error.__cause__
-            if not isinstance(cause, SpoiledError):
-                raise cause if isinstance(cause, PolicyLostError) else error from None
-            self._keep_good(version, str(cause))
+            if isinstance(error.__cause__, SpoiledError):
+                self._keep_good(version, str(error.__cause__))
+                return
+            if not begun or not _may_be_tried_again(error):
+                raise _told(error) from None
+            self.say(f"warning: {error}; it is tried once more")
+            await self._again()
+
+    async def conclude(self) -> None:
+        """The run has come to its end: the last cut is on the disk when this returns; RunError when it cannot be."""
+        await self.finish()
+        if self._failed is None or isinstance(self._failed.__cause__, SpoiledError):
+            return
+        if not _may_be_tried_again(self._failed):
+            raise _told(self._failed)
+        await self._again()
+
+    async def _again(self) -> None:
+        """Write the last cut once more."""
+        assert self._taken is not None
+        cut, ready = self._taken
+        self.cut_version, self._failed = cut.version, None
+        self._writing = asyncio.create_task(self._write(cut, ready), name="checkpoint")
+        try:
+            await self._written()
+        except RunError as error:
+            raise _told(error) from None
 
     def _keep_good(self, version: int, why: str) -> None:
         good = max(self.store.versions(), default=None)
@@ -105,10 +138,13 @@ class Checkpointer:
         started = time.monotonic()
         await self.finish()
         self.cut_version = version
+        self._taken = self._failed = None
         cut, ready = self.moment(version)
         if self._watch is not None:
             cut = msgspec.structs.replace(cut, score=self._watch.take())
-        await self.policy.snapshot()
+        learners = (learner for learner in (self.policy, self.critic) if learner is not None)
+        await asyncio.gather(*(learner.snapshot() for learner in learners))
+        self._taken = cut, ready
         self._writing = asyncio.create_task(self._write(cut, ready), name="checkpoint")
         self.stall_s += time.monotonic() - started
 
@@ -126,21 +162,37 @@ class Checkpointer:
         try:
             await within(timeout_s or self.config.timeout_s, writing, "writing it")
         except _WORTH_NO_RUN as error:
-            version, self.cut_version = self.cut_version, None  # whoever stops at this version tries once more
-            raise RunError(f"the checkpoint of version {version} could not be written: {error}") from error
+            version, self.cut_version = self.cut_version, None  # whoever stops at this version takes another
+            self._failed = RunError(f"the checkpoint of version {version} could not be written: {error}")
+            raise self._failed from error
+        self._taken = None
 
     async def _write(self, cut: Cut, ready: list[ReadyGroup]) -> None:
         groups = [await _saved(group) for group in ready]
         timeout_s = self.config.timeout_s
         folder = await within(timeout_s, aside(self._stage, cut, groups), "staging a checkpoint")
         await self.policy.write_snapshot(folder, timeout_s)
+        if self.critic is not None:
+            await self.critic.write_snapshot(folder / CRITIC, timeout_s)
         await within(timeout_s, aside(self.store.commit, cut.version), "committing a checkpoint")
 
     def _stage(self, cut: Cut, groups: list[SavedGroup]) -> Path:
         folder = self.store.stage(cut.version)
         cut.write(folder, groups)
         self.tokenizer.save_pretrained(folder / MODEL)
+        if self.critic is not None:
+            self.tokenizer.save_pretrained(folder / CRITIC / MODEL)
         return folder
+
+
+def _may_be_tried_again(error: RunError) -> bool:
+    """Not what would come out the same, nor what may still be under way, nor of a policy that is gone."""
+    return not isinstance(error.__cause__, SpoiledError | DeadlineError | PolicyLostError)
+
+
+def _told(error: RunError) -> RunError:
+    """What ends the run; a policy that is lost is lost, whatever it was doing."""
+    return error.__cause__ if isinstance(error.__cause__, PolicyLostError) else error
 
 
 async def _saved(group: ReadyGroup) -> SavedGroup:

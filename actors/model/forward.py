@@ -55,11 +55,7 @@ class Grid:
 class Alone:
     """One sequence as a grid: it lies in the row as it is needed, and nothing is copied."""
 
-    start: int
     longest: int
-
-    def take(self, packed_1HTD: Tensor) -> Tensor:
-        return packed_1HTD[:, :, self.start : self.start + self.longest]
 
     def give(self, attended_1HLD: Tensor) -> Tensor:
         return attended_1HLD[0].transpose(0, 1)
@@ -77,10 +73,9 @@ class Segments:
     @classmethod
     def of(cls, row: PackedRow) -> "Segments":
         device = row.token_ids_T.device
-        start_S = np.cumsum([0, *row.lengths_S[:-1]])
         if device.type in _ONE_BY_ONE:
-            alone = (Alone(int(start), length) for start, length in zip(start_S, row.lengths_S, strict=True))
-            return cls(tuple(alone), None)
+            return cls(tuple(map(Alone, row.lengths_S)), None)
+        start_S = np.cumsum([0, *row.lengths_S[:-1]])
         grids, tokens = [], []
         for members in alike(row.lengths_S):
             lengths = [row.lengths_S[index] for index in members]
@@ -91,6 +86,15 @@ class Segments:
             where = (torch.from_numpy(each).to(device) for each in (token_K, slot_K))
             grids.append(Grid(len(members), longest, *where))
         return cls(tuple(grids), torch.from_numpy(np.argsort(np.concatenate(tokens))).to(device))
+
+    def take(self, packed_1HTD: Tensor) -> Sequence[Tensor]:
+        """The sequences of each grid, as (S, H, L, D).
+
+        Those that lie as in the row are split off in one operation: the gradient of a slice is as long as the row.
+        """
+        if self.place_T is None:
+            return packed_1HTD.split([grid.longest for grid in self.grids], dim=2)
+        return [grid.take(packed_1HTD) for grid in self.grids if isinstance(grid, Grid)]
 
 
 def alike(lengths_S: Sequence[int]) -> list[list[int]]:
@@ -135,12 +139,13 @@ def packed_attention(
             "pass does not compute; choose a model without them"
         )
     attended = []
-    for grid in segments.grids:
+    taken = (segments.take(packed_1HTD) for packed_1HTD in (query_1HTD, key_1HTD, value_1HTD))
+    for grid, query_SHLD, key_SHLD, value_SHLD in zip(segments.grids, *taken, strict=True):
         window_LL = None if sliding_window is None else _window(grid.longest, sliding_window, query_1HTD.device)
         attended_SHLD = nn.functional.scaled_dot_product_attention(
-            grid.take(query_1HTD),
-            grid.take(key_1HTD),
-            grid.take(value_1HTD),
+            query_SHLD,
+            key_SHLD,
+            value_SHLD,
             attn_mask=window_LL,
             is_causal=window_LL is None,
             scale=scaling,
@@ -190,10 +195,22 @@ def row_scores(model: nn.Module, row: PackedRow) -> Tensor:
 
     `model` is what `load_scorer` gives.
     """
+    return _scores(model, row, row.predictor_N + 1)
+
+
+def row_values(model: nn.Module, row: PackedRow) -> Tensor:
+    """A critic's value before each loss token of the row is there, with gradient: a tensor of shape (N,), in float32.
+
+    `model` is what `load_scorer` gives.
+    """
+    return _scores(model, row, row.predictor_N)
+
+
+def _scores(model: nn.Module, row: PackedRow, places_N: Tensor) -> Tensor:
     scores_N: Tensor = model(
         input_ids=row.token_ids_T.unsqueeze(0),
         position_ids=row.position_ids_T.unsqueeze(0),
-        places_N=row.predictor_N + 1,
+        places_N=places_N,
         segments=Segments.of(row),
     )
     return scores_N.float()

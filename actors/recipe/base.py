@@ -37,8 +37,9 @@ class BaseRecipe(BaseModel):
 
     @model_validator(mode="after")
     def _one_gpu_a_rank(self) -> Self:
-        for name in ("policy", "reference"):
-            gpus = getattr(self.pools, name).gpus_per_worker
+        pools = {"policy": self.pools.policy, "reference": self.pools.reference, "critic": self.pools.critic}
+        for name, pool in pools.items():
+            gpus = 0 if pool is None else pool.gpus_per_worker
             if gpus > 1:
                 raise ValueError(
                     f"pools.{name}.gpus_per_worker: {gpus}, but each {name} worker drives one GPU; raise "
@@ -65,6 +66,10 @@ class OfflineRecipe(BaseRecipe):
             raise ValueError(
                 f"dataset.max_bad_rows: {self.dataset.max_bad_rows}, but supervised runs set no row aside; remove it, "
                 "and the bad rows"
+            )
+        if self.pools.critic is not None:
+            raise ValueError(
+                "pools.critic: only algorithm.advantage 'gae' of recipes of kind 'grpo' has a critic; remove it"
             )
         if self.batch_size < self.pools.policy.num_workers:
             raise ValueError(

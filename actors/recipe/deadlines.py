@@ -25,9 +25,9 @@ def stall_timeout_s(recipe: GrpoRecipe) -> float:
     """How long no group at all may finish while the policy waits.
 
     It need not be as long as a group may take: of the groups that queue for a worker one finishes after the other. So
-    it is the time of one, sampled and scored alone, and of a worker that is found to hang; the watchdog does not count
-    the time in which workers are started (actors/run/watchdog.py). The reference, which looks once at what was sampled
-    token by token, takes no longer than that.
+    it is the time of one, sampled and scored alone, and of a worker that is found to hang; the watchdog waits for
+    workers that are being started (actors/run/watchdog.py). The reference, which looks once at what was sampled token
+    by token, takes no longer than that.
     """
     return recipe.stall.timeout_s or sum(stall_parts_s(recipe).values())
 

@@ -1,8 +1,8 @@
 """The model in training, and which of its weights move."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from actors.recipe.closed import CLOSED
 
@@ -40,7 +40,8 @@ class PolicyConfig(BaseModel):
     model_config = CLOSED
 
     zero_stage: int = Field(1, ge=0, le=3)
-    """DeepSpeed ZeRO: 0 replicates everything, 1 shards the optimizer, 2 the gradients too, 3 the weights too."""
+    """DeepSpeed ZeRO: 0 replicates everything (float32 only), 1 shards the optimizer, 2 the gradients, too, 3 also the
+    weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_tokens_per_micro_batch: int = Field(8192, ge=16)
     """Token budget of one forward pass."""
@@ -54,3 +55,17 @@ class PolicyConfig(BaseModel):
     max_restarts: int = Field(3, ge=0)
     """When a rank dies or hangs, all ranks are built again and go on from the last checkpoint, and the replicas keep
     their engines; one more time than this in a process stops the run."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        check_stage("policy", self.zero_stage, self.dtype)
+        return self
+
+
+def check_stage(section: str, zero_stage: int, dtype: str) -> None:
+    """ValueError when DeepSpeed cannot hold such weights in this way."""
+    if zero_stage == 0 and dtype == "bfloat16":
+        raise ValueError(
+            "zero_stage: DeepSpeed has no stage 0 for bfloat16 weights whose gradients are summed in float32; set "
+            f"{section}.zero_stage to 1, which with one rank takes as much memory, and with more of them less"
+        )

@@ -48,5 +48,10 @@ class RolloutConfig(BaseModel):
     """A group whose generation fails this often is quarantined."""
     max_rebuilds: int = Field(10, ge=0)
     """Replicas that fail are rebuilt while the others go on; more failures than this stop the run."""
+    leave_grace_s: float = Field(30.0, ge=0.0)
+    """A replica that is to leave (`pools.rollout.min_workers`) may finish its groups for so long; the others go on
+    elsewhere with the tokens that they have."""
+    capacity_timeout_s: float = Field(1800.0, gt=0.0)
+    """Longest wait for machines while fewer than `pools.rollout.min_workers` replicas have a place."""
     max_quarantined: int = Field(0, ge=0)
     """More quarantined groups than this stop the run."""

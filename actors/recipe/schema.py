@@ -8,7 +8,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from actors.recipe.base import BaseRecipe, OfflineRecipe
-from actors.recipe.model import ReferenceConfig
+from actors.recipe.critic import CriticConfig
+from actors.recipe.model import PretrainedModel, ReferenceConfig
 from actors.recipe.preference import KtoRecipe, PairRecipe
 from actors.recipe.rewards import RewardsConfig
 from actors.recipe.rollout import GenerationConfig, RolloutConfig
@@ -30,6 +31,8 @@ class GrpoRecipe(BaseRecipe):
     reference: ReferenceConfig | None = None
     """The model that the KL penalty is measured against, with the policy's tokenizer; null takes the policy's initial
     weights. With `algorithm.kl_penalty: advantage` it is a teacher."""
+    critic: CriticConfig | None = None
+    """For algorithm.advantage 'gae' alone; null takes the critic's defaults."""
     staleness: StalenessConfig = StalenessConfig()
     rewards: RewardsConfig
     generation: GenerationConfig = GenerationConfig()
@@ -98,7 +101,23 @@ class GrpoRecipe(BaseRecipe):
                 "pools.policy.num_workers"
             )
         self._check_sync()
+        self._check_critic()
         return self
+
+    def _check_critic(self) -> None:
+        if self.algorithm.advantage == "gae":
+            if self.pools.critic is None:
+                raise ValueError(
+                    "pools.critic: algorithm.advantage 'gae' trains a critic, and it has no pool; set pools.critic, "
+                    "such as {num_workers: 1, gpus_per_worker: 1}, or algorithm.advantage to 'group'"
+                )
+            return
+        for key, value in (("critic", self.critic), ("pools.critic", self.pools.critic)):
+            if value is not None:
+                raise ValueError(
+                    f"{key}: nobody asks a critic when algorithm.advantage is 'group'; remove {key}, or set "
+                    "algorithm.advantage to 'gae'"
+                )
 
     def _check_sync(self) -> None:
         sync, pools = self.sync, self.pools
@@ -113,6 +132,11 @@ class GrpoRecipe(BaseRecipe):
                 f"sync.delta: changes are applied to the version before, which staging {sync.staging!r} does not keep "
                 "in host memory; set sync.staging to host, or sync.delta to false"
             )
+
+    @property
+    def critic_model(self) -> PretrainedModel | None:
+        """The critic's own; None: there is no critic, or it begins as the policy does."""
+        return None if self.critic is None else self.critic.model
 
     @property
     def max_groups_per_replica(self) -> int:
@@ -133,8 +157,18 @@ class GrpoRecipe(BaseRecipe):
 
     @property
     def max_groups_in_flight(self) -> int:
-        """Groups that all replicas together may hold."""
-        return min(self.pipeline_depth, self.max_groups_per_replica * self.pools.rollout.num_workers)
+        """Groups that all replicas together may hold, when there are as many as there may be."""
+        return self.groups_in_flight(self.pools.rollout.most)
+
+    def groups_in_flight(self, num_replicas: int) -> int:
+        """Groups that so many replicas together may hold."""
+        return min(self.pipeline_depth, self.max_groups_per_replica * num_replicas)
+
+    @property
+    def replica_timeout_s(self) -> float:
+        """Longest wait for a replica when there is none: for its machine, if replicas come and go, and its start."""
+        rollout = self.rollout
+        return rollout.start_timeout_s + (rollout.capacity_timeout_s if self.pools.rollout.elastic else 0.0)
 
 
 class SftRecipe(OfflineRecipe):

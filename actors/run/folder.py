@@ -4,11 +4,15 @@ recipe.yaml       the resolved recipe: `python -m deploy train recipe.yaml` make
 metrics.jsonl     one JSON object per step, under TRL's metric names
 ledger.jsonl      what became of every prompt group
 completions/      samples of what the policy said, one file per sampled step
+initial_model/    the model that the run began with, where the recipe asks for a tiny one
+reference_logprobs.msgpack    what the policy said of preferences before its first step; other runs have none
 model/            the trained weights and tokenizer in Hugging Face layout; of adapters, merged, with adapter/ in peft's
+critic/           of PPO: the critic's weights and tokenizer, likewise
 checkpoints/      cuts from which the same command goes on when the run was ended before its time
 summary.json      the figures of the whole run; written last
+scale.json        what `python -m deploy scale` asks of the run, until it is taken; and the answer in scale_answer.json
 stall.txt         of a run that stalled: the suspect, what waits for what, and the stack of every process
-reward.png        reward and staleness over the steps
+reward.png        reward and staleness over the steps; loss.png where nothing is sampled
 wandb_id          the run's id at Weights & Biases, when it is tracked there
 """
 
@@ -38,6 +42,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def critic(self) -> Path:
+        return self.path / "critic"
 
     @property
     def ledger(self) -> Path:

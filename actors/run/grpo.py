@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.checkpoint.resume import Resume
 from actors.data.prompts import PromptStream
-from actors.policy_group import PolicyGroup
 from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
 from actors.run.folder import RunFolder
@@ -16,11 +15,11 @@ from actors.run.life import Life, Run, begin
 from actors.run.machine import machine_watched
 from actors.run.plot import plot_run
 from actors.run.progress import RunProgress
-from actors.run.recovery import Recovery, new_policy
+from actors.run.recovery import Recovery, new_learners
 from actors.run.signals import on_signal
 from actors.run.tracker import Tracker
 from actors.settings import ModelSource
-from actors.workers import Roles, grpo_workers
+from actors.workers import Learners, Roles, grpo_workers
 from placement.groups import ReservedPools
 
 
@@ -45,13 +44,15 @@ async def run_grpo(
     )
     starting = grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles())
     async with machine_watched(recipe.liveness, progress.say), starting as started:
-        workers, policy = started
-        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
-            lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), policy)
-            async with workers.fleet.supervised(recipe.liveness), workers.scorers.watched():
+        workers, learners = started
+        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config, progress.say) as tracker:
+            lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), learners)
+            async with workers.fleet.supervised(recipe.liveness), workers.scorers.watched(), workers.scaled():
                 with on_signal(lives.stop, progress.say):
                     summary = await lives.recovery.live(resume)
     tokenizer.save_pretrained(folder.model)
+    if recipe.pools.critic is not None:
+        tokenizer.save_pretrained(folder.critic)
     plot_run(folder.read_metrics(), recipe.staleness.max_staleness, folder.plot)
     folder.write_summary(summary)
 
@@ -61,7 +62,7 @@ class Lives:
     """The lives of a run: the engines are the same in all of them."""
 
     run: Run
-    policy: PolicyGroup
+    learners: Learners
     recovery: Recovery = field(init=False)
     checkpoint_stall_s: float = 0.0
     _life: Life | None = None
@@ -72,15 +73,20 @@ class Lives:
 
     async def _lived(self, resume: Resume | None) -> dict[str, Any]:
         """One life, to its end."""
-        life = self._life = await begin(self.run, self.policy, resume)
+        life = self._life = await begin(self.run, self.learners, resume)
         if self.recovery.stopped:
             await life.pacer.stop()
         try:
             await life.live()
         finally:
             self.checkpoint_stall_s += life.checkpointer.stall_s
-        async with self.policy.watched(self.run.recipe.liveness):
-            await self.policy.save(self.run.folder.model)
+        policy, critic = self.learners.policy, self.learners.critic
+        async with policy.watched(self.run.recipe.liveness):
+            await policy.save(self.run.folder.model)
+            await life.checkpointer.conclude()
+        if critic is not None:
+            async with critic.watched(self.run.recipe.liveness):
+                await critic.save(self.run.folder.critic)
         return life.summary() | {"checkpoint_stall_s": self.checkpoint_stall_s}
 
     async def stop(self) -> None:
@@ -90,8 +96,8 @@ class Lives:
             await self._life.pacer.stop()
 
     async def _renewed(self) -> None:
-        """A new policy, and replicas that hold no version."""
+        """A new policy, a new critic, and replicas that hold no version."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.run.workers.fleet.forget())
-            started = tasks.create_task(new_policy(self.run.workers.ranks))
-        self.policy = started.result()
+            started = tasks.create_task(new_learners(self.run.workers))
+        self.learners = started.result()

@@ -25,8 +25,9 @@ Stream = ExampleStream | PairStream | JudgementStream
 class Lesson(Protocol):
     """What a run learns."""
 
-    async def prepare(self, steps: range) -> None:
-        """Done once, before these steps and with the weights that the run began with."""
+    async def prepare(self, steps: range, stopped: Callable[[], bool]) -> None:
+        """Done once, before these steps and with the weights that the run began with; no longer than until `stopped`,
+        and then there is no step."""
 
     async def step(self, step: int) -> tuple[Update, int]:
         """Train once; also how many tokens were learned."""
@@ -55,7 +56,7 @@ class Supervision:
     examples: ExampleStream
     policy: PolicyGroup
 
-    async def prepare(self, steps: range) -> None:
+    async def prepare(self, steps: range, stopped: Callable[[], bool]) -> None:
         """Nothing."""
 
     async def step(self, step: int) -> tuple[Update, int]:

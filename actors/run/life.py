@@ -5,6 +5,7 @@ is left but the engines and the journal: what happened since the cut happened to
 """
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,18 +13,21 @@ import ray
 from transformers import PreTrainedTokenizerBase
 
 from actors.attempts import Attempts, Limits
-from actors.checkpoint.checkpointer import Checkpointer
+from actors.checkpoint.checkpointer import CRITIC, Checkpointer
 from actors.checkpoint.moment import GrpoMoment
 from actors.checkpoint.resume import Resume
 from actors.checkpoint.store import CheckpointStore
 from actors.controller import Controller
+from actors.critic_group import CriticGroup
 from actors.data.prompts import PromptStream
+from actors.elastic import capacity_followed
 from actors.errors import PolicyLostError, first_cause
 from actors.health import Health
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher
+from actors.recipe.critic import CriticConfig
 from actors.recipe.deadlines import group_timeout_s, stall_timeout_s
 from actors.recipe.schema import GrpoRecipe
 from actors.router import Router
@@ -32,7 +36,7 @@ from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.tracker import Tracker
 from actors.run.watchdog import Watchdog
-from actors.workers import Workers
+from actors.workers import Learners, Workers
 from algorithms.budgets import RewardBudget
 from algorithms.depth import DepthController
 from algorithms.pacing import Pacer
@@ -58,7 +62,7 @@ class Life:
     """The components of one life, wired."""
 
     run: Run
-    policy: PolicyGroup
+    learners: Learners
     publisher: Publisher
     pacer: AsyncPacer
     ledger: Ledger
@@ -69,10 +73,18 @@ class Life:
 
     async def live(self) -> None:
         """Train to the last step; PolicyLostError when the policy is lost on the way."""
-        liveness = self.run.recipe.liveness
+        liveness, workers = self.run.recipe.liveness, self.run.workers
+        policy, critic = self.learners.policy, self.learners.critic
+        critic_watched = contextlib.nullcontext() if critic is None else critic.watched(liveness)
+        capacity = self.run.recipe.groups_in_flight if workers.elastic is not None else None
         with self.ledger:
             try:
-                async with self.watchdog.watching(), self.policy.watched(liveness):
+                async with (
+                    self.watchdog.watching(),
+                    policy.watched(liveness),
+                    critic_watched,
+                    capacity_followed(workers.fleet, self.pacer, capacity),
+                ):
                     await self.publisher.connect()
                     await self.controller.run()
             except BaseException as error:
@@ -88,13 +100,15 @@ class Life:
         return self.reporter.summary() | {
             "roll_backs": self.ledger.num_roll_backs,
             "replicas_rebuilt": workers.fleet.num_rebuilt,
+            "replicas_joined": workers.fleet.num_joined,
+            "replicas_left": workers.fleet.num_left,
             "scorers_restarted": workers.scorers.num_restarted,
         }
 
 
-async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
-    """A life from the cut on, or from the first step; `policy` has just been started."""
-    recipe, folder = run.recipe, run.folder
+async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
+    """A life from the cut on, or from the first step; the learners have just been started."""
+    recipe, folder, policy = run.recipe, run.folder, learners.policy
     ledger = _ledger(folder, resume)
     pacer = _pacer(recipe)
     waiting = AsyncPacer(pacer, stall_timeout_s(recipe))
@@ -103,6 +117,8 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
         version = resume.cut.version
         async with policy.watched(recipe.liveness):
             await policy.restore(resume.path)
+            if learners.critic is not None:
+                await learners.critic.restore(resume.path / CRITIC)
         waiting.restore(replace(resume.cut.pacer, batches_left=recipe.steps - version), _ready(resume))
     publisher = _publisher(run, policy)
     reporter = Reporter(recipe, folder, run.progress, run.tracker, waiting, publisher, ledger)
@@ -113,7 +129,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
     moment = GrpoMoment(waiting, ledger, attempts, _depth(recipe, pacer), reporter.progress)
     if resume is not None:
         await moment.restore(resume.cut)
-    checkpointer = _checkpointer(run, policy, moment, reporter, health, None if resume is None else version)
+    checkpointer = _checkpointer(run, learners, moment, reporter, health, None if resume is None else version)
     controller = Controller(
         num_steps=recipe.steps,
         staleness=recipe.staleness,
@@ -122,6 +138,7 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
         pacer=waiting,
         attempts=attempts,
         policy=policy,
+        critic=_critic(recipe, learners.critic),
         publisher=publisher,
         ledger=ledger,
         depth=moment.depth,
@@ -131,10 +148,17 @@ async def begin(run: Run, policy: PolicyGroup, resume: Resume | None) -> Life:
         stopped=checkpointer.last,
         first_version=version,
     )
-    watchdog = _watchdog(run, policy, waiting, publisher, checkpointer)
+    watchdog = _watchdog(run, learners, waiting, publisher, checkpointer)
     waiting.on_stall = watchdog.idle
     waiting.there_since = lambda: run.workers.there_since
-    return Life(run, policy, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
+    return Life(run, learners, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
+
+
+def _critic(recipe: GrpoRecipe, ranks: PolicyGroup | None) -> CriticGroup | None:
+    if ranks is None:
+        return None
+    config = recipe.critic or CriticConfig()
+    return CriticGroup(ranks, recipe.algorithm, recipe.policy.max_tokens_per_micro_batch, config.warmup_steps)
 
 
 def _attempts(run: Run, pacer: AsyncPacer, ledger: Ledger) -> Attempts:
@@ -148,18 +172,20 @@ def _attempts(run: Run, pacer: AsyncPacer, ledger: Ledger) -> Attempts:
         router=run.router,
         fleet=run.workers.fleet,
         ledger=ledger,
+        keeps_groups=run.workers.elastic is not None,
     )
 
 
 def _checkpointer(
-    run: Run, policy: PolicyGroup, moment: GrpoMoment, reporter: Reporter, health: Health, cut_version: int | None
+    run: Run, learners: Learners, moment: GrpoMoment, reporter: Reporter, health: Health, cut_version: int | None
 ) -> Checkpointer:
     recipe = run.recipe
     return Checkpointer(
         store=CheckpointStore(run.folder.checkpoints, recipe.checkpoint.keep, recipe.checkpoint.best),
         config=recipe.checkpoint,
         num_steps=recipe.steps,
-        policy=policy,
+        policy=learners.policy,
+        critic=learners.critic,
         tokenizer=run.tokenizer,
         moment=moment.take,
         metrics=lambda: reporter.metrics,
@@ -170,11 +196,12 @@ def _checkpointer(
 
 
 def _watchdog(
-    run: Run, policy: PolicyGroup, pacer: AsyncPacer, publisher: Publisher, checkpointer: Checkpointer
+    run: Run, learners: Learners, pacer: AsyncPacer, publisher: Publisher, checkpointer: Checkpointer
 ) -> Watchdog:
     workers = run.workers
     return Watchdog(
-        policies=policy.ranks,
+        policies=learners.policy.ranks,
+        critics=() if learners.critic is None else learners.critic.ranks,
         references=workers.references,
         rewards=workers.rewards,
         fleet=workers.fleet,
@@ -186,6 +213,7 @@ def _watchdog(
         say=run.progress.say,
         leave=checkpointer.last,
         starting=lambda: workers.starting,
+        restarting=lambda: workers.scorers.gone,
     )
 
 
@@ -218,7 +246,7 @@ def _pacer(recipe: GrpoRecipe) -> Pacer:
         when_stale=staleness.when_stale,
         over_sampling=staleness.over_sampling,
         pipeline_depth=recipe.pipeline_depth,
-        max_in_flight=recipe.max_groups_in_flight,
+        max_in_flight=recipe.groups_in_flight(recipe.pools.rollout.num_workers),
     )
 
 
@@ -237,7 +265,7 @@ def _publisher(run: Run, policy: PolicyGroup) -> Publisher:
         workers_per_replica=max(1, recipe.pools.rollout.gpus_per_worker),
         dtype=recipe.rollout.dtype,
         config=recipe.sync,
-        member_timeout_s=recipe.rollout.start_timeout_s,
+        member_timeout_s=recipe.replica_timeout_s,
         drain_timeout_s=0.0 if recipe.staleness.in_flight_updates else recipe.generation.timeout_s,
     )
 
@@ -245,7 +273,7 @@ def _publisher(run: Run, policy: PolicyGroup) -> Publisher:
 def _limits(recipe: GrpoRecipe) -> Limits:
     return Limits(
         group_timeout_s=group_timeout_s(recipe),
-        start_timeout_s=recipe.rollout.start_timeout_s,
+        start_timeout_s=recipe.replica_timeout_s,
         max_attempts=recipe.rollout.max_attempts,
         max_quarantined=recipe.rollout.max_quarantined,
         max_bad_rows=recipe.dataset.max_bad_rows,

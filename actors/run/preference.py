@@ -6,7 +6,7 @@ passes pack the same sequences; the first needs no gradient.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,9 +35,11 @@ class Pairing:
     policy: PolicyGroup
     references: References
 
-    async def prepare(self, steps: range) -> None:
+    async def prepare(self, steps: range, stopped: Callable[[], bool]) -> None:
         if isinstance(self.recipe.algorithm, DpoConfig):
-            await self.references.compute(steps, lambda step: _sequences(self._groups(step, self._pairs(step))))
+            await self.references.compute(
+                steps, lambda step: _sequences(self._groups(step, self._pairs(step))), stopped
+            )
 
     async def step(self, step: int) -> tuple[Update, int]:
         pairs = self._pairs(step)
@@ -91,8 +93,10 @@ class Judging:
     policy: PolicyGroup
     references: References
 
-    async def prepare(self, steps: range) -> None:
-        await self.references.compute(steps, lambda step: _sequences(self._groups(step, self._judgements(step))))
+    async def prepare(self, steps: range, stopped: Callable[[], bool]) -> None:
+        await self.references.compute(
+            steps, lambda step: _sequences(self._groups(step, self._judgements(step))), stopped
+        )
 
     async def step(self, step: int) -> tuple[Update, int]:
         judgements = self._judgements(step)

@@ -18,7 +18,7 @@ from actors.errors import PolicyLostError, RollBackError, RunError, StoppedError
 from actors.policy_group import PolicyGroup
 from actors.recipe.schema import Recipe
 from actors.run.folder import RunFolder
-from actors.workers import Ranks
+from actors.workers import Learners, Ranks, Workers
 
 _GRACE_S = 120.0
 """A life that is told to end has so long, for a checkpoint that is being written, before it is told again."""
@@ -96,4 +96,15 @@ async def new_policy(ranks: Ranks) -> PolicyGroup:
     try:
         return await ranks.start()
     except RunError as error:
+        raise PolicyLostError(str(error)) from error
+
+
+async def new_learners(workers: Workers) -> Learners:
+    """New ranks of policy and critic; likewise."""
+    try:
+        return await workers.learners()
+    except BaseExceptionGroup as errors:
+        error = first_cause(errors)
+        if not isinstance(error, RunError):
+            raise
         raise PolicyLostError(str(error)) from error

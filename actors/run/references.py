@@ -42,11 +42,18 @@ class References:
         self._say = say
         self._known = _Known()
 
-    async def compute(self, steps: range, sequences: Callable[[int], Iterable[Rollout]]) -> None:
-        """Of all sequences of these steps; the policy holds the weights that the run began with."""
+    async def compute(
+        self, steps: range, sequences: Callable[[int], Iterable[Rollout]], stopped: Callable[[], bool]
+    ) -> None:
+        """Of all sequences of these steps, or of as many as there is time for; a run that goes on computes the others.
+
+        The policy holds the weights that the run began with.
+        """
         self._known = self._read()
         written = said = time.monotonic()
         for step in range(max(steps.start, self._known.num_steps), steps.stop):
+            if stopped():
+                break
             missing = {key: rollout for rollout in sequences(step) if (key := _key(rollout)) not in self._known.sums}
             if missing:
                 await self._ask(missing)

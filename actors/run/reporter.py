@@ -111,6 +111,7 @@ class Reporter:
             "groups/redispatched": float(ledger.num_redispatched),
             "groups/resumed": float(ledger.num_resumed),
             "groups/quarantined": float(ledger.num_quarantined),
+            "rollout/replicas": float(self._publisher.fleet.num_serving),
         }
         for cause, waste in ledger.waste.items():
             metrics |= {f"waste/{cause}/{unit}": float(amount) for unit, amount in asdict(waste).items()}

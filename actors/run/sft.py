@@ -52,7 +52,7 @@ async def run_sft(
     config = recipe.model_dump(mode="json")
     starting = policy_ranks(recipe, model, pools, folder.path)
     async with machine_watched(_LIVENESS, progress.say), starting as (ranks, policy):
-        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config) as tracker:
+        with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config, progress.say) as tracker:
             lives = Lives(recipe, stream, tokenizer, folder, progress, tracker, ranks, policy)
             with on_signal(lives.stop, progress.say):
                 summary = await lives.recovery.live(resume)
@@ -89,7 +89,8 @@ class Lives:
         lesson = lesson_of(recipe, self.stream, policy, self.folder.path, self.progress.say)
         learner = Learner(recipe, lesson, policy, self.folder, self.progress, self.tracker)
         async with suspected(self._look, self.folder.stall), policy.watched(_LIVENESS):
-            await lesson.prepare(range(0 if resume is None else resume.cut.version, recipe.steps))
+            steps = range(0 if resume is None else resume.cut.version, recipe.steps)
+            await lesson.prepare(steps, lambda: self.recovery.stopped)
             if resume is not None:
                 await learner.restore(resume)
             checkpointer = self._checkpointer(learner, resume)
@@ -104,6 +105,7 @@ class Lives:
                 self.checkpoint_stall_s += checkpointer.stall_s
             await checkpointer.finish()
             await self.policy.save(self.folder.model)
+            await checkpointer.conclude()
         return learner.summary() | {"checkpoint_stall_s": self.checkpoint_stall_s}
 
     async def _renewed(self) -> None:

@@ -62,8 +62,14 @@ async def look(
     say: Callable[[str], None],
 ) -> Sight:
     """All of it, which is in `path` when this returns."""
-    workers = await seen(members)
-    _write(path, report(reason, workers, pending, dict(facts)), say)
+    workers: list[Worker] = []
+    facts = dict(facts)
+    try:
+        workers = await seen(members)
+    except Exception as error:  # noqa: BLE001  whatever is wrong with looking, that the run stalls is told
+        facts["the workers could not be looked at"] = f"{type(error).__name__}: {last_line(error)}"
+        say(f"warning: the workers could not be looked at ({type(error).__name__}: {last_line(error)})")
+    _write(path, report(reason, workers, pending, facts), say)
     return Sight(workers, pending)
 
 

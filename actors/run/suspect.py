@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-POLICY, REPLICA, REFERENCE, REWARD = "policy rank", "rollout replica", "reference worker", "reward worker"
+POLICY, CRITIC = "policy rank", "critic rank"
+REPLICA, REFERENCE, REWARD = "rollout replica", "reference worker", "reward worker"
 """The roles of workers, down the chain."""
-_ROLES = (POLICY, REPLICA, REFERENCE, REWARD)
+_ROLES = (POLICY, CRITIC, REPLICA, REFERENCE, REWARD)
 _CHILD = "actors.rewards.child"
 """In the command of a process that runs reward functions."""
 # Where a process stands when it waits for work.
@@ -64,6 +65,10 @@ class Worker:
     account: str = ""
     """Its stacks as it told them itself, when it answered: less than py-spy sees, and nothing of its children."""
 
+    @property
+    def name(self) -> str:
+        return f"{self.role} {self.number}"
+
 
 @dataclass(frozen=True, slots=True)
 class Pending:
@@ -96,6 +101,8 @@ def suspect(workers: Sequence[Worker], pending: Sequence[Pending]) -> tuple[Work
 def sentence(workers: Sequence[Worker], pending: Sequence[Pending], reason: str) -> str:
     """`reason` with the name of the suspect."""
     found = suspect(workers, pending)
+    if not workers:
+        return f"{reason}: no worker could be looked at"
     if found is None:
         return f"{reason}: every worker answers and none has a group; the schedule itself is stuck"
     worker, why = found

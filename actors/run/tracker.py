@@ -2,18 +2,23 @@
 
 However often the run goes on, and from whatever step, it is one run there: its id lies in the run folder. W&B drops
 what is logged for a step that it has passed, so the step is a metric of ours, over which all others are drawn; what a
-run took twice, because it went back, is there twice.
+run took twice, because it went back, is there twice. What is wrong with key or project is told before anything starts;
+after that no run stops for its tracker: it goes on without, with a warning, and keeps what it can for `wandb sync`.
 """
 
+import contextlib
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
+from actors.run.machine import answers
+
+_INIT_TIMEOUT_S = 60.0
 _FINISH_TIMEOUT_S = 120.0
 """A run does not wait longer for its last metrics to be uploaded; `wandb sync` can do that later."""
-
 
 _STEP = "step"
 
@@ -23,57 +28,107 @@ def _run_id(folder: Path, new: str) -> str:
     path = folder / "wandb_id"
     if path.exists():
         return path.read_text(encoding="utf-8").strip()
-    path.write_text(new + "\n", encoding="utf-8")
+    staged = folder / "wandb_id.staged"
+    staged.write_text(new + "\n", encoding="utf-8")
+    staged.rename(path)  # half an id would be another run's
     return new
 
 
 def check_tracker(project: str | None) -> None:
-    """ValueError when a project is asked for and there is no key to reach it with."""
-    if project is None or os.environ.get("WANDB_MODE", "online") != "online":
+    """ValueError when a project is asked for that can have no such name, or there is no key to reach it with, or a key
+    that is refused. A service that is away is no error: it may be there when the run is."""
+    if project is None:
         return
     import wandb
 
+    try:
+        wandb.Settings(project=project)
+    except wandb.errors.UsageError as error:
+        raise ValueError(f"logging.wandb_project: {error}; choose another name") from None
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
     if not wandb.api.api_key:
         raise ValueError(
             "logging.wandb_project: there is no Weights & Biases key; set WANDB_API_KEY, or WANDB_MODE=offline to keep "
             "the metrics in the run folder"
         )
+    try:
+        wandb.login(verify=True)
+    except wandb.errors.AuthenticationError as error:
+        service = urlsplit(wandb.setup().settings.base_url)
+        if answers(f"{service.hostname}:{service.port or (80 if service.scheme == 'http' else 443)}"):
+            raise ValueError(
+                f"logging.wandb_project: the Weights & Biases key is refused ({error}); set WANDB_API_KEY to one of an "
+                "account that may write to the project, or WANDB_MODE=offline to keep the metrics in the run folder"
+            ) from None
 
 
 class Tracker:
     """Metrics of each step, sent to a project or, without one, nowhere."""
 
-    def __init__(self, project: str | None, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, project: str | None, name: str, folder: Path, config: Mapping[str, Any], say: Callable[[str], None]
+    ) -> None:
         """The key comes from the environment (WANDB_API_KEY).
 
-        WANDB_MODE=offline keeps everything in `folder`, in a folder of its own for each process of the run.
+        WANDB_MODE=offline keeps everything in `folder`, in a folder of its own for each process of the run; so it is
+        when the service cannot be reached, or refuses the run.
         """
         self._run: Any = None
-        if project is not None:
-            import wandb
+        self._say = say
+        if project is None:
+            return
+        import wandb
 
-            settings = wandb.Settings(finish_timeout=_FINISH_TIMEOUT_S)
+        with self._no_reason_to_stop("the metrics stay in the run folder, where metrics.jsonl has all of them"):
             run_id = _run_id(folder, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8))
-            self._run = wandb.init(
-                project=project,
-                name=name,
-                id=run_id,
-                resume="allow",
-                dir=str(folder),
-                config=dict(config),
-                settings=settings,
-                allow_val_change=True,  # a run that goes on may have other pools, say
-            )
-            self._run.define_metric(_STEP, hidden=True)
-            self._run.define_metric("*", step_metric=_STEP)
+            with self._no_reason_to_stop(f"`wandb sync {folder}/wandb/offline-*` sends what is kept there meanwhile"):
+                self._run = _begun(project, name, folder, config, run_id, offline=False)
+            if self._run is None:
+                wandb.teardown()  # its process holds the id for the run that has failed
+                self._run = _begun(project, name, folder, config, run_id, offline=True)
+
+    @contextlib.contextmanager
+    def _no_reason_to_stop(self, instead: str) -> Iterator[None]:
+        """An error of the tracker is told, and the run goes on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  of its service, its process, its disk: it is a copy of metrics.jsonl
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self._say(f"warning: logging.wandb_project: Weights & Biases fails ({why}); {instead}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._run is not None:
-            self._run.log({_STEP: step, **metrics})
+        if self._run is None:
+            return
+        run, self._run = self._run, None  # one that fails is not asked again
+        with self._no_reason_to_stop("metrics.jsonl in the run folder has all metrics"):
+            run.log({_STEP: step, **metrics})
+            self._run = run
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._run is not None:
+        if self._run is None:
+            return
+        with self._no_reason_to_stop("metrics.jsonl in the run folder has all metrics"):
             self._run.finish(exit_code=int(kind is not None))
+
+
+def _begun(project: str, name: str, folder: Path, config: Mapping[str, Any], run_id: str, offline: bool) -> Any:
+    import wandb
+
+    run = wandb.init(
+        project=project,
+        name=name,
+        id=run_id,
+        resume="allow",
+        dir=str(folder),
+        config=dict(config),
+        mode="offline" if offline else None,  # else as WANDB_MODE says
+        settings=wandb.Settings(finish_timeout=_FINISH_TIMEOUT_S, init_timeout=_INIT_TIMEOUT_S),
+        allow_val_change=True,  # a run that goes on may have other pools, say
+    )
+    run.define_metric(_STEP, hidden=True)
+    run.define_metric("*", step_metric=_STEP)
+    return run

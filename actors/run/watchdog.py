@@ -6,7 +6,7 @@ on their way and since when, and what the schedule and the publication wait for.
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from actors.pacer import AsyncPacer
 from actors.publisher import Publisher
 from actors.router import Router
 from actors.run.sight import Member, Sight, StallError, look, suspected
-from actors.run.suspect import POLICY, REFERENCE, REPLICA, REWARD, Pending, Worker, suspect
+from actors.run.suspect import CRITIC, POLICY, REFERENCE, REPLICA, REWARD, Pending, Worker, suspect
 
 
 @dataclass(slots=True)
@@ -40,14 +40,18 @@ class Watchdog:
     say: Callable[[str], None]
     leave: Callable[[int], Awaitable[int | None]] | None = None
     """Takes a last checkpoint at a version; of which the newest is then, if there is any."""
+    critics: tuple[Any, ...] = ()
     starting: Callable[[], str] = str
     """The workers that are being started and without which no group gets on; empty when there are none."""
+    restarting: Callable[[], Collection[str]] = tuple
+    """Reward and reference workers that are being started again, by role and number; others may serve meanwhile."""
 
     async def idle(self, reason: str) -> RunError | None:
         """No group finishes while the policy waits: what ends the run, or None when the suspect is replaced.
 
-        None, too, while it waits for workers that are being started: that has deadlines of its own. And when a group
-        has finished, or the run was asked to stop, before all was looked at.
+        None, too, while it waits for workers that are being started: that has deadlines of its own, and a scorer that
+        is being started again is no excuse for others. And when a group has finished, or the run was asked to stop,
+        before all was looked at.
         """
         if starting := self.starting():
             self.say(f"warning: {reason}: {starting}, and it waits for that")
@@ -59,11 +63,15 @@ class Watchdog:
             self.say(f"warning: {what}; something has changed meanwhile, and it waits on, see {self.path}")
             return None
         found = suspect(sight.workers, sight.pending)
-        if self.then == "retry" and found is not None and found[0].role != POLICY:
+        if found is not None and found[0].name in self.restarting():
+            self.say(f"warning: {what}; it is being started again, and the run waits for that")
+            return None
+        learns = found is not None and found[0].role in (POLICY, CRITIC)
+        if self.then == "retry" and found is not None and not learns:
             self.say(f"warning: {what}; it is replaced, see {self.path}")
             self._replace(*found)
             return None
-        left = "" if found is not None and found[0].role == POLICY else await self._checkpoint()
+        left = "" if learns else await self._checkpoint()
         return StallError(f"{what}; {left}see {self.path}")
 
     @contextlib.asynccontextmanager
@@ -100,6 +108,7 @@ class Watchdog:
         return await look(list(self._members()), pending, reason, facts, self.path, self.say)
 
     def _members(self) -> Iterator[Member]:
-        for role, handles in ((POLICY, self.policies), (REFERENCE, self.references), (REWARD, self.rewards)):
+        learners = ((POLICY, self.policies), (CRITIC, self.critics))
+        for role, handles in (*learners, (REFERENCE, self.references), (REWARD, self.rewards)):
             yield from (Member(role, number, handle) for number, handle in enumerate(handles))
         yield from (Member(REPLICA, replica.number, replica.handle) for replica in self.fleet.members)

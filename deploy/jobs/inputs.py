@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from actors.recipe.model import ModelConfig, PretrainedModel, RecipeModel
-from actors.recipe.pools import used_pools
+from actors.recipe.pools import first_pools
 from actors.recipe.schema import GrpoRecipe, Recipe
 from actors.run.lineage import trained_before
 from deploy.jobs.shipment import Shipment
@@ -75,7 +75,7 @@ def check_room(runs: Runs, cluster: ClusterSpec) -> None:
 
     for path, recipe in runs:
         try:
-            estimate(recipe, plan(used_pools(recipe), cluster), cluster, None)
+            estimate(recipe, plan(first_pools(recipe), cluster), cluster, None)
         except (PlacementError, MemoryShortageError) as error:
             raise ValueError(f"{path}: the cluster is too small: {error}") from None
 

@@ -5,6 +5,7 @@ cluster knows what it has already.
 """
 
 import fnmatch
+import logging
 import os
 import zipfile
 from collections import Counter
@@ -24,6 +25,7 @@ FILES = ("*.pyc", ".env", ".env.*", ".netrc", "*.pem", "id_rsa*", "id_ed25519*",
 RUNS = "runs"
 """Where runs leave everything when their recipes do not say; left out at the top."""
 
+_QUIET = logging.getLogger("paceline.shipment")
 _MB = 10**6
 _MOST_NAMED = 5
 _DATE = (1980, 1, 1, 0, 0, 0)  # the first that an archive can hold
@@ -73,7 +75,7 @@ def _walk(root: Path, folder: Path, ignored: list[Callable[[Path], bool]]) -> It
     """Names of the files below a folder. A link to a folder is not followed: it leads out, or in a circle."""
     from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
-    ignored = [*ignored, *get_excludes_from_ignore_files(folder, include_gitignore=True)]
+    ignored = [*ignored, *get_excludes_from_ignore_files(folder, include_gitignore=True, logger=_QUIET)]
     for entry in sorted(os.scandir(folder), key=lambda each: each.name):
         path = Path(entry.path)
         if any(match(path) for match in ignored):

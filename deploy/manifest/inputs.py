@@ -2,14 +2,17 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
+from actors.data.dataset import READERS
 from actors.recipe.model import ModelConfig, PretrainedModel, RecipeModel
 from actors.recipe.schema import GrpoRecipe, Recipe
 from deploy.manifest.options import APP, Kind
 
 MAX_NAME = {"job": 47, "cluster": 53}
 """KubeRay makes longer names of these, and a label ends at 63 characters."""
+IMAGE = ("actors", "algorithms", "deploy", "placement", "recipes", "sync")
+"""What `deploy/Dockerfile` copies of this checkout."""
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 
@@ -38,7 +41,8 @@ def _repaired(name: str, kind: Kind) -> str:
 def check_paths(recipe: Recipe, path: str, mount: str, claim: str) -> None:
     """The run folder lies on the volume, and so does all that is not in the image; else a ValueError.
 
-    A relative path is one below the image's working directory.
+    A relative path is one below the image's working directory. An absolute one below that is believed: who builds an
+    image of their own knows what is in it.
     """
     folder = PurePosixPath(APP) / recipe.folder
     if not _below(folder, mount):
@@ -46,7 +50,7 @@ def check_paths(recipe: Recipe, path: str, mount: str, claim: str) -> None:
             f"{path}: run_dir: {folder} is not on the volume of claim '{claim}', which the pods see at {mount}, so the "
             f"run would be lost with them; set run_dir={mount}/{recipe.name}, or --mount to a folder above it"
         )
-    for key, value in _named(recipe, path):
+    for key, value, is_path in _named(recipe, path):
         local = PurePosixPath(value)
         if ".." in local.parts or value.startswith("~"):
             raise ValueError(f"{key}: {value} leads out of the project; write it as an absolute path below {mount}")
@@ -55,29 +59,48 @@ def check_paths(recipe: Recipe, path: str, mount: str, claim: str) -> None:
                 f"{key}: the pods do not see {value}; copy it to the volume of claim '{claim}' and name it as they do, "
                 f"{mount}/{local.name}"
             )
+        if is_path and not local.is_absolute() and not _in_image(local, mount):
+            raise ValueError(
+                f"{key}: {value} is not in the image, which holds {', '.join(IMAGE)} of this checkout; put it below "
+                f"recipes/ before the image is built, or on the volume of claim '{claim}' and write "
+                f"{mount}/{local.name} (an image of your own may hold it: write {PurePosixPath(APP) / local})"
+            )
 
 
-def _named(recipe: Recipe, path: str) -> Iterator[tuple[str, str]]:
-    """The paths that a recipe may name, by who names them; a hub's name is one, too, and does no harm."""
-    yield "the recipe's path", path
-    yield "dataset.path", recipe.dataset.path
+def _in_image(local: PurePosixPath, mount: str) -> bool:
+    """Or on the volume, where that is mounted below the working directory."""
+    return local.parts[:1] in [(folder,) for folder in IMAGE] or _below(PurePosixPath(APP) / local, mount)
+
+
+def _named(recipe: Recipe, path: str) -> Iterator[tuple[str, str, bool]]:
+    """What a recipe names, by who names it, and whether it is surely a path: the names of the hub look like some."""
+    yield "the recipe's path", path, True
+    data = recipe.dataset.path
+    yield "dataset.path", data, _is_path(data) or PurePosixPath(data).suffix in READERS
     yield from _model("model", recipe.model)
     if isinstance(recipe, GrpoRecipe):
         if recipe.reference is not None:
             yield from _model("reference", recipe.reference)
+        if recipe.critic_model is not None:
+            yield from _model("critic.model", recipe.critic_model)
         for index, reward in enumerate(recipe.rewards.functions):
             if reward.function is not None:
-                yield f"rewards.functions.{index}.function", reward.function.rpartition(":")[0]
+                yield f"rewards.functions.{index}.function", reward.function.rpartition(":")[0], True
             if reward.model is not None:
-                yield f"rewards.functions.{index}.model", reward.model
+                yield f"rewards.functions.{index}.model", reward.model, _is_path(reward.model)
 
 
-def _model(key: str, model: ModelConfig) -> Iterator[tuple[str, str]]:
+def _model(key: str, model: ModelConfig) -> Iterator[tuple[str, str, bool]]:
     match model:
         case PretrainedModel(path=name):
-            yield f"{key}.path", name
+            yield f"{key}.path", name, _is_path(name)
         case RecipeModel(recipe=first):
-            yield f"{key}.recipe", first
+            yield f"{key}.recipe", first, True
+
+
+def _is_path(name: str) -> bool:
+    """Of data or of a model: one that is here, or that can be no name of the hub's."""
+    return name.startswith(".") or name.count("/") > 1 or Path(name).exists()
 
 
 def _below(path: PurePosixPath, folder: str) -> bool:

@@ -3,16 +3,17 @@
 import importlib.metadata
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
-from actors.recipe.schema import Recipe
+from actors.recipe.schema import GrpoRecipe, Recipe
 from actors.run.lineage import trained_before
 from deploy.host_memory import check_pods
 from deploy.manifest.groups import PodGroup, bindings, pod_groups
 from deploy.manifest.inputs import check_name, check_paths
-from deploy.manifest.options import APP, ManifestOptions
+from deploy.manifest.options import APP, Elastic, ManifestOptions
 from deploy.manifest.pods import head_pod, worker_pod
 from deploy.manifest.rules import broken_rules
 
@@ -47,6 +48,7 @@ def render(
     recipe: Recipe, path: str, overrides: Sequence[str], options: ManifestOptions, ray_version: str
 ) -> dict[str, Any]:
     """The manifest as plain data."""
+    options = _with_range(recipe, options)
     name = check_name(options.name or recipe.name, options.kind, given=options.name is not None)
     before = trained_before(recipe, path)
     for where, each in (*before, (path, recipe)):
@@ -59,6 +61,25 @@ def render(
         case "job":
             kind, spec = "RayJob", _job(cluster, _command(recipe, path, overrides, options), options)
     return {"apiVersion": API, "kind": kind, "metadata": _metadata(name, options), "spec": spec}
+
+
+def _with_range(recipe: Recipe, options: ManifestOptions) -> ManifestOptions:
+    """A recipe whose replicas come and go says itself between which numbers."""
+    pool = recipe.pools.rollout
+    if not isinstance(recipe, GrpoRecipe) or not pool.elastic:
+        return options
+    asked = Elastic(pool.least, pool.most)
+    if options.kueue is not None:
+        raise ValueError(
+            "--kueue: Kueue admits a job whole and takes none that scales by itself; leave it out, or "
+            "pools.rollout.min_workers and max_workers"
+        )
+    if options.elastic not in (None, asked):
+        raise ValueError(
+            f"--elastic-rollout: the recipe says {asked.least}..{asked.most} (min_workers and max_workers of "
+            "pools.rollout); leave the option out"
+        )
+    return replace(options, elastic=asked)
 
 
 def _groups(recipe: Recipe, path: str, options: ManifestOptions) -> tuple[PodGroup, ...]:

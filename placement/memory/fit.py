@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import floor
+from typing import Literal
 
 from placement.memory.footprint import (
     GB,
@@ -47,30 +48,42 @@ def total(footprint: Footprint) -> float:
     return sum(footprint.values())
 
 
-def check_policy(shape: ModelShape, load: PolicyLoad, gpu_bytes: float, shortest: int) -> None:
+def check_policy(
+    shape: ModelShape, load: PolicyLoad, gpu_bytes: float, shortest: int, pool: Literal["policy", "critic"] = "policy"
+) -> None:
     """MemoryShortageError when a rank does not fit; `shortest`: a micro-batch holds one sequence at least."""
     footprint = policy_footprint(shape, load)
     if total(footprint) <= gpu_bytes:
         return
-    knobs = [knob for knob in _policy_knobs(load, shortest) if total(policy_footprint(shape, knob.load)) <= gpu_bytes]
+    knobs = [
+        knob for knob in _policy_knobs(load, shortest, pool) if total(policy_footprint(shape, knob.load)) <= gpu_bytes
+    ]
     single = [knob for knob in knobs if " " not in knob.text and knob.load.num_ranks == load.num_ranks]
     last = "policy.lora to train adapters, shorten generation.max_completion_length, or take GPUs with more memory"
+    if pool == "critic":
+        last = "critic.model to a smaller model, or take GPUs with more memory"
     if load.bytes_per_weight == 4:
-        half = PolicyKnob("policy.dtype=bfloat16", replace(load, bytes_per_weight=2))
+        half = _in_half(load, pool)
         single += [half] if total(policy_footprint(shape, half.load)) <= gpu_bytes else []
     fixes = _first_of_each(knob.text for knob in single) or [knob.text for knob in knobs[:1]]
     fewest = next((knob.text for knob in knobs if knob.load.num_ranks > load.num_ranks), None)
     if fewest is not None and fewest not in fixes:
         fixes.append(fewest)
-    raise MemoryShortageError(_lacks("policy", footprint, gpu_bytes, fixes or [last]))
+    raise MemoryShortageError(_lacks(pool, footprint, gpu_bytes, fixes or [last]))
 
 
-def _policy_knobs(load: PolicyLoad, shortest: int) -> Iterator[PolicyKnob]:
+def _in_half(load: PolicyLoad, pool: str) -> PolicyKnob:
+    """In bfloat16, for which there is no stage 0."""
+    text = f"{pool}.dtype=bfloat16" + (f" {pool}.zero_stage=1" if load.zero_stage == 0 else "")
+    return PolicyKnob(text, replace(load, bytes_per_weight=2, zero_stage=max(1, load.zero_stage)))
+
+
+def _policy_knobs(load: PolicyLoad, shortest: int, pool: str) -> Iterator[PolicyKnob]:
     """Changes that may help, those with as many ranks first, and the gentlest of them first."""
     ranks = load.num_ranks
     while ranks <= _MAX_RANKS:
-        changes = [(), (f"pools.policy.num_workers={ranks}",)][ranks > load.num_ranks]
-        knobs = [_knob(replace(load, num_ranks=ranks), changes, *each) for each in _settings(load, shortest)]
+        changes = [(), (f"pools.{pool}.num_workers={ranks}",)][ranks > load.num_ranks]
+        knobs = [_knob(replace(load, num_ranks=ranks), pool, changes, *each) for each in _settings(load, shortest)]
         yield from sorted(knobs, key=lambda knob: knob.text.count(" "))
         ranks *= 2
 
@@ -86,11 +99,14 @@ def _settings(load: PolicyLoad, shortest: int) -> Iterator[tuple[bool, int, int]
                 yield checkpointing, stage, tokens
 
 
-def _knob(load: PolicyLoad, changes: tuple[str, ...], checkpointing: bool, stage: int, tokens: int) -> PolicyKnob:
+def _knob(
+    load: PolicyLoad, pool: str, changes: tuple[str, ...], checkpointing: bool, stage: int, tokens: int
+) -> PolicyKnob:
+    """Checkpointing and tokens are one key for policy and critic."""
     if checkpointing != load.gradient_checkpointing:
         changes += ("policy.gradient_checkpointing=true",)
     if stage != load.zero_stage:
-        changes += (f"policy.zero_stage={stage}",)
+        changes += (f"{pool}.zero_stage={stage}",)
     if tokens != load.tokens:
         changes += (f"policy.max_tokens_per_micro_batch={tokens}",)
     changed = replace(load, gradient_checkpointing=checkpointing, zero_stage=stage, tokens=tokens)

@@ -43,6 +43,8 @@ class PolicyLoad:
     gradient_checkpointing: bool
     num_trained: int | None = None
     """Parameters of the adapters; None trains every parameter."""
+    has_vocabulary: bool = True
+    """Whether its head gives logits; a critic's gives one number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def policy_footprint(shape: ModelShape, load: PolicyLoad) -> Footprint:
     has_masters = stage >= 1 or size < 4
     step = 8.0 * min(_SUB_GROUP, own) if stage == 3 else 8.0 * own if stage >= 1 else 4.0 * own
     activations = policy_activations(shape, load)
-    head = head_bytes(shape, load.tokens, size, trained=load.num_trained is None)
+    head = head_bytes(shape, load.tokens, size, trained=load.num_trained is None) if load.has_vocabulary else 0.0
     gathered = size * min(_LIVE, whole) if stage == 3 else 0.0
     return {
         "weights": size * whole / (ranks if stage == 3 else 1),

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from actors.attempts import Attempts, Limits
 from actors.controller import Controller
@@ -443,16 +444,51 @@ async def test_of_an_attempt_that_is_not_waited_for_both_errors_are_heard(tmp_pa
     assert all(tokens.is_heard for tokens in sent)
 
 
-async def test_a_drained_replica_hands_its_groups_over(tmp_path: Path) -> None:
+async def test_a_replica_that_leaves_hands_its_groups_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
     bench = Bench(tmp_path, num_steps=4)
     bench.pauses[0, 0] = bench.pauses[2, 0] = 5.0
-    asyncio.get_running_loop().call_later(0.05, bench.router.drain, 0)
-    await bench.run()
+
+    async def leave() -> None:
+        await asyncio.sleep(0.05)
+        await bench.fleet.leave(0, 0.05, "nobody needs it")
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(leave())
+        await bench.run()
+    assert [replica.number for replica in bench.fleet.members] == [1]
+    assert (bench.fleet.num_left, bench.fleet.num_rebuilt) == (1, 0)
     resumed = {(ordinal, attempt): partial for ordinal, attempt, partial in bench.replicas[1].calls if partial}
     assert resumed.keys() & {(0, 1), (2, 1)}, "a group that hung on replica 0 goes on at replica 1"
     assert all(partial == f"group {ordinal}.{attempt - 1}" for (ordinal, attempt), partial in resumed.items())
     assert bench.ledger.num_resumed == len(resumed)
     assert bench.ledger.num_redispatched == 0, "an interruption is not a failure"
+    assert bench.ledger.num_trained == 8
+
+
+async def test_a_replica_that_dies_while_it_leaves_costs_nobody_a_replacement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+
+    def answer(slot: Slot) -> float:
+        if (slot.ordinal, slot.attempt) == (0, 0):
+            raise RayActorError
+        return slot.version
+
+    bench = Bench(tmp_path, answer, num_steps=4)
+    bench.pauses[0, 0] = 0.2
+
+    async def leave() -> None:
+        await asyncio.sleep(0.05)
+        await bench.fleet.leave(0, 5.0, "nobody needs it")
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(leave())
+        await bench.run()
+    assert [line["waste"] for line in bench.lines("failed")] == ["preempted"]
+    assert bench.ledger.waste["preempted"].attempts == 1
+    assert (bench.fleet.num_left, bench.fleet.num_rebuilt) == (1, 0)
     assert bench.ledger.num_trained == 8
 
 

@@ -19,11 +19,11 @@ from tests.prove import ONLY_PROVE
 
 CASES = [(1, 0, "float32"), (2, 2, "bfloat16"), (2, 3, "float32")]
 MORE = [
-    (2, 0, "float32"), (2, 1, "float32"), (1, 1, "float32"), (1, 2, "float32"), (1, 3, "bfloat16"), (2, 0, "bfloat16"),
+    (2, 0, "float32"), (2, 1, "float32"), (1, 1, "float32"), (1, 2, "float32"), (1, 3, "bfloat16"),
     (2, 1, "bfloat16"),
 ]  # fmt: skip
 LOSSES = [
-    (1, 0, "float32"), (2, 1, "float32"), (2, 2, "float32"), (2, 0, "bfloat16"), (2, 2, "bfloat16"),
+    (1, 0, "float32"), (2, 1, "float32"), (2, 2, "float32"), (2, 2, "bfloat16"),
 ]  # fmt: skip
 
 

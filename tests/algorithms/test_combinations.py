@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from algorithms.config import GrpoConfig
 
+GAE = {"advantage": "gae", "baseline": "none", "scale_rewards": "none"}
 SAMPLED = {"old_logprobs": "sampled", "vllm_importance_sampling_correction": False}
 
 
@@ -25,6 +26,13 @@ SAMPLED = {"old_logprobs": "sampled", "vllm_importance_sampling_correction": Fal
             "kl_penalty",
             "normalize_advantages to 'tokens' or 'none'",
         ),
+        ({"gamma": 0.9}, "gamma", "set advantage to 'gae'"),
+        ({"lam": 1.0}, "lam", "set advantage to 'gae'"),
+        ({"advantage": "gae"}, "advantage", "baseline and scale_rewards to 'none'"),
+        (GAE | {"dynamic_sampling": {"kind": "zero_std"}}, "dynamic_sampling", "'reward_band'"),
+        (GAE | {"normalize_advantages": "rollouts"}, "normalize_advantages", "'tokens' or 'none'"),
+        (GAE | {"kl_penalty": "reward_to_go", "beta": 0.1}, "kl_penalty", "'reward'"),
+        (GAE | {"kl_penalty": "advantage", "beta": 0.1}, "kl_penalty", "'reward'"),
         ({"loss_type": "cispo"}, "epsilon_high", "such as 5.0"),
         ({"loss_type": "cispo", "epsilon_high": 0.28}, "epsilon_high", "such as 5.0"),
         ({"loss_type": "cispo", "epsilon_high": 5.0, "delta": 6.0}, "delta", "leave delta out"),
@@ -56,6 +64,8 @@ def test_a_contradiction_names_the_key_and_the_way_out(keys: dict[str, Any], key
         {"baseline": "leave_one_out", "scale_rewards": "none", "normalize_advantages": "rollouts"},
         {"kl_penalty": "reward_to_go", "beta": 0.1, "scale_rewards": "none"},
         {"kl_penalty": "advantage", "beta": 1.0},
+        GAE | {"num_generations": 1, "gamma": 0.99, "lam": 1.0, "normalize_advantages": "tokens"},
+        GAE | {"kl_penalty": "reward", "beta": 0.05},
         {"delta": 1.3, "epsilon_high": 0.28},
         SAMPLED | {"geometric_mask_range": (0.9, 1.1), "off_policy_mask_threshold": 0.1},
         {"old_logprobs": "interpolated", "num_iterations": 4, "geometric_mask_range": (0.9, 1.1)},

@@ -85,6 +85,7 @@ class Schedule(RuleBasedStateMachine):
         self.over_sampling = over_sampling
         self.pacer = self.make()
         self.bound, self.capacity, self.depth = staleness, self.pacer.max_in_flight, self.pacer.pipeline_depth
+        self.over = 0  # groups in flight when the capacity fell: they may only become fewer
         self.num_groups = batch * batches
         self.fates = Fates()
         self.sampled: dict[int, tuple[int, int]] = {}  # ordinal -> oldest and newest version of what is ready
@@ -148,6 +149,12 @@ class Schedule(RuleBasedStateMachine):
         self.pacer.pipeline_depth = min(self.pacer.groups_per_batch + extra, self.pacer.deepest)
         self.depth = max(self.pacer.pipeline_depth, self.pacer.num_outstanding)
 
+    @rule(capacity=st.integers(0, 12))
+    def set_capacity(self, capacity: int) -> None:
+        """Replicas join and leave; what those that are there hold already they keep."""
+        self.pacer.max_in_flight = self.capacity = capacity
+        self.over = self.pacer.num_in_flight
+
     @rule()
     def take(self) -> None:
         version, taken = self.pacer.next_version, self.pacer.take()
@@ -185,6 +192,7 @@ class Schedule(RuleBasedStateMachine):
         # The replicas start empty and get the policy's version.
         self.fates.published = self.pacer.next_version
         self.depth = max(self.pacer.pipeline_depth, self.pacer.num_outstanding)
+        self.capacity, self.over = self.pacer.max_in_flight, 0
 
     @invariant()
     def count(self) -> None:
@@ -193,13 +201,15 @@ class Schedule(RuleBasedStateMachine):
     @invariant()
     def limits_hold(self) -> None:
         if hasattr(self, "pacer"):
-            assert self.pacer.num_in_flight <= self.capacity
+            self.over = min(self.over, self.pacer.num_in_flight)
+            assert self.pacer.num_in_flight <= max(self.capacity, self.over)
             assert self.pacer.num_outstanding <= self.depth
 
     @invariant()
     def something_can_move(self) -> None:
-        """With nothing in flight and the newest weights out, there is a group to dispatch or a batch to take."""
-        if hasattr(self, "pacer") and not self.pacer.exhausted and not self.pacer.num_in_flight:
+        """With nothing in flight, a replica and the newest weights out, there is a group to dispatch or a batch to
+        take."""
+        if hasattr(self, "pacer") and not self.pacer.exhausted and not self.pacer.num_in_flight and self.capacity:
             can_dispatch = self.pacer.blocked(self.pacer.next_version) is None
             assert can_dispatch or self.pacer.waiting() is None, "deadlock"
 
@@ -207,6 +217,7 @@ class Schedule(RuleBasedStateMachine):
         """Whatever happened, the run can be finished, and every ordinal has one fate."""
         if not hasattr(self, "pacer"):
             return
+        self.pacer.max_in_flight = max(1, self.capacity)
         for _ in range(20 * self.num_groups + 100):
             if self.pacer.exhausted:
                 break

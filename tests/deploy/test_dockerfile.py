@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from deploy.manifest.inputs import IMAGE
 from deploy.manifest.options import APP, ManifestOptions
 from deploy.manifest.pods import head_pod
 from tests.deploy.dockerfile import instructions, problems
 
 ROOT = Path(__file__).parents[2]
 IMAGES = {"gpu": ROOT / "deploy/Dockerfile", "cpu": ROOT / "deploy/Dockerfile.cpu"}
-PACKAGES = {"actors", "algorithms", "placement", "sync", "deploy", "recipes"}
+PACKAGES = {*IMAGE}
 
 
 @pytest.mark.parametrize("name", IMAGES)

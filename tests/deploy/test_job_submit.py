@@ -87,16 +87,16 @@ def paceline(head: tuple[str, dict[str, str]], verb: str, *words: str, **more: s
 
 @pytest.mark.cluster
 def test_a_submitted_job_trains(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
-    """And what cannot run, or comes from a stranger, leaves no job."""
+    """And a stranger is told so."""
     run = tmp_path / "run"
     recipe = ("recipes/demo.yaml", f"run_dir={run}", "steps=2", "groups_per_batch=2")
     words = (*recipe, "model={kind: tiny, hidden_size: 64, num_layers: 2, num_heads: 1}")
-    for verb, given, token, says in (
-        ("submit", words, {"RAY_AUTH_TOKEN": "f" * 64}, "does not take this token"),
-        ("status", (), {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}, "asks for a token"),
-        ("submit", (*words, "pools.rollout.num_workers=40"), {}, "the cluster is too small"),
-    ):
-        refused = paceline(head, verb, *given, **token)
+    strangers = {
+        "does not take this token": {"RAY_AUTH_TOKEN": "f" * 64},
+        "asks for a token, and none is set here": {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"},
+    }
+    for says, token in strangers.items():
+        refused = paceline(head, "status", **token)
         assert refused.returncode == 2, refused.stdout + refused.stderr
         assert says in refused.stderr
         assert "Traceback" not in refused.stderr

@@ -11,7 +11,9 @@ import pytest
 
 from actors.recipe.file import load_recipe
 from actors.recipe.pools import used_pools
-from deploy.memory import Estimate, estimate
+from actors.recipe.schema import GrpoRecipe
+from deploy.memory import Estimate, estimate, policy_load, version_bytes
+from deploy.shapes import model_shape
 from placement.cluster import ClusterSpec, NodeSpec, uniform
 from placement.memory.fit import MemoryShortageError
 from placement.plan import plan
@@ -72,8 +74,14 @@ def parallel(number: int) -> str:
 
 
 LORA = "policy.lora={r: 32, lora_alpha: 64}"
+STAGE_0 = "policy.zero_stage=0", "policy.dtype=float32"
 WHOLE = "policy.gradient_checkpointing=false"
+PPO = (
+    "algorithm={advantage: gae, baseline: none, scale_rewards: none}",
+    "pools.critic={num_workers: 8, gpus_per_worker: 1}",
+)
 FITS = [
+    ("7B", 80, (*PPO, "critic={dtype: bfloat16, zero_stage: 3}")),
     ("1.5B", 80, ()),
     ("1.5B", 80, (ranks(1),)),
     ("1.5B", 80, (ranks(4), "policy.zero_stage=2")),
@@ -86,7 +94,7 @@ FITS = [
     ("7B", 80, ("algorithm.beta=0.01",)),
     ("7B", 40, ()),
     ("7B", 24, (LORA, "policy.max_tokens_per_micro_batch=4096")),
-    ("7B", 80, (LORA, ranks(1), "policy.zero_stage=0")),
+    ("7B", 80, (LORA, ranks(1), "policy.zero_stage=0", "policy.dtype=float32")),
     ("7B", 141, ("sync.staging=device", "rollout.gpu_memory_utilization=0.8")),
     ("32B", 80, (ranks(16), parallel(2))),
     ("32B", 141, (ranks(8), parallel(1))),
@@ -98,9 +106,10 @@ FITS = [
 # The overrides, then what the message must say: pool, what weighs most, and a fix.
 FAILS = [
     ("1.5B", 24, (WHOLE,), "policy", "policy.gradient_checkpointing=true"),
-    ("1.5B", 16, (ranks(1), "policy.zero_stage=0"), "policy", ranks(4)),
+    ("1.5B", 16, (ranks(1), "policy.zero_stage=1"), "policy", ranks(4)),
+    ("7B", 28, (LORA, ranks(1), *STAGE_0), "policy", "policy.dtype=bfloat16 policy.zero_stage=1"),
     ("7B", 80, (ranks(1),), "policy", ranks(2)),
-    ("7B", 80, ("policy.zero_stage=0",), "policy", "policy.zero_stage=1"),
+    ("7B", 80, (*STAGE_0,), "policy", "policy.zero_stage=1"),
     ("7B", 64, ("policy.zero_stage=1",), "policy", "policy.zero_stage=2"),
     ("7B", 80, (WHOLE, "policy.max_tokens_per_micro_batch=16384"), "policy", "policy.gradient_checkpointing=true"),
     ("7B", 80, ("policy.max_tokens_per_micro_batch=262144",), "policy", "policy.max_tokens_per_micro_batch=131072"),
@@ -116,6 +125,8 @@ FAILS = [
     ("32B", 80, (ranks(16), "rollout.gpu_memory_utilization=0.75"), "rollout", parallel(2)),
     ("32B", 80, (ranks(8), parallel(2), "algorithm.beta=0.1", "policy.dtype=float32"), "policy", ranks(16)),
     ("32B", 80, (ranks(64), parallel(2), "algorithm.beta=0.1", "policy.dtype=float32"), "reference", "dtype=bfloat16"),
+    ("7B", 80, (*PPO, "critic={dtype: bfloat16, zero_stage: 0}"), "critic", "critic.zero_stage=1"),
+    ("7B", 80, (*PPO, "critic={zero_stage: 3}", "pools.critic.num_workers=1"), "critic", "pools.critic.num_workers=4"),
     ("70B", 80, (parallel(4),), "policy", ranks(32)),
     ("70B", 80, (LORA, parallel(2)), "rollout", parallel(4)),
     ("70B", 80, (LORA, parallel(4), "algorithm.beta=0.1"), "reference", "algorithm.beta=0"),
@@ -174,11 +185,26 @@ def test_a_live_cluster_tells_its_gpus(run: Run) -> None:
         )
 
     assert run("7B", None, cluster=cluster("H100", "H100")).table is not None
-    with pytest.raises(MemoryShortageError, match=r"pool 'policy' needs .* which has 24"):
+    with pytest.raises(MemoryShortageError, match=r"pool 'policy' needs .* which has 22.5"):
         run("7B", None, cluster=cluster("L4", "L4"))
     for unclear in (("A100", "A100"), ("H100", "X9")):
         assert "say --gpu-memory-gb" in run("7B", None, cluster=cluster(*unclear)).lines[0]
     assert "say --gpu-memory-gb" in run("32B", None).lines[0]  # too large for H100s, which nobody has told of
+
+
+def test_of_adapters_only_what_is_adapted_travels(run: Run, tmp_path: Path) -> None:
+    def travels(target_modules: str) -> float:
+        lora = f"policy.lora={{r: 32, lora_alpha: 64, target_modules: {target_modules}}}"
+        recipe = load_recipe(tmp_path / "sized.yaml", (f"model={{kind: pretrained, path: {tmp_path / '7B'}}}", lora))
+        assert isinstance(recipe, GrpoRecipe)
+        shape = model_shape(recipe)
+        assert shape is not None
+        assert policy_load(recipe, shape).num_trained == version_bytes(recipe, shape) / 2
+        return version_bytes(recipe, shape)
+
+    # Of each of 28 layers, a factor with 3584 inputs and one with as many, or with 512, outputs; 2 bytes an element.
+    assert travels("[q_proj, v_proj]") == 2 * 28 * 32 * ((3584 + 3584) + (3584 + 512))
+    assert travels("all-linear") > 5 * travels("[q_proj, v_proj]")
 
 
 def test_a_teacher_is_measured_by_its_own_shape(run: Run, tmp_path: Path) -> None:

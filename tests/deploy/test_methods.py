@@ -50,6 +50,7 @@ def test_every_method_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert (code, err) == (0, "")
     assert f"recipes/methods/{name}.yaml: grpo, 60 steps" in out
     assert ("reference │" in out) == (method(name).algorithm.beta > 0)
+    assert ("critic" in out) == (method(name).algorithm.advantage == "gae")
 
 
 def command_line(*arguments: str) -> tuple[int, str, str]:
@@ -84,6 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GrpoRecipe]:
 
 def overrides(name: str, folder: Path) -> list[str]:
     teacher = [f"reference={{kind: pretrained, path: {folder}/teacher}}"] if method(name).reference else []
+    teacher += [f"pools.critic={SMALL}"] if method(name).pools.critic else []
     return [*LIGHT, f"dataset={{path: {folder}/rows.jsonl}}", f"run_dir={folder}/{name}", *teacher]
 
 
@@ -103,4 +105,5 @@ def test_every_method_trains(name: str, runs: dict[str, GrpoRecipe]) -> None:
         assert line["policy/updates"] == recipe.algorithm.num_iterations
         assert 0 < line["sampling/ess"] <= 1
         assert ("kl" in line) == (recipe.algorithm.beta > 0)
+        assert ("value/loss" in line) == (recipe.algorithm.advantage == "gae")
     assert folder.finished

@@ -146,9 +146,9 @@ def test_a_command_has_a_verb_and_options_that_exist(name: str, arguments: list[
     verb = verbs.commands[arguments[0]]
     with verb.make_context(arguments[0], list(arguments[1:])) as context:
         given = context.params
-    if "recipe" in given:
+    if given.get("recipe") is not None:
         load_recipe(ROOT / given["recipe"], given.get("overrides") or [])
-    else:
+    elif "run" in given:
         assert given["run"] in (None, load_recipe(ROOT / BASE).name)
 
 

@@ -8,8 +8,10 @@ import ray
 
 from placement.cluster import from_ray
 from placement.config import PoolConfig
+from placement.elastic import Place
 from placement.groups import reserve
 from placement.plan import PlacementError, plan
+from tests.prove import ONLY_PROVE
 
 pytestmark = pytest.mark.cluster
 
@@ -76,4 +78,24 @@ def test_a_pool_that_does_not_fit_in_time_is_named_and_nothing_stays_reserved() 
     first.release()
     wait_until_free("GPU", 8.0)
     reserve(second, timeout_s=10).release()
+    wait_until_free("GPU", 8.0)
+
+
+@ONLY_PROVE
+def test_workers_that_come_and_go_have_seats_of_their_own() -> None:
+    """Four of two GPUs fill the eight; a fifth waits until one is given back."""
+    pool = PoolConfig(num_workers=2, gpus_per_worker=2, cpus_per_worker=0.1)
+    pools = reserve(plan({"rollout": pool}, from_ray(ray.nodes())), timeout_s=30, singly={"rollout": 5})
+    seats = pools.seats["rollout"]
+    assert [seat.place for seat in seats.look()] == [Place.GRANTED] * 4 + [Place.ASKED]
+    assert len({seat.node for seat in seats.look()[:4]}) == 1
+    worker = Worker.options(**pools.options("rollout", 3)).remote()
+    assert len(ray.get(worker.gpus.remote(), timeout=60)) == 2
+    seats.give_back(1)
+    deadline = time.monotonic() + 10
+    while seats.look()[-1].place is not Place.GRANTED and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [(seat.number, seat.place) for seat in seats.look()] == [(n, Place.GRANTED) for n in (0, 2, 3, 4)]
+    assert seats.ask() == 5, "a number is never used again"
+    pools.release()
     wait_until_free("GPU", 8.0)

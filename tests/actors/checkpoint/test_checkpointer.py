@@ -13,6 +13,7 @@ from actors.checkpoint.checkpointer import Checkpointer
 from actors.checkpoint.config import BestConfig, CheckpointConfig
 from actors.checkpoint.cut import Cut, Progress
 from actors.checkpoint.store import CheckpointStore
+from actors.deadline import DeadlineError
 from actors.errors import RunError, SpoiledError
 from actors.model.tiny import byte_tokenizer
 from actors.pacer import ReadyGroup
@@ -67,6 +68,25 @@ async def test_cuts_are_taken_when_due(tmp_path: Path) -> None:
     await checkpointer.finish()
     assert checkpointer.store.versions() == [2, 4]
     assert (policy.num_snapshots, said) == (2, [])
+
+
+async def test_the_critic_is_part_of_the_cut_or_there_is_none(tmp_path: Path) -> None:
+    checkpointer, policy, said = make(tmp_path)
+    critic: Any = StandIn()
+    checkpointer.critic = critic
+    await checkpointer.after(2)
+    await checkpointer.finish()
+    assert (policy.num_snapshots, critic.num_snapshots) == (1, 1)
+    folder = checkpointer.store.open(2)
+    assert (folder / "weights").exists()
+    assert (folder / "critic" / "weights").exists()
+    assert (folder / "critic" / "model" / "tokenizer.json").exists(), "a model that others load as it is"
+
+    critic.write = lambda folder: (_ for _ in ()).throw(SpoiledError("score.weight of the critic is not finite"))
+    await checkpointer.after(4)
+    await checkpointer.finish()
+    assert checkpointer.store.versions() == [2], "half a cut is none"
+    assert "score.weight of the critic is not finite" in said[0]
 
 
 async def test_a_cut_that_is_due_waits_until_all_is_well(tmp_path: Path) -> None:
@@ -146,6 +166,83 @@ async def test_whoever_stops_at_a_version_whose_cut_failed_tries_once_more(tmp_p
     await checkpointer.finish()
     policy.write = good
     assert await checkpointer.last(2) == 2
+
+
+class DiskThatHeals:
+    """The first `failures` writes fail."""
+
+    def __init__(self, failures: int) -> None:
+        self.left = failures
+
+    def __call__(self, folder: Path) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            raise OSError(28, "No space left on device")
+        (folder / "weights").write_bytes(b"w")
+
+
+@pytest.mark.parametrize("told_before", [True, False], ids=["it has failed", "it is about to fail"])
+async def test_a_run_that_stops_at_a_version_whose_write_failed_tries_it_once_more(
+    tmp_path: Path, told_before: bool
+) -> None:
+    checkpointer, policy, said = make(tmp_path)
+    policy.write = DiskThatHeals(1)
+    await checkpointer.after(2)
+    if told_before:
+        await checkpointer.finish()
+    assert await checkpointer.last(2) == 2
+    assert len(said) == 1
+    assert "version 2 could not be written: [Errno 28] No space left" in said[0]
+
+
+async def test_a_run_that_stops_on_a_disk_that_stays_full_names_it(tmp_path: Path) -> None:
+    checkpointer, policy, _ = make(tmp_path)
+    policy.write = DiskThatHeals(2)
+    await checkpointer.after(2)
+    with pytest.raises(RunError, match=r"version 2 could not be written: .* No space left on device"):
+        await checkpointer.last(2)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+async def test_a_run_does_not_end_well_without_its_last_checkpoint(tmp_path: Path, failures: int) -> None:
+    """The policy's part is that of the cut, although training has gone on."""
+    checkpointer, policy, said = make(tmp_path, every=8)
+    policy.write = DiskThatHeals(failures)
+    await run_to(checkpointer, policy, 1, 9)
+    assert "warning: the checkpoint of version 8 could not be written" in said[0]
+    if failures == 1:
+        await checkpointer.conclude()
+        assert checkpointer.store.versions() == [8]
+    else:
+        with pytest.raises(RunError, match=r"version 8 could not be written: .* No space left on device"):
+            await checkpointer.conclude()
+    assert policy.num_snapshots == 1
+
+
+async def test_a_run_whose_last_checkpoint_took_too_long_does_not_end_well(tmp_path: Path) -> None:
+    checkpointer, policy, _ = make(tmp_path, every=8)
+    policy.write = lambda folder: (_ for _ in ()).throw(DeadlineError("writing took longer than 5 s"))
+    await run_to(checkpointer, policy, 8, 9)
+    with pytest.raises(RunError, match="version 8 could not be written: writing took longer than 5 s"):
+        await checkpointer.conclude()
+
+
+async def test_a_later_checkpoint_makes_up_for_one_that_failed(tmp_path: Path) -> None:
+    checkpointer, policy, said = make(tmp_path)
+    policy.write = DiskThatHeals(1)
+    await run_to(checkpointer, policy, 1, 9)
+    await checkpointer.conclude()
+    assert checkpointer.store.versions() == [6, 8]
+    assert len(said) == 1
+
+
+async def test_weights_that_are_not_finite_are_not_written_at_the_end_either(tmp_path: Path) -> None:
+    checkpointer, policy, said = make(tmp_path, every=8)
+    policy.write = spoil
+    await run_to(checkpointer, policy, 8, 9)
+    await checkpointer.conclude()
+    assert checkpointer.store.versions() == []
+    assert len(said) == 1
 
 
 async def test_a_version_is_cut_once(tmp_path: Path) -> None:

@@ -112,3 +112,20 @@ def test_sequences_attend_together_that_are_about_as_long(lengths: list[int]) ->
         longest = max(lengths[index] for index in members)
         assert longest <= 64 or min(lengths[index] for index in members) >= 0.75 * longest
     assert len(lists) <= 2 + math.log(max(lengths) / 64, 4 / 3) if max(lengths) > 64 else len(lists) == 1
+
+
+def test_the_gradient_of_a_sequence_is_no_longer_than_the_sequence() -> None:
+    """A slice's would be as long as the row: the backward pass would grow with the square of the sequences."""
+    made = rollouts()
+    row = pack_row(made, [0.0] * len(made), pad_id=0)
+    inputs = [torch.randn(1, 2, len(row.token_ids_T), 8, requires_grad=True) for _ in range(3)]
+    attended, _ = forward.packed_attention(torch.nn.Module(), *inputs, None, segments=Segments.of(row))
+    found, todo = set(), [attended.grad_fn]
+    while todo:
+        function = todo.pop()
+        if function is not None and function not in found:
+            found.add(function)
+            todo += [earlier for earlier, _ in function.next_functions]
+    names = [function.name() for function in found]
+    assert sum("Split" in name for name in names) == len(inputs)
+    assert not any("Slice" in name for name in names)

@@ -14,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from actors.model.forward import PACKED_ATTENTION, row_logprobs, row_scores
+from actors.model.forward import PACKED_ATTENTION, row_logprobs, row_scores, row_values
 from actors.model.load import disable_dropout, load_scorer
 from actors.model.tiny import byte_tokenizer, make_tiny_model
 from actors.recipe.model import TinyModel
@@ -46,6 +46,24 @@ def test_scores_of_a_packed_row(tmp_path: Path) -> None:
     assert torch.allclose(together, torch.stack(alone), atol=1e-6)
     assert torch.allclose(together, batched, atol=1e-6)
     assert together.std() > 1e-3, "the scores must not be all alike"
+
+
+def test_the_value_before_a_token_knows_what_came_before_and_nothing_else(tmp_path: Path) -> None:
+    make_tiny_model(TINY, tmp_path / "model", seed=0)
+    torch.manual_seed(0)
+    critic = load_scorer(str(tmp_path / "model"), None, False, "float32", PACKED_ATTENTION).eval()
+    made = rollouts()
+    with torch.no_grad():
+        row = pack_row(made, [0.0] * len(made), pad_id=0)
+        together_N = row_values(critic, row)
+        for number, rollout in enumerate(made):
+            every_place = replace(rollout, loss_mask_T=np.arange(rollout.num_tokens) > 0)
+            alone_T = row_scores(critic, pack_row([every_place], [0.0], pad_id=0))
+            first = int(np.flatnonzero(rollout.loss_mask_T)[0])
+            values_L = together_N[row.sequence_N == number]
+            if first > 1:  # the score at a token is the value of the token behind it
+                assert torch.allclose(values_L, alone_T[first - 2 : -1], atol=1e-6)
+    assert together_N.std() > 1e-3, "the values must not be all alike"
 
 
 def test_a_row_without_sequences_still_has_a_gradient(tmp_path: Path) -> None:

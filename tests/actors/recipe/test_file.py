@@ -196,6 +196,7 @@ VALUES = {
     "model.num_layers=0": "model.num_layers: 0 is out of range",
     "algorithm.loss_type=drgrpo": "algorithm.loss_type: 'drgrpo' is not one of 'grpo', 'dr_grpo', 'dapo', 'bnpo', "
     "'cispo'; did you mean 'dr_grpo'?",
+    "policy={zero_stage: 0, dtype: bfloat16}": "policy.zero_stage: DeepSpeed has no stage 0 for bfloat16 weights",
     "policy.zero_stage=4": "policy.zero_stage: 4 is out of range; it must be at most 3",
     "kind=gropo": f"kind: 'gropo' is not one of {KINDS}; did you mean 'grpo'?",
     "kind=": f"kind: null is not one of {KINDS}",

@@ -106,7 +106,7 @@ async def test_the_loss_falls(tmp_path: Path, method: str) -> None:
     policy: Any = LocalRanks(ranks, torch.optim.AdamW(model.parameters(), lr=2e-3))
     rows = load_rows(recipe.dataset, needed_columns(recipe))
     lesson = lesson_of(recipe, example_stream(recipe, rows, byte_tokenizer(256)), policy, tmp_path, print)
-    await lesson.prepare(range(1))
+    await lesson.prepare(range(1), lambda: False)
     taken = [(await lesson.step(0))[0].metrics for _ in range(5)]  # the same examples, so that nothing else varies
     assert taken[-1]["loss"] < taken[0]["loss"]
     grows = METHODS[method]

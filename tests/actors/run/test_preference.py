@@ -86,6 +86,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def never() -> bool:
+    """Nobody asks the run to end."""
+    return False
+
+
 def model_of(folder: Path, change: float = 0.0) -> Any:
     """The tiny model, and with `change` one that has moved away from it."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=PACKED_ATTENTION)
@@ -136,7 +141,7 @@ async def test_the_gradient_of_pairs_is_that_of_the_whole_batch(
     stream = PairStream(ListRows(ROWS), BYTES, 3, True, 60)
     policy: Any = LocalPolicy(model_of(folder), num_ranks)
     lesson = Pairing(recipe, stream, policy, References(policy, tmp_path, max_tokens, print))
-    await lesson.prepare(range(4))
+    await lesson.prepare(range(4), never)
     policy.model = model_of(folder, change=0.02)
     update, num_tokens = await lesson.step(2)
 
@@ -166,7 +171,7 @@ async def test_the_gradient_of_judgements_is_that_of_the_whole_batch(
     stream = JudgementStream(ListRows(ROWS), BYTES, 3, True, 60)
     policy: Any = LocalPolicy(model_of(folder), num_ranks)
     lesson = Judging(recipe, stream, policy, References(policy, tmp_path, max_tokens, print))
-    await lesson.prepare(range(4))
+    await lesson.prepare(range(4), never)
     policy.model = model_of(folder, change=0.02)
     update, num_tokens = await lesson.step(1)
 
@@ -190,11 +195,11 @@ async def test_what_was_computed_of_the_reference_is_kept(folder: Path, tmp_path
     recipe, stream = recipe_of(DpoRecipe), PairStream(ListRows(ROWS), BYTES, 3, True, 60)
     policy: Any = LocalPolicy(model_of(folder), 1)
     lesson = Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print))
-    await lesson.prepare(range(4))  # two epochs
+    await lesson.prepare(range(4), never)  # two epochs
     assert policy.asked == 2 * len(ROWS)
     again: Any = LocalPolicy(model_of(folder, change=0.1), 2)
     resumed = References(again, tmp_path, 64, print)
-    await Pairing(recipe, stream, again, resumed).prepare(range(2, 4))
+    await Pairing(recipe, stream, again, resumed).prepare(range(2, 4), never)
     assert again.asked == 0
     for rollout in (stream.pair(5).chosen, stream.pair(5).rejected):
         assert resumed.of(rollout) == lesson.references.of(rollout)
@@ -204,10 +209,22 @@ async def test_what_was_computed_of_the_reference_is_kept(folder: Path, tmp_path
 async def test_it_goes_on_where_it_was_ended(folder: Path, tmp_path: Path) -> None:
     recipe, stream = recipe_of(DpoRecipe), PairStream(ListRows(ROWS), BYTES, 3, True, 60)
     policy: Any = LocalPolicy(model_of(folder), 1)
-    await Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print)).prepare(range(1))
+    await Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print)).prepare(range(1), never)
     assert policy.asked == 8
-    await Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print)).prepare(range(4))
+    await Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print)).prepare(range(4), never)
     assert policy.asked == 2 * len(ROWS)
+
+
+async def test_a_run_that_is_asked_to_end_ends_after_one_step_and_keeps_what_was_computed(
+    folder: Path, tmp_path: Path
+) -> None:
+    recipe, stream = recipe_of(DpoRecipe), PairStream(ListRows(ROWS), BYTES, 3, True, 60)
+    policy: Any = LocalPolicy(model_of(folder), 1)
+    lesson = Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print))
+    await lesson.prepare(range(4), lambda: policy.asked > 0)
+    assert policy.asked == 2 * recipe.batch_size, "of the first step alone"
+    await Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print)).prepare(range(4), never)
+    assert policy.asked == 2 * len(ROWS), "nothing is computed twice"
 
 
 async def test_data_that_have_changed_are_told(folder: Path, tmp_path: Path) -> None:
@@ -216,7 +233,7 @@ async def test_data_that_have_changed_are_told(folder: Path, tmp_path: Path) -> 
         policy: Any = LocalPolicy(model_of(folder), 1)
         stream = PairStream(ListRows(rows), BYTES, 3, True, 60)
         lesson = Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print))
-        await lesson.prepare(range(4))
+        await lesson.prepare(range(4), never)
     with pytest.raises(RunError, match="the data have changed since it began; put them back"):
         await lesson.step(0)
 
@@ -224,7 +241,7 @@ async def test_data_that_have_changed_are_told(folder: Path, tmp_path: Path) -> 
 async def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"\xff")
     with pytest.raises(RunError, match=r"reference_logprobs.msgpack: .*begin anew with --overwrite"):
-        await References(None, tmp_path, 64, print).compute(range(1), lambda step: [])  # type: ignore[arg-type]
+        await References(None, tmp_path, 64, print).compute(range(1), lambda step: [], never)  # type: ignore[arg-type]
 
 
 async def test_a_bad_row_that_comes_up_in_the_run_is_named(folder: Path, tmp_path: Path) -> None:
@@ -269,7 +286,7 @@ async def test_a_reward_model_is_scored_where_transformers_looks(
     policy: Any = Looking(model_of(folder), 1)
     references = References(policy, tmp_path, 64, print)
     lesson = Pairing(recipe_of(RewardRecipe), PairStream(ListRows(ROWS), tokenizer, 0, False, 60), policy, references)
-    await lesson.prepare(range(4))
+    await lesson.prepare(range(4), never)
     await lesson.step(0)
     assert len(seen) == 8
     place = 2 if padding_is_eos else 1

@@ -49,6 +49,10 @@ def test_a_slow_reward_function_is_named_with_its_line() -> None:
     )
 
 
+def test_when_nobody_could_be_looked_at_nobody_is_blamed() -> None:
+    assert sentence([], [pending()], "it took too long") == "it took too long: no worker could be looked at"
+
+
 def test_the_reward_worker_of_the_group_is_meant_and_no_other() -> None:
     workers = [worker(REPLICA), reward(0, child_stack=SLOW_STACK), reward(1, child_stack=SLOW_STACK)]
     found = suspect(workers, [pending(ordinal=3)])

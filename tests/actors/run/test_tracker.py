@@ -1,16 +1,22 @@
 """W&B has every step that was logged, also those that a run took again, under one id; read from its own files."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.run.tracker import Tracker, check_tracker
+from actors.run.tracker import Tracker, _run_id, check_tracker
 
+ROOT = str(Path(__file__).parents[3])
 _BLOCK, _HEADER = 32768, struct.Struct("<IHB")
 
 
@@ -65,7 +71,7 @@ def logged(folder: Path) -> tuple[list[dict[str, Any]], set[str], set[tuple[str,
 
 
 def track(folder: Path, *steps: int) -> None:
-    with Tracker("test", "run", folder, {"steps": 9}) as tracker:
+    with Tracker("test", "run", folder, {"steps": 9}, print) as tracker:
         for step in steps:
             tracker.log(step, {"reward": step / 10, "staleness/max": 1.0})
 
@@ -97,7 +103,7 @@ def test_an_id_that_the_user_has_chosen_is_taken(tmp_path: Path, monkeypatch: py
 
 
 def test_without_a_project_nothing_is_written(tmp_path: Path) -> None:
-    with Tracker(None, "run", tmp_path, {}) as tracker:
+    with Tracker(None, "run", tmp_path, {}, print) as tracker:
         tracker.log(0, {"reward": 1.0})
     assert list(tmp_path.iterdir()) == []
 
@@ -109,3 +115,117 @@ def test_a_project_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with pytest.raises(ValueError, match=r"logging.wandb_project: there is no .* key; set WANDB_API_KEY"):
         check_tracker("test")
+
+
+def test_a_project_that_can_have_no_such_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"logging.wandb_project: Invalid project name 'a/b'.*; choose another name"):
+        check_tracker("a/b")
+
+
+def test_an_id_of_which_half_was_written_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_text
+
+    def torn(path: Path, text: str, **options: Any) -> None:
+        write(path, text[:4], **options)
+        raise OSError("killed")
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "write_text", torn)
+        with pytest.raises(OSError, match="killed"):
+            _run_id(tmp_path, "0123456789abcdef")
+    assert _run_id(tmp_path, "fedcba9876543210") == "fedcba9876543210"
+    assert _run_id(tmp_path, "another") == "fedcba9876543210"
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A service to which no key is good."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(401)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b'{"errors": [{"message": "permission denied"}]}')
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join(10.0)
+
+
+PREPARE = """
+import sys
+from actors.run.tracker import check_tracker
+check_tracker("test")
+"""
+TRAIN = """
+import sys
+from pathlib import Path
+from actors.run import tracker
+tracker._INIT_TIMEOUT_S = 2.0
+with tracker.Tracker("test", "run", Path(sys.argv[1]), {}, lambda line: print("SAID", line)) as of:
+    for step in range(3):
+        of.log(step, {"reward": 1.0})
+"""
+LOSE = """
+import psutil, sys
+from pathlib import Path
+from actors.run.tracker import Tracker
+with Tracker("test", "run", Path(sys.argv[1]), {}, lambda line: print("SAID", line)) as of:
+    of.log(0, {"reward": 1.0})
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)
+    for step in range(1, 4):
+        of.log(step, {"reward": 1.0})
+print("the run has ended well")
+"""
+
+
+def online(script: str, folder: Path, url: str, mode: str = "online") -> subprocess.CompletedProcess[str]:
+    """A process of its own, because wandb remembers to whom it has spoken."""
+    env = os.environ | {
+        "WANDB_MODE": mode, "WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40, "HOME": str(folder), "PYTHONPATH": ROOT,
+        "WANDB_HTTP_TIMEOUT": "3",
+    }  # fmt: skip
+    command = [sys.executable, "-c", script, str(folder)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_a_key_that_is_refused_is_told_before_anything_starts(tmp_path: Path, refusing: str) -> None:
+    done = online(PREPARE, tmp_path, refusing)
+    assert "ValueError: logging.wandb_project: the Weights & Biases key is refused (" in done.stderr
+    assert "permission denied); set WANDB_API_KEY" in done.stderr
+
+
+NOBODY = "http://127.0.0.1:9"
+
+
+def test_a_service_that_cannot_be_reached_is_no_reason_not_to_start(tmp_path: Path) -> None:
+    done = online(PREPARE, tmp_path, NOBODY)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["it refuses", "it is away"])
+def test_a_run_goes_on_without_its_tracker_and_keeps_the_metrics(tmp_path: Path, refusing: str, there: bool) -> None:
+    done = online(TRAIN, tmp_path, refusing if there else NOBODY)
+    assert done.returncode == 0, done.stderr
+    assert "SAID warning: logging.wandb_project: Weights & Biases fails (" in done.stdout
+    assert done.stdout.count("SAID") == 1
+    lines, ids, _ = logged(tmp_path)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert ids == {(tmp_path / "wandb_id").read_text().strip()}
+
+
+def test_a_tracker_that_dies_in_mid_run_does_not_end_it(tmp_path: Path) -> None:
+    done = online(LOSE, tmp_path, NOBODY, mode="offline")
+    assert "the run has ended well" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("SAID warning: logging.wandb_project: Weights & Biases fails (") == 1

@@ -158,6 +158,15 @@ def test_an_elastic_rollout_group_has_a_replica_in_each_pod() -> None:
     assert broken_rules(manifest) == []
 
 
+def test_a_recipe_whose_replicas_come_and_go_says_the_range_itself() -> None:
+    manifest = rendered(LORA, "pools.rollout.min_workers=2", "pools.rollout.max_workers=8")
+    assert groups(manifest)["rollout"] == groups(rendered(elastic=Elastic(2, 8)))["rollout"]
+    assert manifest["spec"]["rayClusterSpec"]["autoscalerOptions"]["version"] == "v2"
+    assert broken_rules(manifest) == []
+    fixed = groups(rendered())["rollout"]
+    assert fixed["minReplicas"] == fixed["maxReplicas"]
+
+
 def test_the_text_is_the_manifest() -> None:
     options = ManifestOptions(image="registry/paceline:1")
     text = manifest_text(load_recipe(LORA), LORA, (), options, "2.60.0")
@@ -207,12 +216,27 @@ TOO_LONG = "x" * 48
             ["rewards.functions.0.function=/home/me/mine.py:score"],
             "error: rewards.functions.0.function: the pods do not see /home/me/mine.py; copy it to the volume",
         ),
+        (["dataset.path=data/train.jsonl"], "error: dataset.path: data/train.jsonl is not in the image, which holds"),
+        (["model.path=./q"], "error: model.path: ./q is not in the image"),
+        (["model.path=models/mine/q"], "error: model.path: models/mine/q is not in the image"),
+        (
+            ["rewards.functions.0.function=mine.py:score"],
+            "error: rewards.functions.0.function: mine.py is not in the image, which holds actors, algorithms, deploy, "
+            "placement, recipes, sync of this checkout; put it below recipes/ before the image is built, or on the "
+            "volume of claim 'paceline-runs' and write /app/runs/mine.py (an image of your own may hold it: write "
+            "/app/mine.py)",
+        ),
         (["--kueue", "a", "--volcano", "b"], "error: --kueue and --volcano are two queues"),
         (["--kueue", "a", "--elastic-rollout", "1..8"], "error: --elastic-rollout: Kueue admits a job whole"),
         (
             ["--elastic-rollout", "5..8"],
             "error: --elastic-rollout 5..8: the run begins with pools.rollout.num",
         ),
+        (
+            ["pools.rollout.max_workers=6", "--elastic-rollout", "2..8"],
+            "error: --elastic-rollout: the recipe says 4..6",
+        ),
+        (["pools.rollout.max_workers=6", "--kueue", "a"], "error: --kueue: Kueue admits a job whole"),
         (["--elastic-rollout", "8..5"], "error: --elastic-rollout: '8..5' is no range"),
         (["--kind", "service"], "error: --kind: there is no 'service'"),
         (["--node-selector", "gpu"], "error: --node-selector: 'gpu' is no label"),
@@ -246,3 +270,31 @@ def test_a_manifest_is_data_alone() -> None:
     assert json.loads(json.dumps(manifest)) == manifest
     assert groups(manifest)["policy"]["template"]["spec"]["nodeSelector"] == {"gpu": "h100"}
     assert "nodeSelector" not in groups(manifest)["reward"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "dataset.path=runs/data/train.jsonl",
+        "dataset.path=recipes/train.jsonl",
+        "dataset.path=/app/data/train.jsonl",
+        "dataset.path=openai/gsm8k",
+        "model.path=Qwen/Qwen2.5-7B-Instruct",
+        "model.path=gpt2",
+        "rewards.functions.0.function=/app/runs/mine.py:score",
+    ],
+)
+def test_what_the_pods_see_or_fetch_from_the_hub_is_taken(override: str) -> None:
+    rendered(LORA, override)
+
+
+def test_a_model_that_is_here_is_no_name_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "Qwen" / "mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"model\.path: Qwen/mine is not in the image"):
+        rendered(LORA, "model.path=Qwen/mine")
+
+
+def test_a_recipe_that_is_not_in_the_image_is_refused(tmp_path: Path) -> None:
+    shutil.copy(LORA, tmp_path / "mine.yaml")
+    with pytest.raises(ValueError, match=r"the recipe's path: mine\.yaml is not in the image"):
+        rendered("mine.yaml")

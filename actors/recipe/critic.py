@@ -1,0 +1,41 @@
+"""The critic of PPO: a second model in training, which says before each token what is still to be earned."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from actors.recipe.closed import CLOSED
+from actors.recipe.model import PretrainedModel
+from actors.recipe.policy import PolicyConfig, check_stage
+from algorithms.config import OptimizerConfig
+
+
+class CriticConfig(BaseModel):
+    """One DeepSpeed rank per worker of the critic pool; what is not said here is as the policy's is."""
+
+    model_config = CLOSED
+
+    model: PretrainedModel | None = None
+    """What the critic begins with, with the policy's tokenizer; null takes the policy's initial weights. A model that
+    has no head for one score gets a new one."""
+    learning_rate: float = Field(1e-5, gt=0.0)
+    """The optimizer's other keys hold for the critic, too."""
+    cliprange_value: float = Field(0.2, gt=0.0)
+    """How far a step may move a value and still gain by it."""
+    warmup_steps: int = Field(0, ge=0)
+    """For so many steps the critic learns alone, and the policy stays as it is."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    zero_stage: int = Field(1, ge=0, le=3)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        check_stage("critic", self.zero_stage, self.dtype)
+        return self
+
+    def ranks_like(self, policy: PolicyConfig) -> PolicyConfig:
+        """How the critic's ranks compute."""
+        return policy.model_copy(update={"dtype": self.dtype, "zero_stage": self.zero_stage, "lora": None})
+
+    def optimizer_like(self, policy: OptimizerConfig) -> OptimizerConfig:
+        """What the critic's ranks learn with."""
+        return policy.model_copy(update={"learning_rate": self.learning_rate})

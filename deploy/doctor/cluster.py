@@ -1,0 +1,123 @@
+"""Ray is reached, or starts here, and the recipe's pools fit on its nodes and into their GPUs."""
+
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from actors.errors import RunError, last_line
+from actors.recipe.pools import used_pools
+from actors.recipe.schema import Recipe
+from actors.run.machine import answers
+from deploy.doctor.check import Finding, failed, passed, skipped, warned
+from deploy.doctor.machine import Machine, this_machine
+from deploy.memory import estimate
+from deploy.session import is_open, ray_session
+from placement.cluster import ClusterSpec, from_ray
+from placement.memory.accelerators import gpu_memory_gb
+from placement.plan import PlacementPlan, plan
+
+REACH_TIMEOUT_S = 120.0
+LOOK_TIMEOUT_S = 120.0
+T = TypeVar("T")
+
+_TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on the head (SECURITY.md)"
+
+
+def reach(address: str | None, session: contextlib.ExitStack) -> Finding:
+    """Joins the cluster, or starts a Ray of our own, until the session is closed."""
+    host = (address or "").removeprefix("ray://")
+    if host.rpartition(":")[2].isdecimal() and not answers(host):
+        return failed(f"nobody answers at {host}", "start Ray there (ray start --head), or correct --address")
+    import ray
+    from ray.exceptions import RayError
+
+    began = time.monotonic()
+    try:
+        session.enter_context(ray_session(address, lambda _: None))  # that it is open is told below
+    except RunError as error:
+        return refused(error.__context__ or error, address)
+    except RayError as error:
+        return refused(error, address)
+    if address is None:
+        return passed(f"Ray {ray.__version__} starts here in {time.monotonic() - began:.0f} s, for this user alone")
+    at = ray.get_runtime_context().gcs_address
+    count = len(from_ray(ray.nodes()).nodes)
+    text = f"Ray {ray.__version__} at {at}: {count} node{'s' * (count != 1)}"
+    if is_open(at, os.environ):
+        return warned(f"{text}, and it asks for no token: whoever reaches its ports can run code there", _TOKEN)
+    return passed(text)
+
+
+def refused(error: BaseException, address: str | None) -> Finding:
+    """Why Ray was not reached, and what to do, from what it raised."""
+    text = " ".join(str(error).split())
+    if "Version mismatch" in text:
+        return failed(text, "run the head's versions of Ray and Python here, or ours there")
+    if "token" in text.lower() or "authentication" in type(error).__name__.lower():
+        return failed(f"{address} refuses us: {last_line(error)}", _TOKEN)
+    if address is None:
+        return failed(f"the local Ray did not start: {last_line(error)}", "see /tmp/ray/session_latest/logs")
+    return failed(
+        f"--address {address}: {last_line(error)}", "start Ray there (ray start --head), or correct --address"
+    )
+
+
+def look_at_nodes(num_ports: int) -> dict[str, Machine]:
+    """Every node, by its name in plans, as it offers itself."""
+    return _on_every_node(this_machine, num_ports)
+
+
+def nodes_that_see(probe: Path) -> dict[str, bool]:
+    """By node, whether it sees the file."""
+    return _on_every_node(os.path.exists, str(probe.absolute()))
+
+
+def _on_every_node(function: Callable[..., T], *arguments: Any) -> dict[str, T]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    remote: Any = ray.remote(num_cpus=0)(function)
+    bound = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
+    answers = ray.get(
+        [remote.options(scheduling_strategy=to).remote(*arguments) for to in bound], timeout=LOOK_TIMEOUT_S
+    )
+    return dict(zip([node.name for node in from_ray(alive).nodes], answers, strict=True))
+
+
+def check_placement(recipe: Recipe, cluster: ClusterSpec) -> Finding:
+    """PlacementError says what is missing."""
+    placed = plan(used_pools(recipe), cluster)
+    pools = ", ".join(
+        f"{pool} {len(bundles)} x {bundles[0].gpus} GPUs" if bundles[0].gpus else f"{pool} {len(bundles)} on CPUs"
+        for pool, bundles in placed.bundles.items()
+    )
+    return passed(f"every worker has its place ({pools}) on {len(cluster.nodes)} node{'s' * (len(cluster.nodes) != 1)}")
+
+
+def check_gpu_memory(recipe: Recipe, cluster: ClusterSpec, machines: Iterable[Machine]) -> Finding:
+    """MemoryShortageError says what does not fit, and the knob that makes it fit."""
+    placed = plan(used_pools(recipe), cluster)
+    used = {bundle.node for bundles in placed.bundles.values() for bundle in bundles if bundle.gpus}
+    if not used:
+        return skipped("no worker has a GPU")
+    sizes = [size for machine in machines for size in machine.gpus_gb]
+    found = estimate(recipe, placed, cluster, min(sizes, default=None))
+    text = ". ".join(found.lines) or "not estimated: a tiny model"
+    if found.table is None:
+        return skipped(text)
+    if not sizes and any(gpu_memory_gb(node) is None for node in cluster.nodes if node.name in used):
+        return skipped("how much memory its GPUs have is not known; python -m deploy plan takes --gpu-memory-gb")
+    return passed(f"{text}. By formulas that have not been held against a GPU yet")
+
+
+def workers_of(placed: PlacementPlan | None) -> tuple[Counter[str], Counter[str]]:
+    """How many workers, and how many engines, each node has."""
+    if placed is None:
+        return Counter(), Counter()
+    workers = Counter(bundle.node for bundles in placed.bundles.values() for bundle in bundles)
+    return workers, Counter(bundle.node for bundle in placed.bundles.get("rollout", ()))
