@@ -104,6 +104,8 @@ class Attempts:
     def discard(self, taken: TakenGroups) -> None:
         """What leaves with a batch and is not trained: nothing in pace mode without over-sampling."""
         self.router.interrupt(taken.aborted)
+        for slot in taken.aborted:  # what it had sampled before it was interrupted is too old for its next attempt, too
+            self._partial.pop(slot.ordinal, None)
         for group in taken.requeued:
             summary = group.summary
             self.ledger.requeued(group.slot, summary.num_loss_tokens_G, summary.rewards_G, summary.generate_s)

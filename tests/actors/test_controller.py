@@ -21,7 +21,7 @@ from actors.fleet import Fleet
 from actors.health import Health
 from actors.journal import fates, read
 from actors.ledger import Ledger
-from actors.pacer import AsyncPacer, ReadyGroup
+from actors.pacer import AsyncPacer, ReadyGroup, TakenGroups
 from actors.router import Router
 from actors.sampled import Interrupted
 from algorithms.budgets import RewardBudget
@@ -414,6 +414,22 @@ def test_a_straggler_is_requeued_and_counted_as_waste(tmp_path: Path) -> None:
     assert [(line["ordinal"], line["lengths"]) for line in bench.lines("requeued")] == [(0, [5, 6])]
     assert bench.ledger.waste["requeued"].tokens == 11
     assert bench.ledger.num_trained == 12
+
+
+def test_what_an_interrupted_group_had_sampled_is_left_behind_when_it_is_requeued(tmp_path: Path) -> None:
+    """It waits for a replica, and is too late: its next attempt may hold no token of the old weights."""
+
+    async def run() -> Bench:
+        bench = Bench(tmp_path, num_steps=8, staleness=StalenessConfig(max_staleness=1, when_stale="requeue"))
+        bench.pauses = {(0, 0): 10.0} | {(ordinal, 0): 0.001 for ordinal in range(1, 20)}
+        waiting: Any = Tokens("what group 0 had sampled")
+        bench.controller.attempts._partial[0] = waiting
+        bench.controller.attempts.discard(TakenGroups([], aborted=[Slot(0, 0, 0)], requeued=[], left_out=[]))
+        await bench.run()
+        return bench
+
+    bench = run_virtually(run())
+    assert [partial for ordinal, _, partial in bench.calls if ordinal == 0] == [None, None]
 
 
 async def test_of_an_attempt_that_fails_both_errors_are_heard(tmp_path: Path) -> None:
