@@ -4,6 +4,7 @@ An attempt is one dispatch of one prompt to one replica. Here it is followed to 
 are told; what to do next is the pacer's decision.
 """
 
+import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -83,7 +84,11 @@ class Attempts:
         try:
             answer = await within(timeout_s, sent.answer, name)
             group = await self._kept(name, sent.group)
+        except asyncio.CancelledError:
+            sent.forsake()
+            raise
         except (RayError, RunError) as error:
+            sent.forsake()
             await self._failed(slot, sent.replica, error)
         else:
             await self._arrived(slot, answer, group)
@@ -99,6 +104,8 @@ class Attempts:
     def discard(self, taken: TakenGroups) -> None:
         """What leaves with a batch and is not trained: nothing in pace mode without over-sampling."""
         self.router.interrupt(taken.aborted)
+        for slot in taken.aborted:  # what it had sampled before it was interrupted is too old for its next attempt, too
+            self._partial.pop(slot.ordinal, None)
         for group in taken.requeued:
             summary = group.summary
             self.ledger.requeued(group.slot, summary.num_loss_tokens_G, summary.rewards_G, summary.generate_s)

@@ -111,11 +111,8 @@ class Fleet:
     @property
     def rebuilding(self) -> bool:
         """Whether no replica serves, and one is about to: it is built, or waits for its version."""
-        return bool(self._replicas) and not self._serves
-
-    @property
-    def _serves(self) -> bool:
-        return any(replica.state is State.SERVING for replica in self._replicas.values())
+        states = {replica.state for replica in self._replicas.values()}
+        return State.SERVING not in states and bool(states & {State.STARTING, State.PENDING, State.FENCED})
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
         """Until a change of some replica's state makes the condition true; the caller sets the deadline, if any."""
@@ -131,7 +128,7 @@ class Fleet:
 
     def serve(self, replicas: Iterable[Replica]) -> None:
         """These hold the committed version."""
-        if not self._serves:
+        if self.num_serving == 0:
             self.serves_since = time.monotonic()
         for replica in replicas:
             if replica.state is State.PENDING:

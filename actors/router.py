@@ -7,7 +7,9 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 
@@ -28,6 +30,20 @@ class Sent:
     group: ray.ObjectRef
     """The scored group, or the part of it that was sampled."""
     since: float = field(default_factory=time.monotonic)
+
+    def forsake(self) -> None:
+        """Nobody asks for the group any more, because its attempt has failed or is not waited for.
+
+        Ray prints every error that nobody has asked for. The answer brings the same one, and whoever makes the attempt
+        tells of it.
+        """
+        group = self.group
+
+        def arrived(answer: Future[Any]) -> None:
+            if answer.exception(0.0) is not None:  # it is there
+                group.future()
+
+        self.answer.future().add_done_callback(arrived)
 
 
 class Router:
@@ -98,10 +114,15 @@ class Router:
                 by_replica[sent.replica].append((slot.ordinal, slot.attempt))
         for replica, attempts in by_replica.items():
             if replica in self._replicas:
-                self._replicas[replica].interrupt.remote(attempts)
+                _heard(self._replicas[replica].interrupt.remote(attempts))
 
     async def emptied(self, replica: int) -> None:
         """Until the replica holds no group any more; the caller sets the deadline."""
         while any(sent.replica == replica for sent in self._sent.values()):
             self._freed.clear()
             await self._freed.wait()
+
+
+def _heard(call: ray.ObjectRef) -> None:
+    """Nobody waits for the call; that it failed is told by the groups that it was about, and not by Ray as well."""
+    call.future()

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from actors.fleet import Fleet
 from actors.health import Health
 from actors.journal import fates, read
 from actors.ledger import Ledger
-from actors.pacer import AsyncPacer, ReadyGroup
+from actors.pacer import AsyncPacer, ReadyGroup, TakenGroups
 from actors.router import Router
 from actors.sampled import Interrupted
 from algorithms.budgets import RewardBudget
@@ -53,6 +54,36 @@ class Prompts:
         return Prompt(ordinal, 0, (1, 2), "", {})
 
 
+class Reference:
+    """Ray's, as far as the router knows it: what comes of it, and whether anybody has asked."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._work = asyncio.ensure_future(work)
+        self._answer: Future[Any] = Future()
+        self._work.add_done_callback(self._arrived)
+        self.is_heard = False
+
+    def _arrived(self, work: asyncio.Future[Any]) -> None:
+        error = asyncio.CancelledError() if work.cancelled() else work.exception()
+        self._answer.set_result(work.result()) if error is None else self._answer.set_exception(error)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return asyncio.shield(self._work).__await__()
+
+    def future(self) -> Future[Any]:
+        self.is_heard = True
+        return self._answer
+
+
+class Tokens(str):
+    """Stands in for the reference of a group that is somewhere else."""
+
+    is_heard = False
+
+    def future(self) -> None:
+        self.is_heard = True
+
+
 class Replica:
     """Stands in for an actor's handle: answers a call after a moment, or when it is interrupted."""
 
@@ -61,6 +92,7 @@ class Replica:
         self.answer = answer
         self.calls: list[tuple[int, int, Any]] = []
         self.stops: dict[tuple[int, int], asyncio.Event] = {}
+        self.tokens: dict[tuple[int, int], Tokens] = {}
         self.fill = SimpleNamespace(remote=self._fill)
         self.interrupt = SimpleNamespace(remote=self._interrupt)
         self.start = self.close = SimpleNamespace(remote=self._nothing)
@@ -71,7 +103,8 @@ class Replica:
     def _fill(self, prompt: Prompt, attempt: int, partial: Any) -> tuple[Any, Any]:
         self.calls.append((prompt.ordinal, attempt, partial))
         slot = Slot(prompt.ordinal, attempt, self.bench.committed)
-        return asyncio.ensure_future(self._sample(slot)), f"group {prompt.ordinal}.{attempt}"
+        tokens = self.tokens[slot.ordinal, slot.attempt] = Tokens(f"group {prompt.ordinal}.{attempt}")
+        return Reference(self._sample(slot)), tokens
 
     async def _sample(self, slot: Slot) -> Any:
         stop = self.stops[slot.ordinal, slot.attempt] = asyncio.Event()
@@ -87,12 +120,10 @@ class Replica:
             oldest_version=slot.version, newest_version=slot.version, generate_s=0.5,
         )  # fmt: skip
 
-    def _interrupt(self, attempts: list[tuple[int, int]] | None) -> asyncio.Future[None]:
+    def _interrupt(self, attempts: list[tuple[int, int]] | None) -> Reference:
         for key in list(self.stops) if attempts is None else attempts:
             self.stops[key].set()
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
+        return Reference(self._nothing())
 
 
 class Bench:
@@ -383,6 +414,50 @@ def test_a_straggler_is_requeued_and_counted_as_waste(tmp_path: Path) -> None:
     assert [(line["ordinal"], line["lengths"]) for line in bench.lines("requeued")] == [(0, [5, 6])]
     assert bench.ledger.waste["requeued"].tokens == 11
     assert bench.ledger.num_trained == 12
+
+
+def test_what_an_interrupted_group_had_sampled_is_left_behind_when_it_is_requeued(tmp_path: Path) -> None:
+    """It waits for a replica, and is too late: its next attempt may hold no token of the old weights."""
+
+    async def run() -> Bench:
+        bench = Bench(tmp_path, num_steps=8, staleness=StalenessConfig(max_staleness=1, when_stale="requeue"))
+        bench.pauses = {(0, 0): 10.0} | {(ordinal, 0): 0.001 for ordinal in range(1, 20)}
+        waiting: Any = Tokens("what group 0 had sampled")
+        bench.controller.attempts._partial[0] = waiting
+        bench.controller.attempts.discard(TakenGroups([], aborted=[Slot(0, 0, 0)], requeued=[], left_out=[]))
+        await bench.run()
+        return bench
+
+    bench = run_virtually(run())
+    assert [partial for ordinal, _, partial in bench.calls if ordinal == 0] == [None, None]
+
+
+async def test_of_an_attempt_that_fails_both_errors_are_heard(tmp_path: Path) -> None:
+    """Ray prints the other one, too, when nobody asks; the tokens of an attempt that comes are none to ask for here."""
+
+    def answer(slot: Slot) -> int:
+        if slot.ordinal == 1 and slot.attempt == 0:
+            raise RunError("no token came")
+        return slot.version
+
+    bench = Bench(tmp_path, answer)
+    await bench.run()
+    heard = [key for replica in bench.replicas for key, tokens in replica.tokens.items() if tokens.is_heard]
+    assert heard == [(1, 0)]
+
+
+async def test_of_an_attempt_that_is_not_waited_for_both_errors_are_heard(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, lambda slot: 1 / 0)
+    bench.pauses = {(ordinal, 0): 0.2 for ordinal in range(9)}
+    running = asyncio.create_task(bench.run())
+    await asyncio.sleep(0.1)
+    running.cancel()
+    await asyncio.wait({running}, timeout=5.0)
+    sent = [tokens for replica in bench.replicas for tokens in replica.tokens.values()]
+    assert sent
+    assert not any(tokens.is_heard for tokens in sent), "their errors have not come yet"
+    await asyncio.sleep(0.5)
+    assert all(tokens.is_heard for tokens in sent)
 
 
 async def test_a_replica_that_leaves_hands_its_groups_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
