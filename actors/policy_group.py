@@ -71,10 +71,10 @@ class PolicyGroup:
 
     async def _asked(self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> dict[Any, Any]:
         """What the ranks answer for each sample of their shares."""
-        calls = asyncio.gather(*self._calls(method, batch, groups))
+        what = f"{method} of the batch at version {batch.version}"
         with _lost():
             found: list[list[list[Any]]] = await _answer(
-                self.timeout_s, calls, f"{method} of the batch at version {batch.version}"
+                self.timeout_s, asyncio.gather(*self._calls(method, batch, groups)), what
             )
         return {
             (sample.group, sample.rollout): answer
