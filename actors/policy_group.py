@@ -85,10 +85,10 @@ class PolicyGroup:
         self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group], what: str = ""
     ) -> dict[tuple[int, int], Any]:
         """What the ranks' `method` says of each sample of the batch, by group and rollout."""
-        calls = asyncio.gather(*self._calls(method, batch, groups))
+        what = what or f"{method} of the batch at version {batch.version}"
         with _lost():
             found: list[list[list[Any]]] = await _answer(
-                self.timeout_s, calls, what or f"{method} of the batch at version {batch.version}"
+                self.timeout_s, asyncio.gather(*self._calls(method, batch, groups)), what
             )
         return {
             (sample.group, sample.rollout): answer

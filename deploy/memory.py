@@ -177,6 +177,7 @@ def policy_load(recipe: Recipe, shape: ModelShape) -> PolicyLoad:
         gradient_checkpointing=policy.gradient_checkpointing,
         num_trained=_adapted(recipe, shape),
         four_bits=lora is not None and lora.quantize is not None,
+        offload=policy.offload is not None,
         teacher=teacher,
     )
 

@@ -25,12 +25,16 @@ def adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimi
 
 def deepspeed_config(policy: PolicyConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
     """For `deepspeed.initialize`."""
+    zero: dict[str, Any] = {"stage": policy.zero_stage}
+    if policy.offload is not None:
+        zero["offload_optimizer"] = {"device": policy.offload.optimizer, "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,
         # Accumulation is ours: micro-batches differ in number and size from step to step.
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.max_grad_norm,
-        "zero_optimization": {"stage": policy.zero_stage},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, on the host as well: DeepSpeed's own must be compiled
         "bf16": {"enabled": policy.dtype == "bfloat16"},
         # Many small micro-batches summed in bfloat16 would lose the small ones.
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -38,6 +38,15 @@ class LoraConfig(BaseModel):
         return tuple(given)
 
 
+class OffloadConfig(BaseModel):
+    """What a rank keeps in its host's memory instead of the GPU's (ZeRO-Offload, arXiv 2101.06840)."""
+
+    model_config = CLOSED
+
+    optimizer: Literal["cpu"] = "cpu"
+    """AdamW's state and the float32 weights, and its step is computed there."""
+
+
 class PolicyConfig(BaseModel):
     """The model in training: one DeepSpeed rank per worker of the policy pool."""
 
@@ -52,6 +61,8 @@ class PolicyConfig(BaseModel):
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     """Train and publish adapters only; null trains and publishes every weight."""
+    offload: OffloadConfig | None = None
+    """Keep the optimizer in the host's memory, such as `{optimizer: cpu}`; null keeps it on the GPU."""
     num_threads: int | None = Field(None, ge=1)
     """CPU threads of each rank; null takes the pool's cpus_per_worker, at least 1."""
     timeout_s: float = Field(1800.0, gt=0.0)
@@ -63,6 +74,8 @@ class PolicyConfig(BaseModel):
     @model_validator(mode="after")
     def _sound(self) -> Self:
         check_stage("policy", self.zero_stage, self.dtype)
+        if self.offload is not None and self.zero_stage == 0:
+            raise ValueError("offload: without ZeRO nothing is kept apart; set zero_stage to 1 or more")
         if self.lora is None or self.lora.quantize is None:
             return self
         if self.dtype != "bfloat16":

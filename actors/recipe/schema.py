@@ -122,6 +122,11 @@ class GrpoRecipe(BaseRecipe):
                     "pools.critic: algorithm.advantage 'gae' trains a critic, and it has no pool; set pools.critic, "
                     "such as {num_workers: 1, gpus_per_worker: 1}, or algorithm.advantage to 'group'"
                 )
+            if self.reference_below:
+                raise ValueError(
+                    "reference: the critic is told the KL penalty of each token by reference workers, and with "
+                    "policy.lora there are none; name the model in reference, or set algorithm.beta to 0"
+                )
             return
         for key, value in (("critic", self.critic), ("pools.critic", self.pools.critic)):
             if value is not None:

@@ -51,6 +51,8 @@ class PolicyLoad:
     """Whether its head gives logits; a critic's gives one number."""
     four_bits: bool = False
     """The linear layers below the adapters are held in four bits."""
+    offload: bool = False
+    """The optimizer, and its step, are in the host's memory."""
     teacher: float = 0.0
     """Bytes of a frozen model beside, which every rank holds whole."""
 
@@ -96,6 +98,8 @@ def policy_footprint(shape: ModelShape, load: PolicyLoad) -> Footprint:
     fresh = size * trained if stage <= 1 and size < 4 else 0.0  # a backward pass's own, before they are summed
     has_masters = stage >= 1 or size < 4
     step = 8.0 * min(_SUB_GROUP, own) if stage == 3 else 8.0 * own if stage >= 1 else 4.0 * own
+    if load.offload:
+        step = 0.0
     activations = policy_activations(shape, load)
     head = head_bytes(shape, load.tokens, size, trained=load.num_trained is None) if load.has_vocabulary else 0.0
     held = float(size * whole)
@@ -106,7 +110,7 @@ def policy_footprint(shape: ModelShape, load: PolicyLoad) -> Footprint:
     return {
         "weights": held / (ranks if stage == 3 else 1) + load.teacher,
         "gradients": summed + fresh,
-        "optimizer": (12.0 if has_masters else 8.0) * own,
+        "optimizer": 0.0 if load.offload else (12.0 if has_masters else 8.0) * own,
         "activations": max(activations, step - head - gathered),
         "output head": head,
         "buffers": CONTEXT + gathered + (size * min(_BUCKET, trained) if stage >= 1 else 0.0),

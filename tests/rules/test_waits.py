@@ -59,6 +59,7 @@ ALLOWED = {
     "actors/reward.py: RewardActor.close: self._thread.shutdown(*": "its child was killed; the caller kills the actor",
     "actors/reward.py: RewardActor._in_thread: *": "every call of the child has its deadline; the caller has one too",
     "actors/rewards/child.py: _gathered*": "the parent kills the child at the deadline of the call",
+    "actors/rewards/judge.py: as_reward.asked: await judge(*": "the same: it runs in the child",
     "actors/rewards/pipe.py: _wait: select.poll()": "no wait: it makes the poller",
     "actors/rewards/pipe.py: _wait: poller.poll()": "a child waits for its parent; it ends with it (EOF, and a signal)",
     "actors/rollout.py: RolloutActor._sample: *": GROUP,

@@ -116,3 +116,9 @@ def test_preferences_compare_with_the_base_where_there_is_an_adapter(name: str, 
     assert isinstance(adapted, PreferenceRecipe)
     assert not whole.reference_below
     assert adapted.reference_below == below
+
+
+def test_an_optimizer_on_the_host_needs_zero() -> None:
+    assert load_recipe(GRPO, ["policy.offload={}"]).policy.offload is not None
+    with pytest.raises(RecipeError, match=r"policy.offload: .*set zero_stage to 1 or more"):
+        load_recipe(GRPO, ["policy.offload={optimizer: cpu}", "policy.zero_stage=0"])

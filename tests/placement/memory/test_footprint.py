@@ -22,6 +22,7 @@ from placement.memory.footprint import (
     reference_footprint,
     rollout_footprint,
 )
+from placement.memory.host import policy_host_bytes
 from placement.memory.shape import ModelShape, shape_of
 
 SEVEN = ModelShape(28, 3584, 18944, 28, 4, 128, 152064, qkv_bias=True)
@@ -176,3 +177,13 @@ def test_a_base_of_four_bits_takes_a_quarter_of_its_linear_layers() -> None:
     assert found == pytest.approx(linear * 4.127 / 8 + 2 * others + 2 * 8192 * 28672, rel=1e-4)
     plain = policy_footprint(SEVENTY, load(zero_stage=2, num_trained=adapters))["weights"]
     assert 0.25 < found / plain < 0.32
+
+
+def test_an_optimizer_on_the_host_takes_nothing_of_the_gpu() -> None:
+    here, there = (policy_footprint(SEVEN, load(zero_stage=2, offload=offload)) for offload in (False, True))
+    assert here["optimizer"] == 12 * P / 8
+    assert there["optimizer"] == 0
+    assert here["weights"] == there["weights"]
+    assert here["gradients"] == there["gradients"]
+    on_host = [policy_host_bytes(SEVEN, load(offload=offload), 8, True) for offload in (False, True)]
+    assert on_host == [max(2 * 8 * P, 12 * P), max(2 * 8 * P, (16 + 12) * P)]

@@ -1,0 +1,43 @@
+"""An optimizer in the host's memory computes what it would compute beside the weights, before and after a cut."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors.model.load import Dtype
+from actors.policy_group import PolicyGroup
+from actors.recipe.policy import OffloadConfig
+from algorithms.types import Update
+from tests.actors.test_policy import batch, settings_of, with_policy
+from tests.prove import ONLY_PROVE
+
+
+@ONLY_PROVE
+@pytest.mark.cluster
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "float32"), (2, "bfloat16")])
+def test_steps_are_the_same(
+    local_ray: None, tiny_models: dict[str, Path], tmp_path: Path, stage: int, dtype: Dtype
+) -> None:
+    weights, norms = [], []
+    for offload in (None, OffloadConfig()):
+        folder = tmp_path / str(offload is None)
+        (folder / "cut").mkdir(parents=True)
+        settings = settings_of(tiny_models["untied"], folder, 1, stage, dtype)
+        settings = replace(settings, policy=settings.policy.model_copy(update={"offload": offload}))
+
+        async def run(group: PolicyGroup, folder: Path = folder) -> list[Update]:
+            updates = [await group.step(*batch(1, 64, step, 0)) for step in range(2)]
+            await group.snapshot()
+            await group.write_snapshot(folder / "cut", 60.0)
+            await group.restore(folder / "cut")
+            updates.append(await group.step(*batch(1, 64, 2, 0)))
+            await group.save(folder / "model")
+            return updates
+
+        norms.append([update.metrics["grad_norm"] for update in with_policy(settings, run)])
+        weights.append(load_file(folder / "model/model.safetensors"))
+    assert norms[0] == norms[1]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
