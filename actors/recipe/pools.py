@@ -6,7 +6,7 @@ from placement.config import PoolConfig
 
 
 def used_pools(recipe: Recipe) -> dict[str, PoolConfig]:
-    """The pools that a run of the recipe starts; without a KL penalty no reference, nor where it is below an adapter."""
+    """The pools that a run starts; a reference that is below an adapter needs none."""
     pools = recipe.pools
     match recipe:
         case OfflineRecipe():
