@@ -4,6 +4,7 @@ Nothing here waits: a seat is asked for, looked at now and then, and given back.
 for, and is what Ray's autoscaler adds machines for.
 """
 
+import secrets
 from collections.abc import Iterable
 from itertools import count
 from typing import Any
@@ -85,8 +86,8 @@ class Seats:
 
 
 def ask_for(bundle: Bundle) -> PlacementGroup:
-    """A placement group of this bundle alone."""
-    return placement_group([resources_of(bundle)], name=f"paceline-{bundle.pool}")
+    """A placement group of this bundle alone; Ray takes a name once."""
+    return placement_group([resources_of(bundle)], name=f"paceline-{bundle.pool}-{secrets.token_hex(4)}")
 
 
 def resources_of(bundle: Bundle) -> dict[str, float]:
