@@ -71,7 +71,7 @@ def reserve(plan: PlacementPlan, timeout_s: float, singly: Mapping[str, int] = {
         for pool in order:
             bundles = plan.bundles[pool]
             if pool in singly:
-                reserved[pool] = [ask_for(bundle, number) for number, bundle in enumerate(bundles)]
+                reserved[pool] = [ask_for(bundle) for bundle in bundles]
             else:
                 resources = [resources_of(bundle) for bundle in bundles]
                 group = placement_group(resources, strategy=plan.strategies[pool].upper(), name=f"paceline-{pool}")

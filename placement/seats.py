@@ -4,6 +4,7 @@ Nothing here waits: a seat is asked for, looked at now and then, and given back.
 for, and is what Ray's autoscaler adds machines for.
 """
 
+import secrets
 from collections.abc import Iterable
 from itertools import count
 from typing import Any
@@ -37,7 +38,7 @@ class Seats:
     def ask(self) -> int:
         """One seat more; its number."""
         number = next(self._numbers)
-        self._groups[number] = ask_for(self._bundle, number)
+        self._groups[number] = ask_for(self._bundle)
         return number
 
     def give_back(self, number: int) -> None:
@@ -84,9 +85,9 @@ class Seats:
             self.give_back(number)
 
 
-def ask_for(bundle: Bundle, number: int) -> PlacementGroup:
-    """A placement group of this bundle alone; Ray refuses a second one of the same name."""
-    return placement_group([resources_of(bundle)], name=f"paceline-{bundle.pool}-{number}")
+def ask_for(bundle: Bundle) -> PlacementGroup:
+    """A placement group of this bundle alone; Ray takes a name once."""
+    return placement_group([resources_of(bundle)], name=f"paceline-{bundle.pool}-{secrets.token_hex(4)}")
 
 
 def resources_of(bundle: Bundle) -> dict[str, float]:
