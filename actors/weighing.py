@@ -14,7 +14,8 @@ from actors.policy_calls import ReferenceSums
 from actors.policy_group import PolicyGroup
 from actors.run.batches import group_of
 from algorithms.gkd import token_weights
-from algorithms.preference.online import OnlineDpoConfig, pair_weights, sampled_pairs
+from algorithms.preference.config import OnlineDpoConfig
+from algorithms.preference.online import pair_weights, sampled_pairs
 from algorithms.types import Batch, Group, GroupSummary, ScoredGroup, VersionSpan, summarize
 
 Weights = Sequence[Sequence[float | None]]

@@ -19,7 +19,7 @@ from algorithms.config import GrpoConfig, StalenessConfig
 from algorithms.gkd import DistillationConfig
 from algorithms.health.config import HealthConfig
 from algorithms.pacing import default_depth
-from algorithms.preference.online import OnlineDpoConfig
+from algorithms.preference.config import OnlineDpoConfig
 from algorithms.simulation.config import SimulationConfig
 from sync.config import SyncConfig
 

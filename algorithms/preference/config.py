@@ -147,3 +147,11 @@ class BradleyTerryConfig(BaseModel):
 
 
 PreferenceConfig = DpoConfig | KtoConfig | OrpoConfig | CpoConfig | BradleyTerryConfig
+
+
+class OnlineDpoConfig(BaseModel):
+    """Direct preference optimisation on pairs that the policy has sampled; `algorithm.beta` is its beta."""
+
+    model_config = CLOSED
+
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"

@@ -6,24 +6,13 @@ whole completions there, not their mean per token.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import BaseModel
 
-from algorithms.config import CLOSED
 from algorithms.preference.batch import Pairs
-from algorithms.preference.config import DpoConfig
+from algorithms.preference.config import DpoConfig, OnlineDpoConfig
 from algorithms.preference.weigh import weigh_pairs
 from algorithms.types import GroupSummary
-
-
-class OnlineDpoConfig(BaseModel):
-    """Direct preference optimisation on pairs that the policy has sampled; `algorithm.beta` is its beta."""
-
-    model_config = CLOSED
-
-    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
 
 
 @dataclass(frozen=True, slots=True)

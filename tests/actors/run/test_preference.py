@@ -232,7 +232,7 @@ async def test_below_an_adapter_each_step_asks_for_its_own_reference(
             if kind is DpoRecipe
             else Judging(recipe, JudgementStream(rows, BYTES, 3, True, 60), policy, references)
         )
-        await lesson.prepare(range(2))
+        await lesson.prepare(range(2), never)
         policy.model = model_of(folder, change=0.1)
         await lesson.step(1)
         gradients.append(policy.gradient())

@@ -21,7 +21,8 @@ from actors.recipe.file import load_recipe
 from actors.recipe.schema import GrpoRecipe
 from algorithms.divergence import Head, head_divergence
 from algorithms.gkd import token_weights
-from algorithms.preference.online import OnlineDpoConfig, PlacedPair, pair_weights, sampled_pairs
+from algorithms.preference.config import OnlineDpoConfig
+from algorithms.preference.online import PlacedPair, pair_weights, sampled_pairs
 from algorithms.preference.weigh import weighted_sum
 from algorithms.types import GroupSummary
 from tests.algorithms.methods.test_parity import OWN_LOSS, RECIPES, SPLITS, stated

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[3]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("recipes/**/*.yaml"))
 DEMO = "recipes/demo.yaml"
 LORA = "recipes/qwen2.5_7b_lora.yaml"
+REFERENCE = "{kind: pretrained, path: Qwen/Qwen2.5-7B-Instruct}"
+"""One that is named has workers, also where the policy trains adapters."""
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def test_the_run_that_the_entrypoint_starts_fits_on_the_pods(path: str) -> None:
         ((), {}, {"policy": (1, 4, 4), "reward": (1, 1, 0), "rollout": (1, 4, 4)}),
         ((), {"gpus_per_node": 2}, {"policy": (2, 2, 2), "reward": (1, 1, 0), "rollout": (2, 2, 2)}),
         (
-            ("algorithm.beta=0.01", "pools.reference.gpus_per_worker=1"),
+            ("algorithm.beta=0.01", "pools.reference.gpus_per_worker=1", f"reference={REFERENCE}"),
             {},
             {"policy": (1, 4, 4), "reference": (1, 1, 1), "reward": (1, 1, 0), "rollout": (1, 4, 4)},
         ),
