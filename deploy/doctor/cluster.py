@@ -35,7 +35,7 @@ _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on the head (SECURI
 def reach(address: str | None, session: contextlib.ExitStack) -> Finding:
     """Joins the cluster, or starts a Ray of our own, until the session is closed."""
     host = (address or "").removeprefix("ray://")
-    if host.rpartition(":")[2].isdecimal() and not answers(host):
+    if has_port(host) and not answers(host):
         return failed(f"nobody answers at {host}", "start Ray there (ray start --head), or correct --address")
     import ray
 
@@ -96,6 +96,10 @@ def _answer() -> None:
     """On a worker."""
 
 
+def has_port(address: str) -> bool:
+    return address.rpartition(":")[2].isdecimal()
+
+
 def refused(error: BaseException, address: str | None) -> Finding:
     """Why Ray was not reached, and what to do, from what it raised."""
     text = " ".join(str(error).split())
@@ -105,6 +109,8 @@ def refused(error: BaseException, address: str | None) -> Finding:
         return failed(f"{address} refuses us: {last_line(error)}", _TOKEN)
     if address is None:
         return failed(f"the local Ray did not start: {last_line(error)}", "see /tmp/ray/session_latest/logs")
+    if "Failed to connect" in text and has_port(address):  # where somebody did answer: so Ray says it of a wrong token
+        return failed(f"{address} answers and does not let us in: {last_line(error)}", _TOKEN)
     return failed(
         f"--address {address}: {last_line(error)}", "start Ray there (ray start --head), or correct --address"
     )

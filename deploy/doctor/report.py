@@ -14,7 +14,7 @@ from deploy.doctor.examination import Examination
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 _CLOSE_S = 90.0
-_WIDTH = len("shared storage")
+_WIDTH = len("shared storage") + 1
 
 
 def show(recipes: Sequence[Recipe], address: str | None, deep: bool) -> bool:

@@ -22,7 +22,7 @@ LINE = re.compile(r"(pass|warn|fail|skip)  (\S.*?)  +\S.*")
 def levels_of(out: list[str]) -> dict[str, str]:
     """What each check has found, by its name; every line but the last is one."""
     matches = [LINE.fullmatch(finding) for finding in out[:-1]]
-    assert None not in matches, out
+    assert None not in matches, "\n".join(out)
     return {match[2]: match[1] for match in matches if match is not None}
 
 
