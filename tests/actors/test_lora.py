@@ -40,7 +40,7 @@ NUM_SOME_BYTES = 2 * SOME.r * ((64 + 64) + (256 + 64)) * 4
     ("name", "zero_stage", "lora", "num_bytes", "sync"),
     [
         pytest.param("tied", 1, LORA, NUM_BYTES, {"staging": "none"}, marks=ONLY_PROVE, id="not-staged"),
-        pytest.param("untied", 3, SOME, NUM_SOME_BYTES, {"delta": True}, id="delta"),
+        pytest.param("untied", 3, SOME, NUM_SOME_BYTES, {"delta": True}, marks=ONLY_PROVE, id="delta"),
     ],
 )
 def test_adapters_travel_and_the_replica_computes_what_the_policy_computes(

@@ -243,7 +243,7 @@ def check_is_a_model(folder: Path, logprobs: list[list[float]], tolerance: float
     ("before", "after", "dtype"),
     [
         pytest.param((1, 0), (1, 0), "float32", id="same"),
-        pytest.param((2, 1), (1, 3), "float32", id="fewer ranks"),
+        pytest.param((2, 1), (1, 3), "float32", id="fewer ranks", marks=ONLY_PROVE),
         pytest.param((1, 2), (2, 3), "bfloat16", id="more ranks"),
     ],
 )

@@ -134,7 +134,7 @@ class Bench:
     ("tied", "zero_stage", "sync"),
     [
         pytest.param(True, 1, {}, id="staged"),
-        pytest.param(False, 3, {"delta": True}, id="delta"),
+        pytest.param(False, 3, {"delta": True}, id="delta", marks=ONLY_PROVE),
         pytest.param(True, 1, {"staging": "none"}, id="not-staged", marks=ONLY_PROVE),
     ],
 )

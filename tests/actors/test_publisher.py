@@ -85,8 +85,9 @@ if PROVING:
     FAULTS += [Fault("stop", at) for at in (0, LAST, "swap")]
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
-@pytest.mark.parametrize("fanout", [pytest.param(None, id="one group"), pytest.param(1, id="chain", marks=ONLY_PROVE)])
+@pytest.mark.parametrize("fanout", [pytest.param(None, id="one group"), pytest.param(1, id="chain")])
 def test_the_others_get_the_version_and_the_failed_one_comes_back(fanout: int | None, close: list[Bench]) -> None:
     """Replica 1, in a chain the first to pass on, fails at the first version, its successor at the next, and so on."""
     victims = [1, *range(3, len(FAULTS) + 2)]
