@@ -6,7 +6,6 @@ into micro-batches (`loss_type: bnpo` alone depends on the split, by definition)
 """
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from sync.sender import Sender, Sent
 from sync.transport import Kind, Ticket, Transport, open_wire
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 CONTROL, IO = "control", "io"
 """Concurrency groups, one call each, that are answered while a rank trains or sends."""
@@ -102,13 +101,9 @@ class PolicyActor:
         import deepspeed
         from transformers import get_scheduler, set_seed
 
-        from actors.model.files import make_savable
-        from actors.model.forward import PACKED_ATTENTION
-        from actors.model.head import put_scoring_head
-        from actors.model.load import disable_dropout, load_causal_lm, load_scorer
-        from actors.model.lora import adapt, base_digest, trained_parameters
+        from actors.model.learner import load_learner
+        from actors.model.lora import trained_parameters
         from actors.model.optimizer import adamw, deepspeed_config
-        from actors.model.quantize import quantization
         from actors.model.teacher import load_teacher
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
@@ -119,32 +114,7 @@ class PolicyActor:
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
         deepspeed.init_distributed(backend, verbose=False, timeout=self._timeout)  # takes the group that is there
-        load: Callable[..., PreTrainedModel] = load_scorer
-        if not settings.objective.has_scalar_head:
-            four_bits = quantization(settings.policy.lora, settings.policy.dtype)
-            load = functools.partial(load_causal_lm, quantization=four_bits)
-        model = load(
-            settings.model_path,
-            settings.revision,
-            settings.trust_remote_code,
-            dtype=settings.policy.dtype,
-            attn_implementation=PACKED_ATTENTION,
-        )
-        make_savable(model)
-        if settings.objective.numbers is not None:
-            disable_dropout(model)  # a sequence must amount to the same whenever it is asked
-        if not settings.objective.has_scalar_head and not put_scoring_head(model) and settings.teacher is not None:
-            raise ValueError(
-                f"model.path: the logits of '{settings.model_path}' are scaled or capped behind its head, so they "
-                "cannot be compared with a teacher's slab by slab; leave distillation out"
-            )
-        if settings.policy.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        if settings.policy.lora is not None:
-            self._base = base_digest(model)
-            adapt(model, settings.policy.lora)
-            if settings.policy.gradient_checkpointing:
-                model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient may give none
+        model, self._base = load_learner(settings)
         optimizer = adamw(model, settings.optimizer)
         num_iterations = settings.objective.num_iterations
         self.pad_id = int(model.config.pad_token_id or 0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from algorithms.head import LEAST, SLAB, scaled, slabs
+from algorithms.head import LEAST, SLAB, HeadGradients, scaled, slabs
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +77,13 @@ class _HeadDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V, *sums, of_student_N = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=of_student_N.dtype) if needs_hidden else None
-        grad_weight_VH = torch.zeros_like(weight_VH) if needs_weight else None
-        grad_bias_V = torch.zeros_like(bias_V) if needs_bias else None
+        gradients = HeadGradients(ctx.needs_input_grad, hidden_NH, weight_VH, bias_V)
         pair = _Pair(Head(hidden_NH, weight_VH, bias_V), ctx.teacher, ctx.temperature, ctx.slab)
         scale_N1 = (grad_N / ctx.temperature)[:, None]
         for columns, student_NW, teacher_NW in pair.logprobs(*sums):
             grad_NW = _by_logits(student_NW, teacher_NW, of_student_N[:, None], ctx.beta)
-            grad_NW = grad_NW.mul_(scale_N1).to(weight_VH.dtype)
-            if grad_hidden_NH is not None:
-                grad_hidden_NH += grad_NW @ weight_VH[columns]
-            if grad_weight_VH is not None:
-                grad_weight_VH[columns] = grad_NW.T @ hidden_NH
-            if grad_bias_V is not None:
-                grad_bias_V[columns] = grad_NW.sum(0)
-        grad_hidden = None if grad_hidden_NH is None else grad_hidden_NH.to(hidden_NH.dtype)
-        return grad_hidden, grad_weight_VH, grad_bias_V, None, None, None, None
+            gradients.add(columns, grad_NW.mul_(scale_N1).to(weight_VH.dtype))
+        return *gradients.result(), None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,11 +79,7 @@ class _HeadLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor, grad_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N, entropy_N = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        # Slabs of a lower precision are added up in float32, and rounded once.
-        grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=logsumexp_N.dtype) if needs_hidden else None
-        grad_weight_VH = torch.empty_like(weight_VH) if needs_weight else None
-        grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
+        gradients = HeadGradients(ctx.needs_input_grad, hidden_NH, weight_VH, bias_V)
         scale_N, entropy_scale_N = grad_N / ctx.temperature, grad_entropy_N / ctx.temperature
         by_entropy = bool(entropy_scale_N.any())  # hardly ever: only a bonus for entropy asks for it
         for columns in slabs(len(weight_VH), len(hidden_NH), ctx.slab):
@@ -95,15 +91,33 @@ class _HeadLogprobs(torch.autograd.Function):
             if of_entropy_NW is not None:
                 grad_NW += of_entropy_NW
             grad_NW = grad_NW.scatter_add_(-1, place_N[:, None], scale_N.where(inside_N, 0.0)[:, None])
-            grad_NW = grad_NW.to(weight_VH.dtype)
-            if grad_hidden_NH is not None:
-                grad_hidden_NH += grad_NW @ weight_VH[columns]
-            if grad_weight_VH is not None:
-                grad_weight_VH[columns] = grad_NW.T @ hidden_NH
-            if grad_bias_V is not None:
-                grad_bias_V[columns] = grad_NW.sum(0)
-        grad_hidden = None if grad_hidden_NH is None else grad_hidden_NH.to(hidden_NH.dtype)
-        return grad_hidden, grad_weight_VH, grad_bias_V, None, None, None
+            gradients.add(columns, grad_NW.to(weight_VH.dtype))
+        return *gradients.result(), None, None, None
+
+
+class HeadGradients:
+    """Gradients of a head's hidden states, weight and bias, slab by slab; None for those that nobody needs."""
+
+    def __init__(self, needed: tuple[bool, ...], hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> None:
+        self._hidden_NH, self._weight_VH = hidden_NH, weight_VH
+        # Slabs of a lower precision are added up in float32, and rounded once.
+        dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+        self._of_hidden_NH = torch.zeros_like(hidden_NH, dtype=dtype) if needed[0] else None
+        self._of_weight_VH = torch.zeros_like(weight_VH) if needed[1] else None
+        self._of_bias_V = torch.zeros_like(bias_V) if bias_V is not None and needed[2] else None
+
+    def add(self, columns: slice, grad_NW: Tensor) -> None:
+        """What a slab's logits contribute; no slab comes twice."""
+        if self._of_hidden_NH is not None:
+            self._of_hidden_NH += grad_NW @ self._weight_VH[columns]
+        if self._of_weight_VH is not None:
+            self._of_weight_VH[columns] = grad_NW.T @ self._hidden_NH
+        if self._of_bias_V is not None:
+            self._of_bias_V[columns] = grad_NW.sum(0)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        of_hidden_NH = None if self._of_hidden_NH is None else self._of_hidden_NH.to(self._hidden_NH.dtype)
+        return of_hidden_NH, self._of_weight_VH, self._of_bias_V
 
 
 def _of_entropy(probs_NW: Tensor, entropy_N: Tensor, scale_N: Tensor) -> Tensor:

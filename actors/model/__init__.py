@@ -8,6 +8,7 @@ files.py    a folder that others load as it is
 forward.py  log-probabilities of a packed row
 head.py     an output head that scores given tokens
 optimizer.py AdamW, and how DeepSpeed drives it
+learner.py  what a rank trains: loaded as its objective needs it, adapters on top
 quantize.py the model below adapters in four bits
 teacher.py  a frozen model beside the policy
 lora.py     adapters: what is trained, travels and is saved
