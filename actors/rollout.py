@@ -20,12 +20,12 @@ import ray
 
 from actors.deadline import within
 from actors.errors import ReplicaDeadError
+from actors.orphans import leave_none
 from actors.policy import node_ip
 from actors.recipe.policy import LoraConfig
 from actors.recipe.rollout import GenerationConfig, RolloutConfig
 from actors.sampled import INTERRUPTED, Interrupted, at_limit, continued, interrupted, unsampled
 from actors.scorers import scored_by
-from actors.shared_memory import track_apart
 from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, summarize
 from sync.adapters import adapter_request
 from sync.member import Membership
@@ -110,7 +110,7 @@ class RolloutActor:
         """Start the engine, which serves nothing before its first committed version; the address of its machine."""
         settings = self.settings
         rollout = settings.rollout
-        track_apart()
+        leave_none()
         os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
         if not settings.use_gpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(rollout.cpu_kv_cache_gb)

@@ -1,18 +1,21 @@
-"""An actor that is killed leaves nothing in /dev/shm, whoever kills it."""
+"""An actor that is killed leaves no process and nothing in /dev/shm, whoever kills it."""
 
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
-from actors.shared_memory import track_apart
+from actors.orphans import leave_none
 
 _GONE_WITHIN_S = 30.0
 
@@ -29,7 +32,7 @@ class Sharing:
 
     def share(self) -> tuple[int, str]:
         """The actor's process and the file in /dev/shm."""
-        track_apart()
+        leave_none()
         context = multiprocessing.get_context("spawn")
         queue: Any = context.Queue()
         context.Process(target=_share, args=(queue,), daemon=True).start()
@@ -56,3 +59,18 @@ def test_what_a_killed_actor_shared_is_removed(local_ray: None, kill: Callable[[
     while shared.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not shared.exists()
+
+
+@pytest.mark.parametrize("leads", [True, False], ids=["it leads its group", "its group is another's"])
+def test_what_a_killed_process_had_started_ends_with_it(leads: bool) -> None:
+    script = (
+        "import subprocess, time; from actors.orphans import leave_none; leave_none(); "
+        "print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    )
+    pipe: Any = {"stdout": subprocess.PIPE, "text": True}
+    started = subprocess.Popen([sys.executable, "-c", script], start_new_session=leads, **pipe)
+    left = psutil.Process(int(started.stdout.readline()))
+    started.kill()  # it alone
+    started.wait(_GONE_WITHIN_S)
+    left.wait(_GONE_WITHIN_S)
+    assert not left.is_running()
