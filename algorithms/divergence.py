@@ -83,7 +83,7 @@ class _HeadDivergence(torch.autograd.Function):
         for columns, student_NW, teacher_NW in pair.logprobs(*sums):
             grad_NW = _by_logits(student_NW, teacher_NW, of_student_N[:, None], ctx.beta)
             gradients.add(columns, grad_NW.mul_(scale_N1).to(weight_VH.dtype))
-        return *gradients.result(), None, None, None, None
+        return *gradients.of_inputs(), None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)

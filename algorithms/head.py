@@ -92,7 +92,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 grad_NW += of_entropy_NW
             grad_NW = grad_NW.scatter_add_(-1, place_N[:, None], scale_N.where(inside_N, 0.0)[:, None])
             gradients.add(columns, grad_NW.to(weight_VH.dtype))
-        return *gradients.result(), None, None, None
+        return *gradients.of_inputs(), None, None, None
 
 
 class HeadGradients:
@@ -115,7 +115,7 @@ class HeadGradients:
         if self._of_bias_V is not None:
             self._of_bias_V[columns] = grad_NW.sum(0)
 
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def of_inputs(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         of_hidden_NH = None if self._of_hidden_NH is None else self._of_hidden_NH.to(self._hidden_NH.dtype)
         return of_hidden_NH, self._of_weight_VH, self._of_bias_V
 
