@@ -58,7 +58,10 @@ class Machines:
     @staticmethod
     def lose(node: psutil.Popen) -> None:
         """As when its power fails: nothing of it has time to say goodbye."""
-        for process in [node, *node.children(recursive=True)]:
+        processes = [node]
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that was drained has gone by itself
+            processes += node.children(recursive=True)
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
 
