@@ -52,15 +52,16 @@ def check_tracker(project: str | None) -> None:
             "logging.wandb_project: there is no Weights & Biases key; set WANDB_API_KEY, or WANDB_MODE=offline to keep "
             "the metrics in the run folder"
         )
+    service = urlsplit(wandb.setup().settings.base_url)
+    if not answers(f"{service.hostname}:{service.port or (80 if service.scheme == 'http' else 443)}"):
+        return  # asking for the key's worth would be tried again for a minute and a half
     try:
         wandb.login(verify=True)
     except wandb.errors.AuthenticationError as error:
-        service = urlsplit(wandb.setup().settings.base_url)
-        if answers(f"{service.hostname}:{service.port or (80 if service.scheme == 'http' else 443)}"):
-            raise ValueError(
-                f"logging.wandb_project: the Weights & Biases key is refused ({error}); set WANDB_API_KEY to one of an "
-                "account that may write to the project, or WANDB_MODE=offline to keep the metrics in the run folder"
-            ) from None
+        raise ValueError(
+            f"logging.wandb_project: the Weights & Biases key is refused ({error}); set WANDB_API_KEY to one of an "
+            "account that may write to the project, or WANDB_MODE=offline to keep the metrics in the run folder"
+        ) from None
 
 
 class Tracker:
