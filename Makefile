@@ -38,7 +38,7 @@ demo: $(VENV)/.cpu ## train a tiny model on this CPU: supervised warm-up, then a
 	$(PY) -m deploy train recipes/demo_sft.yaml --overwrite
 	$(PY) -m deploy train recipes/demo.yaml --overwrite
 
-check: $(VENV)/.dev ## ruff, types, architecture and the pure tests, side by side (about 3 minutes)
+check: $(VENV)/.dev ## ruff, types, architecture and the pure tests, side by side (about 5 minutes)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target static pure
 
 static: $(VENV)/.dev ## ruff, types, architecture
