@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,8 @@ class Life:
     """Shared memory that they were seen to have, by name."""
     _sampled: float = 0.0
     _process: object = None
+    _said: str = ""
+    """What was in its log before that began anew."""
 
     def start(self) -> None:
         from tests.chaos.driver import life
@@ -158,6 +161,19 @@ class Life:
         self.asked_to_stop = True
         self._signal(signal.SIGTERM)
 
+    def fill_disk(self, size: int) -> bool:
+        """No file of the driver grows beyond so many bytes from now on; whether it was still there.
+
+        Its log is one of them, and must have room for the sentence that names the cause: it begins anew.
+        """
+        self._said += self.log.read_text(errors="replace")
+        os.truncate(self.log, 0)
+        try:
+            resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        except ProcessLookupError:  # it has just ended
+            return False
+        return True
+
     def _signal(self, number: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended by itself
             psutil.Process(self.pid).send_signal(number)
@@ -170,7 +186,7 @@ class Life:
 
     def untyped(self) -> str | None:
         """Why its end is none that the command line promises; None when it is one."""
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        text = self._said + (self.log.read_text(errors="replace") if self.log.exists() else "")
         code = self.exit_code
         if "Traceback (most recent call last)" in text:
             return f"exit code {code} with a traceback"

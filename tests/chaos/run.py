@@ -2,7 +2,6 @@
 
 import math
 import random
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -27,6 +26,8 @@ _POLL_S = 0.05
 _PATIENCE_S = 20.0
 """A fault whose point is not come to for so long is taken back, and comes again later."""
 _MAX_LIVES_IN_VAIN = 4
+_LEAST_DISK = 8192
+"""A disk that is full of less has no room for the driver's last words, either."""
 _LAST_STEPS = 3
 _PACE_S = 0.15
 _SLOW_S = 1.0
@@ -254,10 +255,7 @@ class ChaosRun:
                 life.terminate()
             case "full":
                 size = (self.folder / "run" / "ledger.jsonl").stat().st_size
-                try:
-                    resource.prlimit(life.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-                except ProcessLookupError:  # it has just ended
-                    return False
+                return size >= _LEAST_DISK and life.fill_disk(size)
             case "raylet":
                 raylet = life.raylet()
                 if raylet is None:
