@@ -81,6 +81,7 @@ class RewardActor:
         if self._second is None:
             sources = tuple(self._sources[index] for index in together)
             self._second = Lane(sources, self._timeout_s, self._max_concurrent_groups)
+            self._second.load()  # what becomes of that is told by the first call
         return [(self._first, alone), (self._second, [together])]
 
     async def _outcomes(self, arguments: str, num_completions: int) -> list[Outcome]:

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from actors.recipe.rewards import LOAD_TIMEOUT_S
+from actors.recipe.rewards import CANCEL_GRACE_S, LOAD_TIMEOUT_S
 from actors.rewards.docket import Docket, Outcome, Visit
 from actors.rewards.process import WROTE_INTO_PIPE, ChildError, RewardProcess
 
-_CANCEL_GRACE_S = 3.0
-"""For a child to answer for a call that it was told to cut off; longer than it gives the call to end."""
 _HELD_SHARE = 0.1
 """A call that is late is asked again alone when somebody held the child for this share of its time, or more."""
 _IDLE_S = 60.0
@@ -48,7 +46,8 @@ class Lane:
         """What somebody should be told, once."""
         self._process = RewardProcess(functions, columns)
         self._timeout_s = timeout_s
-        self._width = width
+        self._most = width
+        self._width = 1  # that was last told
         self._docket = Docket(1)
         self._asked: dict[int, _Asked] = {}
         self._num_calls = 0
@@ -67,7 +66,7 @@ class Lane:
         return loaded
 
     def ask(self, steps: Sequence[Sequence[int]], arguments: str, num_completions: int) -> Future[dict[int, Outcome]]:
-        """The outcomes of these functions for one group; `load` comes first."""
+        """The outcomes of these functions for one group; until `load` has been asked for, one group goes at a time."""
         visit = Visit(tuple(map(tuple, steps)), arguments, num_completions)
         self._put(visit)
         return visit.answer
@@ -135,20 +134,24 @@ class Lane:
             self._load(loads)
 
     def _load(self, loads: Sequence[Future[tuple[bool, ...]]]) -> None:
-        is_first = not self._process.is_async
         try:
-            if is_first:
-                self._process.start(LOAD_TIMEOUT_S)
+            if not self._process.is_async:
+                self._start()
         except ChildError as error:
             for loaded in loads:
                 with suppress(InvalidStateError):
                     loaded.set_exception(error)
             return
-        if is_first:
-            self._docket.width = self._width = self._width if self._process.is_together else 1
         for loaded in loads:
             with suppress(InvalidStateError):
                 loaded.set_result(self._process.is_async)
+
+    def _start(self) -> None:
+        """There is a child that has loaded the functions; ChildError when there cannot be one."""
+        is_first = not self._process.is_async
+        self._process.start(LOAD_TIMEOUT_S)
+        if is_first and self._process.is_together:
+            self._docket.width = self._width = self._most
 
     def _begin(self) -> None:
         """Whatever may be begun now; a failed child is replaced first."""
@@ -162,7 +165,7 @@ class Lane:
             return
         try:
             if len(begun) == len(self._docket.in_flight):  # else the end of a child is told by its pipe
-                self._process.start(LOAD_TIMEOUT_S)
+                self._start()
         except ChildError as error:
             for visit in begun:
                 self._docket.done(visit, in_time=False)
@@ -234,7 +237,7 @@ class Lane:
                 self._ended(self._process.ended("timeout", self._late))
                 return
             self._process.post(json.dumps({"cancel": number}).encode())
-            asked.is_cancelled, asked.deadline = True, now + _CANCEL_GRACE_S
+            asked.is_cancelled, asked.deadline = True, now + CANCEL_GRACE_S
 
     def _ended(self, error: ChildError) -> None:
         """There is no child any more: the one that was in flight has this failure, or each of many is asked again."""

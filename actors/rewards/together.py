@@ -27,7 +27,7 @@ _TICK_S = 0.25
 _HELD_S = 0.1
 """A loop that comes back this much too late was held."""
 _STUCK_S = 1.0
-"""A call that was cancelled has this long to end."""
+"""A call that was cancelled has this long to end: less than CANCEL_GRACE_S, after which the parent kills us all."""
 
 
 @dataclass(eq=False, slots=True)

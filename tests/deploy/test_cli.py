@@ -53,7 +53,7 @@ def test_a_plan_shows_pools_figures_and_the_submit_line(tmp_path: Path) -> None:
         in out
     )
     assert "weights: gloo, to 8 rollout workers by one broadcast group, all on one machine" in out
-    assert "stall: when no group has finished for 880 s while the policy waits (stall.timeout_s: 600 generation" in out
+    assert "stall: when no group has finished for 1036 s while the policy waits (stall.timeout_s: 600 generation" in out
     assert f"{first}, which is trained first: sft, {load_recipe(first).steps} steps of 64 sequences" in out
     assert (
         "python -m deploy submit recipes/demo.yaml pools.rollout.num_workers=2 "
