@@ -63,7 +63,7 @@ def cases(steps: int | None, quick: bool) -> dict[str, Case]:
         "name": "long", "max_completion_length": 512, "trl_micro_batch": 16,
         "trl_steps": 1 + max(1, count // 5), "trl_warm_up_steps": 1, "max_staleness": 2,
     }  # fmt: skip
-    slow = {"name": "slow_reward", "reward": "lower_case_slowly", "num_reward_workers": 16, "max_staleness": 2}
+    slow = {"name": "slow_reward", "reward": "lower_case_slowly", "max_concurrent_groups": 128, "max_staleness": 2}
     return {"short": short, "long": short.model_copy(update=long), "slow_reward": short.model_copy(update=slow)}
 
 

@@ -43,6 +43,8 @@ class Case(BaseModel):
     engine_threads: int = 1
     policy_threads: int = 2
     num_reward_workers: int = 1
+    max_concurrent_groups: int = 32
+    """Whose rewards one worker asks for at one time, when they are async."""
 
     @property
     def num_rollouts(self) -> int:

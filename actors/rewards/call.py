@@ -49,4 +49,6 @@ def is_async(function: RewardFunction) -> bool:
 
 
 def file_of(function: RewardFunction) -> str | None:
-    return function.__code__.co_filename if inspect.isfunction(function) else None
+    """Where the user's own code is."""
+    own = inspect.unwrap(function)
+    return own.__code__.co_filename if inspect.isfunction(own) else None

@@ -1,6 +1,8 @@
 """Of many calls in flight each has its own fate: what one does costs no other its score, and the culprit is named."""
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -242,6 +244,27 @@ def test_close_ends_all_calls_in_flight_and_leaves_no_process() -> None:
     assert not any(_alive(child) for child in own)
     with pytest.raises(RuntimeError, match="closed"):
         scored_by(actor, GOOD)
+
+
+@pytest.mark.parametrize("how", ["hangs", "hangs in C"])
+def test_the_child_dies_with_its_parent(how: str) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, ".")
+from tests.actors.test_reward_concurrency import actor_of, children, scored_by
+actor = actor_of("concurrent")
+scored_by(actor, {{"how": "good"}})
+print(*children(), flush=True)
+scored_by(actor, *[{{"how": {how!r}}}] * 3)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    time.sleep(0.5)
+    assert _alive(child)
+    parent.kill()
+    parent.wait(10)
+    assert _gone_within(child, 5.0)
 
 
 def test_a_child_that_died_idle_is_replaced(actor: RewardActor) -> None:
