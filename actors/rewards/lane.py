@@ -36,6 +36,19 @@ class _Asked:
     is_cancelled: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the child says of one call."""
+
+    number: int
+    visit: Visit
+    found: dict[int, Outcome]
+    was_held: bool
+    """Somebody held the child for long while it was in flight; told of those alone that were cut off."""
+    is_stuck: bool
+    """It was cut off and has not ended."""
+
+
 class Lane:
     """A child process and the visits to it: `width` at a time when all of its functions are async, else one."""
 
@@ -182,46 +195,55 @@ class Lane:
         self._asked[self._num_calls] = _Asked(visit, time.monotonic() + self._timeout_s)
 
     def _exchange(self) -> None:
+        """Send what is to be sent, and take what has come, or wait for it until the next deadline."""
         now = time.monotonic()
         first = min((asked.deadline for asked in self._asked.values()), default=now + _IDLE_S)
         try:
-            for answer in self._process.exchange(min(first - now, _IDLE_S), self._wake_reads):
-                self._answered(answer)
+            answers = self._process.exchange(min(first - now, _IDLE_S), self._wake_reads)
         except ChildError as error:
             self._ended(error)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            self._ended(self._process.ended("died", WROTE_INTO_PIPE))
+            return
+        for answer in answers:
+            try:
+                told = self._told(answer)
+            except (KeyError, TypeError, ValueError):
+                self._ended(self._process.ended("died", WROTE_INTO_PIPE))
+                return
+            self._answered(told)
+            if not self._asked:  # nobody waits for what else came of a child that had to be ended
+                return
 
-    def _answered(self, answer: dict[str, Any]) -> None:
-        """One call has ended; KeyError and the like when this is no answer to what was asked."""
-        asked = self._asked[answer["id"]]
-        visit = asked.visit
+    def _told(self, answer: Any) -> _Told:
+        """KeyError and the like when it is no answer to what was asked."""
+        visit = self._asked[answer["id"]].visit
         outcomes = [Outcome(tuple(r["scores"]), r["cause"], r["detail"]) for r in answer["results"]]
+        was_held = answer.get("held_s", 0.0) >= _HELD_SHARE * self._timeout_s
         found = dict(zip(visit.step, outcomes, strict=True))
-        is_late = any(outcome.cause == "timeout" for outcome in outcomes)
-        was_held = is_late and answer["held_s"] >= _HELD_SHARE * self._timeout_s
-        is_stuck = is_late and answer["stuck"]
-        if was_held and not self._docket.is_alone(visit):
-            if is_stuck:
+        return _Told(answer["id"], visit, found, was_held, bool(answer.get("stuck")))
+
+    def _answered(self, told: _Told) -> None:
+        """One call has ended, by itself or because it was cut off."""
+        visit = told.visit
+        late = [place for place, outcome in told.found.items() if outcome.cause == "timeout"]
+        if late and told.was_held and not self._docket.is_alone(visit):
+            if told.is_stuck:
                 self._ended(self._process.ended("timeout", self._late))
             else:
-                del self._asked[answer["id"]]
+                del self._asked[told.number]
                 self._docket.cut_off(visit)
             return
-        late = ChildError("timeout", self._late)
-        found |= _failed(visit, [place for place, outcome in found.items() if outcome.cause == "timeout"], late)
-        visit.outcomes |= found
-        if is_stuck:
+        visit.outcomes |= told.found | _failed(visit, late, ChildError("timeout", self._late))
+        if told.is_stuck:
             self._process.kill()
             self._asked.clear()
             self._docket.ended_by(visit)
             self._finish(visit)
             return
-        del self._asked[answer["id"]]
+        del self._asked[told.number]
         if visit.step:
             self._ask(visit)
         else:
-            self._docket.done(visit, in_time=not is_late)
+            self._docket.done(visit, in_time=not late)
             self._finish(visit)
 
     def _keep_deadlines(self) -> None:
