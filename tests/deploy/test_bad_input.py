@@ -85,7 +85,7 @@ CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     ),
     "unknown action": (["health.rules=[{{kind: entropy, action: cry}}]"], {}, ["action", "cry", "roll_back"]),
     "more failures than calls": (["rewards.max_failed_share=1.5"], {}, ["rewards.max_failed_share", "1"]),
-    "no group at a time": (["rewards.max_concurrent_groups=0"], {}, ["rewards.max_concurrent_groups", "1 or more"]),
+    "no group at a time": (["rewards.max_concurrent_groups=0"], {}, ["rewards.max_concurrent_groups", "at least 1"]),
     "all rows may be bad": (["dataset.max_bad_rows=9"], {}, ["dataset.max_bad_rows", "rows.jsonl", "lower it"]),
     "one bad row too many": (
         ["dataset.max_bad_rows=1"],
