@@ -75,7 +75,8 @@ class RewardActor:
 
     async def _loaded(self) -> list[tuple[Lane, list[list[int]]]]:
         """The children, and which functions are called in which, step after step; ChildError before one has loaded."""
-        alone, together = steps_of(await asyncio.wrap_future(self._first.load()))
+        is_async = await asyncio.wrap_future(self._first.load())
+        alone, together = steps_of(is_async)
         if not (alone and together):
             return [(self._first, alone or [together])]
         if self._second is None:

@@ -65,7 +65,7 @@ def recipe_of(case: Case, run_dir: Path) -> dict[str, Any]:
         "pools": {
             "policy": {"cpus_per_worker": 0.5},
             "rollout": {"cpus_per_worker": 1},
-            "reward": {"num_workers": case.num_reward_workers, "cpus_per_worker": 0.25 / case.num_reward_workers},
+            "reward": {"cpus_per_worker": 0.25},
         },
     }
 
