@@ -82,7 +82,7 @@ def test_a_plan_shows_pools_figures_and_the_submit_line(tmp_path: Path) -> None:
         ),
         (
             ["plan", "recipes/demo.yaml", "--address", "127.0.0.1:9"],
-            "error: --address 127.0.0.1:9: ",  # what the system calls a closed port
+            "error: --address 127.0.0.1:9: nobody answers there; start Ray there",
         ),
         (["plan", "recipes/demo.yaml", "--cpus-per-node", "4"], "error: --cpus-per-node and --gpus-per-node describe"),
         (

@@ -174,7 +174,10 @@ def test_the_text_is_the_manifest() -> None:
     text = manifest_text(load_recipe(LORA), LORA, (), options, "2.60.0")
     assert yaml.safe_load(text) == render(load_recipe(LORA), LORA, (), options, "2.60.0")
     cluster = manifest_text(load_recipe(LORA), LORA, (), ManifestOptions(image="i", kind="cluster"), "2.60.0")
-    assert "ray job submit -- python -m deploy train recipes/qwen2.5_7b_lora.yaml pools.policy.node_resource" in cluster
+    assert "python -m deploy submit recipes/qwen2.5_7b_lora.yaml pools.policy.node_resource=paceline-policy" in cluster
+    assert "run_dir=/app/runs/qwen2-5-7b-lora --address http://127.0.0.1:8265\n" in cluster
+    demo = manifest_text(load_recipe(DEMO), DEMO, (), ManifestOptions(image="i", kind="cluster"), "2.60.0")
+    assert "# first write run_dir: /app/runs/demo-sft into recipes/demo_sft.yaml, which is trained before\n" in demo
 
 
 def deploy(*arguments: str) -> tuple[int, str, str]:
