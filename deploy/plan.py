@@ -50,7 +50,7 @@ def show(
         lines += _describe_range(recipe)
     lines += [*memory.lines, *host_lines(recipe, placed)]
     lines += trusted_code([recipe, *(first for _, first in trained_before(recipe, path))])
-    lines.append(f"submit: {_submit_line(path, overrides)}")
+    lines.append(f"submit: {_submit_line(recipe, path, overrides)}")
     console = Console()
     console.print(_table(placed))
     if memory.table is not None:
@@ -164,6 +164,7 @@ def _num_bytes(recipe: GrpoRecipe) -> int | None:
     return elements and elements * {"float32": 4, "bfloat16": 2}[recipe.rollout.dtype]
 
 
-def _submit_line(path: str, overrides: Sequence[str]) -> str:
-    """The command that runs this on a cluster."""
-    return shlex.join(["python", "-m", "deploy", "submit", path, *overrides, "--address", "http://HEAD:8265"])
+def _submit_line(recipe: Recipe, path: str, overrides: Sequence[str]) -> str:
+    """The command that runs this on a cluster, where a relative run folder would be lost."""
+    folder = [] if recipe.folder.is_absolute() else [f"run_dir=/SHARED/{recipe.folder}"]
+    return shlex.join(["python", "-m", "deploy", "submit", path, *overrides, *folder, "--address", "http://HEAD:8265"])
