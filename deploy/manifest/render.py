@@ -66,7 +66,13 @@ def render(
 def _with_range(recipe: Recipe, options: ManifestOptions) -> ManifestOptions:
     """A recipe whose replicas come and go says itself between which numbers."""
     pool = recipe.pools.rollout
-    if not isinstance(recipe, GrpoRecipe) or not pool.elastic:
+    if not isinstance(recipe, GrpoRecipe):
+        if options.elastic is not None:
+            raise ValueError(
+                f"--elastic-rollout: a recipe of kind {recipe.kind!r} has no rollout replicas; leave it out"
+            )
+        return options
+    if not pool.elastic:
         return options
     asked = Elastic(pool.least, pool.most)
     if options.kueue is not None:

@@ -263,6 +263,11 @@ def test_a_secret_s_value_is_not_repeated() -> None:
     assert "very_secret" not in out + err
 
 
+def test_a_run_that_samples_nothing_has_no_replicas_to_come_and_go() -> None:
+    with pytest.raises(ValueError, match="--elastic-rollout: a recipe of kind 'dpo' has no rollout replicas; leave it"):
+        rendered("recipes/offline/dpo.yaml", elastic=Elastic(1, 2))
+
+
 def test_the_suggested_names_will_do() -> None:
     for given in ("7b", "Mine_1", TOO_LONG, "9-9-", "___"):
         _, _, err = deploy(LORA, "--image", "i", "--name", given)
