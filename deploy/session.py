@@ -10,14 +10,18 @@ import ipaddress
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from actors.errors import RunError, last_line
+from deploy.stopping import disarmed
 
 # Ray binds to loopback alone where it does not mean to form clusters, which this says on Linux as well.
 _NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_END_S = 5.0
 TOKEN_FIX = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE as on its nodes (SECURITY.md)"
 
 
@@ -47,25 +51,58 @@ def ray_session(address: str | None, say: Callable[[str], None]) -> Iterator[Non
     """
     import ray
 
-    if address is None:
-        try:
-            _init(address)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise RunError(
-                f"the local Ray did not start: {last_line(error)}; see /tmp/ray/session_latest/logs"
-            ) from None
-    else:
-        with refusals(address):
-            _init(address)
     try:
-        if address is not None and is_open(ray.get_runtime_context().gcs_address, os.environ):
-            say(
-                f"warning: the Ray cluster at {ray.get_runtime_context().gcs_address} asks for no token: whoever "
-                "reaches its ports can run code there (SECURITY.md says how to set one)"
-            )
-        yield
+        with disarmed():
+            _join(address)
+            if address is not None and is_open(ray.get_runtime_context().gcs_address, os.environ):
+                say(
+                    f"warning: the Ray cluster at {ray.get_runtime_context().gcs_address} asks for no token: whoever "
+                    "reaches its ports can run code there (SECURITY.md says how to set one)"
+                )
+            yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str | None) -> None:
+    import ray
+
+    if address is not None:
+        with refusals(address):
+            _init(address)
+        return
+    ours = psutil.Process().children()
+    with contextlib.ExitStack() as undo:
+        undo.callback(_end_children_but, ours)
+        try:
+            with disarmed():
+                _init(None)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            why = last_line(error)
+            raise RunError(f"the local Ray did not start: {why}; see /tmp/ray/session_latest/logs") from None
+        undo.pop_all()
+
+
+def _end_children_but(ours: Collection[psutil.Process]) -> None:
+    """Ray itself does not know yet what it has started when it is interrupted. The raylet first: it ends its agents,
+    which would outlive it for a minute if it was killed."""
+    children = [child for child in psutil.Process().children() if child not in ours]
+    raylets = [child for child in children if _name(child) == "raylet"]
+    for some in (raylets, children):
+        for child in some:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        psutil.wait_procs(some, timeout=_END_S)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _init(address: str | None) -> None:

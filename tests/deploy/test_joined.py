@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -65,51 +66,72 @@ def test_a_probe_is_there_for_others_to_see_and_then_gone(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
-    """A head with a token."""
-    machines = Machines(tmp_path_factory.mktemp("cluster") / "ray.log")
-    machines.head()
-    yield machines
-    machines.close()
-
-
 TINY = ("recipes/offline/kto.yaml", "steps=1", "policy.num_threads=1")
+BLIND = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"']
+"""A command in a mount namespace of its own has another folder under the same name."""
 
 
-def refused(machines: Machines, verb: str, *words: str, **env: str) -> str:
-    """What the command says that ends with 2."""
-    command = [sys.executable, "-m", "deploy", verb, *words, "--address", machines.address]
-    environment = machines.env | env
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr
-    return done.stderr
+@dataclass(frozen=True)
+class Told:
+    """What each command said, and ended with."""
+
+    folder: Path
+    said: dict[str, tuple[int, str]]
+    left: list[str]
+    """What is reserved on the cluster after them."""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+    """Several commands at once on a cluster with a token, of which one node sees another folder, where that can be."""
+    folder, machines = tmp_path_factory.mktemp("runs"), Machines(tmp_path_factory.mktemp("cluster") / "ray.log")
+    run = f"run_dir={folder}/run"
+    stranger, nobody = {"RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}
+    commands: dict[str, tuple[list[str], dict[str, str]]] = {
+        "another token": (["train", *TINY, run], stranger),
+        "no token": (["plan", "recipes/demo.yaml"], nobody),
+        "too small": (["train", *TINY, run, "pools.policy.cpus_per_worker=3"], {}),
+    }
+    begun: dict[str, subprocess.Popen[str]] = {}
+    try:
+        machines.head()
+        if subprocess.run([*BLIND, str(folder), "true"], capture_output=True, check=False).returncode == 0:
+            machines.start(f"--address={machines.address}", "--num-cpus=1", within=[*BLIND, str(folder)])
+            commands["blind"] = (["train", *TINY, run], {})
+        begun |= {name: _begin(machines, words, env) for name, (words, env) in commands.items()}
+        outputs = {name: process.communicate(timeout=200)[1] for name, process in begun.items()}
+        said = {name: (begun[name].returncode, text) for name, text in outputs.items()}
+        yield Told(folder, said, held(machines))
+    finally:
+        for process in begun.values():
+            process.kill()
+        machines.close()
+
+
+def _begin(machines: Machines, words: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "deploy", *words, "--address", machines.address]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=machines.env | env, stdout=pipe, stderr=pipe, text=True)
+
+
+TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE as on its nodes"
+SAYS = {
+    "another token": f"has another token than the one that is set here; {TOKEN}",
+    "no token": f"asks for a token, and none is set here; {TOKEN}",
+    "too small": "kto: the cluster is too small: pool 'policy' needs 1 worker x 3 CPUs",
+    "blind": "/run here is not seen on ",
+}
 
 
 @pytest.mark.cluster
-def test_a_cluster_that_does_not_let_us_in_or_is_too_small_is_told(machines: Machines, tmp_path: Path) -> None:
-    run = f"run_dir={tmp_path}/run"
-    says = refused(machines, "train", *TINY, run, RAY_AUTH_TOKEN="f" * 64)
-    assert "has another token than the one that is set here; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in says
-    says = refused(machines, "plan", "recipes/demo.yaml", RAY_AUTH_TOKEN="", RAY_AUTH_MODE="disabled")
-    assert "asks for a token, and none is set here; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in says
-    says = refused(machines, "train", *TINY, run, "pools.policy.cpus_per_worker=3")
-    assert "kto: the cluster is too small: pool 'policy' needs 1 worker x 3 CPUs" in says
-    assert list(tmp_path.iterdir()) == []
-    assert held(machines) == []
-
-
-@pytest.mark.cluster
-def test_a_run_folder_that_another_node_does_not_see_is_told(machines: Machines, tmp_path: Path) -> None:
-    """A node in a mount namespace of its own has another folder under the same name."""
-    blind = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(tmp_path)]
-    if subprocess.run([*blind, "true"], capture_output=True, check=False).returncode:
+@pytest.mark.parametrize("case", SAYS)
+def test_a_cluster_that_cannot_have_the_run_is_told_with_the_fix(told: Told, case: str) -> None:
+    if case not in told.said:
         pytest.skip("a mount namespace is not to be had")
-    machines.start(f"--address={machines.address}", "--num-cpus=1", within=blind)
-    says = refused(machines, "train", *TINY, f"run_dir={tmp_path}/run", "pools.policy.cpus_per_worker=1")
-    assert f"run_dir: what is written in {tmp_path}/run here is not seen on " in says
-    assert "choose a folder on storage that all nodes mount at the same place" in says
-    assert list(tmp_path.iterdir()) == []
-    assert held(machines) == []
+    code, errors = told.said[case]
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    assert sum(line.startswith("error: ") for line in errors.splitlines()) == 1, errors
+    assert SAYS[case] in errors
+    assert list(told.folder.iterdir()) == []
+    assert told.left == []
