@@ -51,9 +51,9 @@ def _check_seen(recipe: Recipe, spec: ClusterSpec, nodes: Mapping[str, Mapping[s
             for node in may_hold(pools[pool], spec) if pool in pools else ():
                 paths.setdefault(node, set()).add(str(path))
         blind = on_nodes({node: [sorted(each)] for node, each in paths.items()}, unseen, nodes)
-    for path, key in keys.items():
-        if where := [node for node, missing in blind.items() if path in missing]:
-            raise ClusterError(_told(key, recipe.folder if Path(path) == probe else Path(path), where))
+    for name, key in keys.items():
+        if where := [node for node, missing in blind.items() if name in missing]:
+            raise ClusterError(_told(key, recipe.folder if Path(name) == probe else Path(name), where))
 
 
 def _told(key: str, path: Path, nodes: Sequence[str]) -> str:

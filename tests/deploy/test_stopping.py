@@ -110,8 +110,8 @@ def test_sigterm_while_a_local_ray_starts_ends_with_75_and_leaves_nothing(moment
         assert process.stdout.readline() == "begins\n"
         seen: dict[int, psutil.Process] = {}
         deadline = time.monotonic() + 60.0
-        # Its raylet is there, and that has begun to start agents of its own.
-        while not any("Agent" in _told(each) for each in seen.values()):
+        # The raylet is there, and has begun to start agents of its own.
+        while not any("agent.py" in _told(each) and "raylet/raylet" not in _told(each) for each in seen.values()):
             assert time.monotonic() < deadline, "Ray did not begin to start"
             seen |= {child.pid: child for child in process.children(recursive=True)}
             time.sleep(0.02)
