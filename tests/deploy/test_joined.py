@@ -16,6 +16,7 @@ from placement.cluster import ClusterSpec, NodeSpec
 from tests.chaos.test_left_behind import held
 from tests.chaos.test_node_loss import Machines
 from tests.deploy.test_job_submit import ROOT
+from tests.prove import ONLY_PROVE
 
 RECIPE = """
 kind: grpo
@@ -123,6 +124,7 @@ SAYS = {
 }
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
 @pytest.mark.parametrize("case", SAYS)
 def test_a_cluster_that_cannot_have_the_run_is_told_with_the_fix(told: Told, case: str) -> None:

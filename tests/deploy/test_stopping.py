@@ -122,7 +122,8 @@ def test_sigterm_while_a_local_ray_starts_ends_with_75_and_leaves_nothing(moment
             time.sleep(0.1)
         said = process.stdout.read()
     finally:
-        process.kill()
+        if process.poll() is None:
+            process.kill()
     assert (process.returncode, said) == (75, "")
     _, left = psutil.wait_procs(list(seen.values()), timeout=15.0)
     assert [_told(each) for each in left] == []
