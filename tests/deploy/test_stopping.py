@@ -102,8 +102,9 @@ except StoppedError:
 """
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
-@pytest.mark.parametrize("moment", ["starting", pytest.param("joined", marks=ONLY_PROVE)])
+@pytest.mark.parametrize("moment", ["starting", "joined"])
 def test_sigterm_while_a_local_ray_starts_ends_with_75_and_leaves_nothing(moment: str) -> None:
     process = psutil.Popen([sys.executable, "-c", SESSION, moment], stdout=subprocess.PIPE, text=True)
     try:
