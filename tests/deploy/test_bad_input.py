@@ -166,3 +166,21 @@ def test_a_bad_recipe_is_refused(case: str, tmp_path: Path, tiny_models: dict[st
         assert text in result.output, result.output
     left = {path.name for path in (tmp_path / "run").glob("*")} if (tmp_path / "run").exists() else set()
     assert left == {name.removeprefix("run/") for name in files if name.startswith("run/")}, "nothing is lost or left"
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("127.0.0.1:9", "nobody answers there; start Ray there"), ("http://127.0.0.1:9", "python -m deploy submit")],
+)
+def test_a_cluster_that_is_not_there_is_refused(
+    address: str, said: str, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    for name, text in {"recipe.yaml": RECIPE, "rows.jsonl": ROWS, "reward.py": GOOD_REWARD}.items():
+        (tmp_path / name).write_text(
+            text.format(folder=tmp_path, model=tiny_models["untied"]) if "yaml" in name else text
+        )
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml"), "--address", address])
+    assert result.exit_code == 2, result.output
+    assert f"error: --address {address}: " in result.output
+    assert said in result.output
+    assert not (tmp_path / "run").exists()
