@@ -133,15 +133,15 @@ def with_token_advantages(batch: Batch, by_place: Mapping[tuple[int, int], NDArr
 
 
 def pack_sharing(sequences: Sequences, num_ranks: int, max_tokens: int) -> Packed:
-    """As `pack`, and whole groups are packed as if they were one sequence, else halves of them, and so on down to single
-    sequences: whatever is done soonest.
+    """As `pack`, of whole groups, each as if it were one sequence, or of halves of them, and so on: whatever is done
+    soonest.
 
     The budget counts every token of each sequence, as if nothing were shared. Indices ascend within a micro-batch, so
     that those of a group are neighbours there, too.
     """
     sizes = Counter(sequences.group)
-    shared = sum((1 - 1 / sizes[group]) * cost for group, cost in zip(sequences.group, sequences.beginning, strict=True))
-    least = (sum(sequences.costs) - shared) / num_ranks
+    beginnings = zip(sequences.group, sequences.beginning, strict=True)
+    least = (sum(sequences.costs) - sum((1 - 1 / sizes[group]) * cost for group, cost in beginnings)) / num_ranks
     candidates: list[tuple[float, Packed]] = []
     size = max(sizes.values(), default=1)
     while size and not (candidates and candidates[-1][0] <= _GOOD_ENOUGH * least):
@@ -154,9 +154,7 @@ def pack_sharing(sequences: Sequences, num_ranks: int, max_tokens: int) -> Packe
     return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
-def pack(
-    num_tokens: Sequence[int], num_ranks: int, max_tokens: int, costs: Sequence[float] | None = None
-) -> Packed:
+def pack(num_tokens: Sequence[int], num_ranks: int, max_tokens: int, costs: Sequence[float] | None = None) -> Packed:
     """Each index exactly once, each micro-batch within `max_tokens`.
 
     `num_tokens` has one length per sequence, and `costs` what it costs to compute; None: its tokens. A sequence longer
