@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from actors.model.head import scores_of, scoring_head
+from actors.model.team import SOLO, Share, Team
 from algorithms.divergence import Head
 from algorithms.logprobs import logprobs_and_entropy
 from algorithms.packed import PackedRow
@@ -70,23 +71,26 @@ class Segments:
     place_T: Tensor | None
     """Where each token of the row is among those of all grids, one grid after the other; None: they lie as in the row.
     """
+    team: Team = SOLO
+    """Who has the row's tokens."""
 
     @classmethod
-    def of(cls, row: PackedRow) -> "Segments":
-        device = row.token_ids_T.device
+    def of(cls, row: PackedRow, team: Team = SOLO) -> "Segments":
+        device, padding = row.token_ids_T.device, team.padding(row)
+        lengths_S = (*row.lengths_S, padding) if padding else row.lengths_S
         if device.type in _ONE_BY_ONE:
-            return cls(tuple(map(Alone, row.lengths_S)), None)
-        start_S = np.cumsum([0, *row.lengths_S[:-1]])
+            return cls(tuple(map(Alone, lengths_S)), None, team)
+        start_S = np.cumsum([0, *lengths_S[:-1]])
         grids, tokens = [], []
-        for members in alike(row.lengths_S):
-            lengths = [row.lengths_S[index] for index in members]
+        for members in alike(lengths_S):
+            lengths = [lengths_S[index] for index in members]
             longest = lengths[0]
             token_K = np.concatenate([start_S[i] + np.arange(n) for i, n in zip(members, lengths, strict=True)])
             slot_K = np.concatenate([place * longest + np.arange(n) for place, n in enumerate(lengths)])
             tokens.append(token_K)
             where = (torch.from_numpy(each).to(device) for each in (token_K, slot_K))
             grids.append(Grid(len(members), longest, *where))
-        return cls(tuple(grids), torch.from_numpy(np.argsort(np.concatenate(tokens))).to(device))
+        return cls(tuple(grids), torch.from_numpy(np.argsort(np.concatenate(tokens))).to(device), team)
 
     def take(self, packed_1HTD: Tensor) -> Sequence[Tensor]:
         """The sequences of each grid, as (S, H, L, D).
@@ -125,7 +129,7 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sequence of the row; returns (1, T, H, D).
+    """Causal attention inside each sequence of the row; returns (1, T, H, D). In a team, T are a rank's own tokens.
 
     On the CPU each sequence attends in a call of its own. On GPUs, where a call costs more than some padding, sequences
     are padded for this one operation, to the longest of those that are about as long, and start at the left, so the
@@ -140,6 +144,7 @@ def packed_attention(
             "pass does not compute; choose a model without them"
         )
     attended = []
+    query_1HTD, key_1HTD, value_1HTD = segments.team.to_heads(query_1HTD, key_1HTD, value_1HTD)
     taken = (segments.take(packed_1HTD) for packed_1HTD in (query_1HTD, key_1HTD, value_1HTD))
     for grid, query_SHLD, key_SHLD, value_SHLD in zip(segments.grids, *taken, strict=True):
         window_LL = None if sliding_window is None else _window(grid.longest, sliding_window, query_1HTD.device)
@@ -155,7 +160,8 @@ def packed_attention(
         )
         attended.append(grid.give(attended_SHLD))
     attended_THD = torch.cat(attended)
-    return (attended_THD if segments.place_T is None else attended_THD[segments.place_T]).unsqueeze(0), None
+    attended_THD = attended_THD if segments.place_T is None else attended_THD[segments.place_T]
+    return segments.team.to_tokens(attended_THD.unsqueeze(0)), None
 
 
 def _window(length: int, sliding_window: int, device: torch.device) -> Tensor | None:
@@ -170,23 +176,27 @@ def _window(length: int, sliding_window: int, device: torch.device) -> Tensor | 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
-def row_logprobs(model: nn.Module, row: PackedRow, temperature: float) -> tuple[Tensor, Tensor]:
+def row_logprobs(model: nn.Module, row: PackedRow, temperature: float, team: Team = SOLO) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of each loss token of the row, both with gradient: two tensors of shape (N,).
 
     `model` was loaded with `attn_implementation=PACKED_ATTENTION`. The output head computes only where a loss token is
     predicted, over the sampling temperature, as the rollout replicas do. A scoring head makes no logits beyond a slab
-    of the vocabulary; of any other head the logits of the loss tokens are there at once.
+    of the vocabulary; of any other head the logits of the loss tokens are there at once. Every rank of the team makes
+    this call, and all get the same.
     """
-    inputs = _inputs(row)
+    share = team.share(row, row.predictor_N)
+    inputs, targets_M = _inputs(row, share, team), row.targets_N[share.which_M]
     head = scoring_head(model)
     if head is None:
-        return logprobs_and_entropy(model(**inputs).logits[0], row.targets_N, temperature, _CHUNK)
-    with head.scoring(row.targets_N, temperature):
-        return scores_of(model(**inputs).logits)
+        found = logprobs_and_entropy(model(**inputs).logits[0], targets_M, temperature, _CHUNK)
+    else:
+        with head.scoring(targets_M, temperature):
+            found = scores_of(model(**inputs).logits)
+    return _whole(found, row, share, team)
 
 
 def row_divergences(
-    model: nn.Module, teacher: nn.Module, row: PackedRow, beta: float, temperature: float
+    model: nn.Module, teacher: nn.Module, row: PackedRow, beta: float, temperature: float, team: Team = SOLO
 ) -> tuple[Tensor, Tensor]:
     """Divergence from the teacher at each loss token of the row, with gradient, and the model's entropy: both (N,).
 
@@ -195,48 +205,57 @@ def row_divergences(
     head, of_teacher = scoring_head(model), scoring_head(teacher)
     assert head is not None, "whole distributions are compared slab by slab"
     assert of_teacher is not None, "whole distributions are compared slab by slab"
-    inputs = _inputs(row)
+    share = team.share(row, row.predictor_N)
+    inputs = _inputs(row, share, team)
     with torch.no_grad(), of_teacher.passing():
-        hidden_NK = teacher(**inputs).logits[0]
-    with head.comparing(Head(hidden_NK, of_teacher.weight, of_teacher.bias), beta, temperature):
-        return scores_of(model(**inputs).logits)
+        hidden_MK = teacher(**inputs).logits[0]
+    with head.comparing(Head(hidden_MK, of_teacher.weight, of_teacher.bias), beta, temperature):
+        return _whole(scores_of(model(**inputs).logits), row, share, team)
 
 
-def _inputs(row: PackedRow) -> dict[str, Any]:
+def _inputs(row: PackedRow, share: Share, team: Team) -> dict[str, Any]:
     """Of a model that is to predict the row's loss tokens."""
     return {
-        "input_ids": row.token_ids_T.unsqueeze(0),
-        "position_ids": row.position_ids_T.unsqueeze(0),
-        "logits_to_keep": row.predictor_N,
+        "input_ids": share.token_ids_C.unsqueeze(0),
+        "position_ids": share.position_ids_C.unsqueeze(0),
+        "logits_to_keep": share.place_M,
         "use_cache": False,
-        "segments": Segments.of(row),
+        "segments": Segments.of(row, team),
     }
 
 
-def row_scores(model: nn.Module, row: PackedRow) -> Tensor:
+def _whole(found: tuple[Tensor, Tensor], row: PackedRow, share: Share, team: Team) -> tuple[Tensor, Tensor]:
+    """Of all loss tokens of the row, from those of the share."""
+    values_M, entropy_M = found
+    num = len(row.targets_N)
+    return team.whole(values_M, share, num), team.whole(entropy_M, share, num)
+
+
+def row_scores(model: nn.Module, row: PackedRow, team: Team = SOLO) -> Tensor:
     """A reward model's score at each loss token of the row, with gradient: a tensor of shape (N,), in float32.
 
     `model` is what `load_scorer` gives.
     """
-    return _scores(model, row, row.predictor_N + 1)
+    return _scores(model, row, row.predictor_N + 1, team)
 
 
-def row_values(model: nn.Module, row: PackedRow) -> Tensor:
+def row_values(model: nn.Module, row: PackedRow, team: Team = SOLO) -> Tensor:
     """A critic's value before each loss token of the row is there, with gradient: a tensor of shape (N,), in float32.
 
     `model` is what `load_scorer` gives.
     """
-    return _scores(model, row, row.predictor_N)
+    return _scores(model, row, row.predictor_N, team)
 
 
-def _scores(model: nn.Module, row: PackedRow, places_N: Tensor) -> Tensor:
-    scores_N: Tensor = model(
-        input_ids=row.token_ids_T.unsqueeze(0),
-        position_ids=row.position_ids_T.unsqueeze(0),
-        places_N=places_N,
-        segments=Segments.of(row),
+def _scores(model: nn.Module, row: PackedRow, places_N: Tensor, team: Team) -> Tensor:
+    share = team.share(row, places_N)
+    scores_M: Tensor = model(
+        input_ids=share.token_ids_C.unsqueeze(0),
+        position_ids=share.position_ids_C.unsqueeze(0),
+        places_N=share.place_M,
+        segments=Segments.of(row, team),
     )
-    return scores_N.float()
+    return team.whole(scores_M.float(), share, len(places_N))
 
 
 def score_places(model: Any, input_ids: Tensor, position_ids: Tensor, places_N: Tensor, segments: Segments) -> Tensor:

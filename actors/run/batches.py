@@ -24,7 +24,7 @@ def batch_of(
     ]
     learned = [groups[sample.group].rollouts[sample.rollout].num_loss_tokens for sample in samples]
     costs = [policy.costs.of(sample.num_tokens, count) for sample, count in zip(samples, learned, strict=True)]
-    packed = pack([sample.num_tokens for sample in samples], len(policy.ranks), max_tokens, costs)
+    packed = pack([sample.num_tokens for sample in samples], policy.num_teams, max_tokens, costs)
     return Batch(
         version=version,
         ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed),
