@@ -61,9 +61,7 @@ def test_a_team_takes_the_step_of_plain_adamw(
 
 @ONLY_PROVE
 @pytest.mark.cluster
-def test_metrics_and_log_probabilities_are_those_of_one_rank(
-    local_ray: None, four_heads: Path, tmp_path: Path
-) -> None:
+def test_metrics_and_log_probabilities_are_those_of_one_rank(local_ray: None, four_heads: Path, tmp_path: Path) -> None:
     """Half of the tokens are stale, and layers are computed again in the backward pass."""
     found = []
     for num_ranks in (1, 2):

@@ -2,8 +2,6 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed import HashStore, ProcessGroupGloo
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,6 +23,7 @@ from actors.model.head import put_scoring_head
 from actors.model.team import SOLO, Team, check_heads, uneven_heads
 from algorithms.packed import PackedRow, pack_row
 from algorithms.types import Rollout
+from tests.actors.model.threads import in_a_team
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,7 +35,6 @@ CONFIGS = {
     "normalised heads, tied": Qwen3Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True),
     "a window": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=5),
 }
-TIMEOUT = timedelta(seconds=60)
 
 
 def rollout(prompt: int, completion: int) -> Rollout:
@@ -49,18 +46,6 @@ def rollout(prompt: int, completion: int) -> Rollout:
 def row_of(*lengths: tuple[int, int]) -> PackedRow:
     made = [rollout(*each) for each in lengths]
     return pack_row(made, [0.0] * len(made), pad_id=0)
-
-
-def in_a_team(size: int, use: Callable[[Team], Any]) -> list[Any]:
-    """What `use` makes of each rank of a team, whose ranks are threads here."""
-    store = HashStore()
-
-    def of(rank: int) -> Any:
-        torch.set_num_threads(1)
-        return use(Team(rank, size, ProcessGroupGloo(store, rank, size, TIMEOUT)))
-
-    with ThreadPoolExecutor(size) as ranks:
-        return list(ranks.map(of, range(size)))
 
 
 Values = Callable[[Any, PackedRow, Team], Sequence[torch.Tensor]]
@@ -129,9 +114,8 @@ def test_sequences_that_attend_in_grids(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("values", [row_scores, row_values])
 def test_a_head_of_one_number(values: Any) -> None:
     torch.manual_seed(0)
-    model: Any = AutoModelForSequenceClassification.from_config(
-        copy.deepcopy(CONFIGS["grouped heads"]), attn_implementation=PACKED_ATTENTION, num_labels=1
-    )
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, num_labels=1)
+    model: Any = AutoModelForSequenceClassification.from_config(config, attn_implementation=PACKED_ATTENTION)
 
     def scored(model: Any, row: PackedRow, team: Team) -> Sequence[torch.Tensor]:
         model.forward = score_places.__get__(model)
@@ -206,7 +190,11 @@ def test_every_token_and_every_place_is_with_one_rank(lengths: list[tuple[int, i
 )  # fmt: skip
 def test_heads_that_cannot_be_shared_out_are_refused(heads: int, kv_heads: int, size: int, problem: str | None) -> None:
     assert uneven_heads(heads, kv_heads, size) == problem
-    model = type("Model", (), {"config": LlamaConfig(num_attention_heads=heads, num_key_value_heads=kv_heads)})
+    model = type(
+        "Model",
+        (),
+        {"config": LlamaConfig(hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads)},
+    )
     if problem is None:
         check_heads(model, size, "policy.sequence_parallel_size")
         return
