@@ -66,9 +66,8 @@ def check_policy(
         half = _in_half(load, pool)
         single += [half] if total(policy_footprint(shape, half.load)) <= gpu_bytes else []
     if not single:
-        single = [
-            knob for knob in _in_teams(shape, load, pool) if total(policy_footprint(shape, knob.load)) <= gpu_bytes
-        ]
+        teams = _in_teams(shape, load, pool)
+        single = [knob for knob in teams if total(policy_footprint(shape, knob.load)) <= gpu_bytes]
     fixes = _first_of_each(knob.text for knob in single) or [knob.text for knob in knobs[:1]]
     fewest = next((knob.text for knob in knobs if knob.load.num_ranks > load.num_ranks), None)
     if fewest is not None and fewest not in fixes:
