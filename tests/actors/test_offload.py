@@ -1,4 +1,4 @@
-"""An optimizer in the host's memory computes what it would compute beside the weights, before and after a cut."""
+"""An optimizer in the host's memory, and weights there, compute what they would on the device, before and after a cut."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,23 +17,37 @@ from tests.prove import ONLY_PROVE
 
 @ONLY_PROVE
 @pytest.mark.cluster
-@pytest.mark.parametrize(("stage", "dtype"), [(1, "float32"), (2, "bfloat16")])
+@pytest.mark.parametrize(
+    ("num_ranks", "stage", "dtype", "away"),
+    [
+        (1, 1, "float32", OffloadConfig()),
+        (1, 2, "bfloat16", OffloadConfig()),
+        (2, 3, "float32", OffloadConfig(parameters="cpu")),
+        (1, 3, "bfloat16", OffloadConfig(parameters="cpu")),
+    ],
+)
 def test_steps_are_the_same(
-    local_ray: None, tiny_models: dict[str, Path], tmp_path: Path, stage: int, dtype: Dtype
+    local_ray: None,
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    num_ranks: int,
+    stage: int,
+    dtype: Dtype,
+    away: OffloadConfig,
 ) -> None:
     weights, norms = [], []
-    for offload in (None, OffloadConfig()):
+    for offload in (None, away):
         folder = tmp_path / str(offload is None)
         (folder / "cut").mkdir(parents=True)
-        settings = settings_of(tiny_models["untied"], folder, 1, stage, dtype)
+        settings = settings_of(tiny_models["untied"], folder, num_ranks, stage, dtype)
         settings = replace(settings, policy=settings.policy.model_copy(update={"offload": offload}))
 
         async def run(group: PolicyGroup, folder: Path = folder) -> list[Update]:
-            updates = [await group.step(*batch(1, 64, step, 0)) for step in range(2)]
+            updates = [await group.step(*batch(num_ranks, 64, step, 0)) for step in range(2)]
             await group.snapshot()
             await group.write_snapshot(folder / "cut", 60.0)
             await group.restore(folder / "cut")
-            updates.append(await group.step(*batch(1, 64, 2, 0)))
+            updates.append(await group.step(*batch(num_ranks, 64, 2, 0)))
             await group.save(folder / "model")
             return updates
 
