@@ -1,7 +1,7 @@
 """Fused kernels of liger-kernel in place of a model's own norms, rotary embedding and gated MLP, on GPUs.
 
 Its kernels of the output head and the loss are left out: the scoring head makes no logits as a whole either, and knows
-every loss here. Not run on a GPU yet; in triton's interpreter, on a CPU, they give the values and gradients of the plain
+every loss here. Not run on a GPU yet; in triton's interpreter, on a CPU, they give the values and gradients of plain
 layers.
 """
 

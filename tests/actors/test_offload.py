@@ -1,4 +1,4 @@
-"""An optimizer in the host's memory, and weights there, compute what they would on the device, before and after a cut."""
+"""Optimizer and weights in the host's memory compute what they would compute on the device, before and after a cut."""
 
 from dataclasses import replace
 from pathlib import Path
