@@ -10,7 +10,6 @@ from multiprocessing import get_context
 
 import numpy as np
 import torch
-from torch.distributed import ProcessGroupGloo, TCPStore
 
 from actors.model.forward import PACKED_ATTENTION, row_logprobs
 from actors.model.head import put_scoring_head
@@ -34,8 +33,10 @@ def peak_bytes(rank: int, size: int, port: int) -> tuple[int, float]:
     from benchmarks.policy_step import model, peak_of
 
     torch.set_num_threads(1)
-    store = TCPStore("127.0.0.1", port, size, rank == 0, timeout=_TIMEOUT)
-    team = Team(rank, size, ProcessGroupGloo(store, rank, size, _TIMEOUT)) if size > 1 else Team()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, timeout=_TIMEOUT
+    )
+    team = Team.join(rank, size, size, _TIMEOUT)
     policy = model()
     policy.set_attn_implementation(PACKED_ATTENTION)
     assert put_scoring_head(policy)
