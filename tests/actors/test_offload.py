@@ -53,5 +53,11 @@ def test_steps_are_the_same(
 
         norms.append([update.metrics["grad_norm"] for update in with_policy(settings, run)])
         weights.append(load_file(folder / "model/model.safetensors"))
-    assert norms[0] == norms[1]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    if stage < 3:
+        assert norms[0] == norms[1]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        return
+    # DeepSpeed's ZeRO-3 adds up the norm in another order there, and all gradients are clipped by it.
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-6, rtol=1e-6 if dtype == "float32" else 2**-8)
