@@ -301,7 +301,7 @@ def main() -> None:
     table.add_row("logit_memory_share", f"{figures['logit_memory_share']:.3g}", "0.125 or less", how)
     each = " and ".join(f"{peak / 2**20:.0f}" for peak in team)
     how = f"{each} MiB over {alone / 2**20:.0f} MiB, one row of {NUM_TOKENS:,} tokens"
-    table.add_row("sequence_memory_share", f"{team_share:.3g}", "0.6 or less", how)
+    table.add_row("sequence_memory_share", f"{team_share:.3g}", "0.65 or less", how)
     how = f"{NUM_RANKS} ranks, the worst of {NUM_BATCHES} batches of 256 rollouts"
     table.add_row("balance", f"{figures['balance']:.4g}", "1.02 or less", how)
     table.add_row("loss_difference", f"{difference:.2g}", "1e-5 or less", "packed rows; padded with full logits")

@@ -38,7 +38,7 @@ def put_kernels(model: PreTrainedModel, wish: Wish, use_gpu: bool) -> bool:
         )
     if wish is False or not use_gpu or model_type not in KNOWN or not _are_installed():
         return False
-    import liger_kernel.transformers  # type: ignore[import-not-found]
+    import liger_kernel.transformers
 
     apply: Any = getattr(liger_kernel.transformers, f"apply_liger_kernel_to_{model_type}")
     apply(model=model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False)
