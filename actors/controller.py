@@ -105,7 +105,7 @@ class Controller:
             worth.advantages,
             version=version,
             oldest_version=oldest_version,
-            num_ranks=len(self.policy.ranks),
+            num_ranks=self.policy.num_teams,
             max_tokens=self.max_tokens_per_micro_batch,
             mask_truncated=self.algorithm.mask_truncated_completions,
             costs=self.policy.costs,

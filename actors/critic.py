@@ -46,7 +46,7 @@ class CriticActor(PolicyActor):
         assert algorithm is not None, "a critic is told the algorithm that it is the critic of"
         row = self._row(micro_batch, groups, oldest_version)
         with torch.no_grad():
-            values_N, _ = self.settings.objective.values(self.engine, row)
+            values_N, _ = self._values(row)
         # In float64 and on the CPU: a loop over the tokens of the longest sequence.
         row, values_N = row.to(torch.device("cpu")), values_N.double().cpu()
         kl_N = None

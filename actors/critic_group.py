@@ -76,7 +76,7 @@ class CriticGroup:
             known,
             version=batch.version,
             oldest_version=batch.oldest_version,
-            num_ranks=len(self.ranks.ranks),
+            num_ranks=self.ranks.num_teams,
             max_tokens=self.max_tokens_per_micro_batch,
             mask_truncated=self.algorithm.mask_truncated_completions,
             costs=self.ranks.costs,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from actors.model.team import SOLO, Team
 from algorithms.config import GrpoConfig
 from algorithms.gkd import DistillationConfig
 from algorithms.losses import Normalizer, grpo_loss, sft_loss, value_loss
@@ -42,19 +43,19 @@ class Objective:
         """Whether the model gives one number at a token, and no distribution."""
         return self.numbers in ("scores", "values")
 
-    def values(self, model: Any, row: PackedRow, teacher: Any = None) -> tuple[Tensor, Tensor]:
+    def values(self, model: Any, row: PackedRow, teacher: Any = None, team: Team = SOLO) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each loss token; of a reward model or a critic its number, and entropy 0; with
-        distillation the divergence from the teacher, and the entropy."""
+        distillation the divergence from the teacher, and the entropy. Every rank of the team makes this call."""
         from actors.model.forward import row_divergences, row_logprobs, row_scores, row_values
 
         if self.distillation is not None:
-            return row_divergences(model, teacher, row, self.distillation.beta, self.distillation.temperature)
+            return row_divergences(model, teacher, row, self.distillation.beta, self.distillation.temperature, team)
         if self.has_scalar_head:
-            scores_N = (row_scores if self.numbers == "scores" else row_values)(model, row)
+            scores_N = (row_scores if self.numbers == "scores" else row_values)(model, row, team)
             return scores_N, torch.zeros_like(scores_N)
-        return row_logprobs(model, row, self.temperature)
+        return row_logprobs(model, row, self.temperature, team)
 
-    def referred(self, model: Any, row: PackedRow) -> PackedRow:
+    def referred(self, model: Any, row: PackedRow, team: Team = SOLO) -> PackedRow:
         """The row with the reference's log-probabilities; they came with the rollouts unless the reference is below."""
         if not self.reference_below:
             return row
@@ -64,7 +65,7 @@ class Objective:
         was_training = model.training
         model.eval()
         with torch.no_grad(), without_adapter(model):
-            reference_N, _ = row_logprobs(model, row, self.temperature)
+            reference_N, _ = row_logprobs(model, row, self.temperature, team)
         model.train(was_training)
         return replace(row, reference_logprobs_N=reference_N)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from actors.errors import RunError
+from actors.model.team import SOLO, Team
 from actors.policy_calls import PolicySettings, RankBatch, RankUpdate, ReferenceSums
 from actors.policy_state import PolicyState, collect, restore
 from actors.recipe.policy import LoraConfig
@@ -71,6 +72,8 @@ class PolicyActor:
         self._writing = False
         """The snapshot is being written: the next one must not take its memory."""
         self._teacher: Any = None
+        self._team = SOLO
+        """Those that compute each row with this rank."""
         self._base: str | None = None
         """Digest of the frozen weights below an adapter."""
 
@@ -114,6 +117,7 @@ class PolicyActor:
         backend = "nccl" if settings.use_gpu else "gloo"
         self._meet(host, port, backend)
         deepspeed.init_distributed(backend, verbose=False, timeout=self._timeout)  # takes the group that is there
+        self._team = Team.join(self.rank, settings.num_ranks, settings.policy.sequence_parallel_size, self._timeout)
         model, self._base = load_learner(settings)
         optimizer = adamw(model, settings.optimizer)
         num_iterations = settings.objective.num_iterations
@@ -131,7 +135,8 @@ class PolicyActor:
         )
         self.engine.train()
         if settings.teacher is not None:
-            self._teacher = load_teacher(settings.teacher, settings.policy.dtype).to(self.engine.device)
+            size = settings.policy.sequence_parallel_size
+            self._teacher = load_teacher(settings.teacher, settings.policy.dtype, size).to(self.engine.device)
         self._parameters: dict[str, Any] = trained_parameters(self.engine.module)
 
     def _meet(self, host: str, port: int, backend: str) -> None:
@@ -185,7 +190,7 @@ class PolicyActor:
         losses, stats = [], []
         for index, row in enumerate(rows):
             self.engine.set_gradient_accumulation_boundary(index == len(rows) - 1)
-            values_N, entropy_N = objective.values(self.engine, row, self._teacher)
+            values_N, entropy_N = self._values(row)
             start_N = starts.setdefault(index, values_N.detach())
             loss, micro_stats = objective.loss(row, values_N, entropy_N, start_N, normalizer)
             # DeepSpeed averages gradients over the ranks; our shares are to be summed.
@@ -219,7 +224,12 @@ class PolicyActor:
     def _referred(
         self, micro_batch: MicroBatch, groups: Sequence[ScoredGroup | Group], oldest_version: int
     ) -> PackedRow:
-        return self.settings.objective.referred(self.engine, self._row(micro_batch, groups, oldest_version))
+        row = self._row(micro_batch, groups, oldest_version)
+        return self.settings.objective.referred(self.engine, row, self._team)
+
+    def _values(self, row: PackedRow) -> tuple[Tensor, Tensor]:
+        """What the model says of each loss token of the row, and the entropies there."""
+        return self.settings.objective.values(self.engine, row, self._teacher, self._team)
 
     def references(self, batch: RankBatch, *groups: ScoredGroup | Group) -> list[list[ReferenceSums]]:
         """What the reference says of each sample of each micro-batch; every rank is called."""
@@ -236,7 +246,7 @@ class PolicyActor:
         with torch.no_grad():
             for micro_batch in batch.micro_batches:
                 row = self._row(micro_batch, groups, batch.oldest_version)
-                values_N, _ = self.settings.objective.values(self.engine, row)
+                values_N, _ = self._values(row)
                 numbers.append(sequence_sum(values_N.double(), row.sequence_N, len(micro_batch.samples)).tolist())
         self.engine.train()
         return numbers
@@ -328,7 +338,7 @@ class PolicyActor:
         """Log-probability of each loss token under the current weights; every rank is called with the same rollouts."""
         row = pack_row(rollouts, [0.0] * len(rollouts), self.pad_id).to(self.engine.device)
         with torch.no_grad():
-            logprobs_N, _ = self.settings.objective.values(self.engine, row)
+            logprobs_N, _ = self._values(row)
         return [logprobs_N[row.sequence_N == index].tolist() for index in range(len(rollouts))]
 
     # Checkpoints -------------------------------------------------------------------------------------------------

@@ -42,6 +42,13 @@ class PolicyGroup:
     """What the ranks are balanced by."""
     who: str = "policy"
     """Whose ranks they are, in messages."""
+    team_size: int = 1
+    """So many ranks that follow each other compute the same micro-batches together, and all of them say the same."""
+
+    @property
+    def num_teams(self) -> int:
+        """Among how many a batch is shared out."""
+        return len(self.ranks) // self.team_size
 
     async def start(self, timeout_s: float) -> None:
         """Load the model on every rank and join them."""
@@ -56,7 +63,7 @@ class PolicyGroup:
 
     async def rest(self, batch: Batch) -> Update:
         """Complete one batch without training on it: the next version has the same weights."""
-        nothing = tuple((MicroBatch(()),) for _ in self.ranks)
+        nothing = tuple((MicroBatch(()),) for _ in range(self.num_teams))
         return await self._complete("rest", replace(batch, ranks=nothing), ())
 
     async def _complete(self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> Update:
@@ -67,7 +74,7 @@ class PolicyGroup:
             updates: list[RankUpdate] = await _answer(self.timeout_s, asyncio.gather(*calls), what)
         assert {update.version for update in updates} == {batch.version + 1}, "only the policy counts versions, by one"
         assert len({update.skipped for update in updates}) == 1, "all ranks step, or none does"
-        return _merge(batch, updates, time.perf_counter() - started)
+        return _merge(batch, updates[:: self.team_size], time.perf_counter() - started)
 
     async def numbers(self, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> dict[tuple[int, int], float]:
         """What each sample of the batch amounts to under the current weights, by group and rollout."""
@@ -92,19 +99,21 @@ class PolicyGroup:
             )
         return {
             (sample.group, sample.rollout): answer
-            for rank, answers in zip(batch.ranks, found, strict=True)
+            for rank, answers in zip(batch.ranks, found[:: self.team_size], strict=True)
             for micro_batch, of_samples in zip(rank, answers, strict=True)
             for sample, answer in zip(micro_batch.samples, of_samples, strict=True)
         }
 
     def _calls(self, method: str, batch: Batch, groups: Sequence[ray.ObjectRef | Group]) -> list[Any]:
-        """Every rank is called with its share of the batch, and with no other groups than it needs."""
+        """Every rank is called with its team's share of the batch, and with no other groups than it needs."""
         normalizer = Normalizer.of(batch, self.max_completion_length)
         calls: list[Any] = []
-        for rank, micro_batches in zip(self.ranks, batch.ranks, strict=True):
+        firsts = range(0, len(self.ranks), self.team_size)
+        for first, micro_batches in zip(firsts, batch.ranks, strict=True):
             needed = sorted({sample.group for micro in micro_batches for sample in micro.samples})
             share = RankBatch(_renumbered(micro_batches, needed), normalizer, batch.oldest_version)
-            calls.append(getattr(rank, method).remote(share, *(groups[index] for index in needed)))
+            team = self.ranks[first : first + self.team_size]
+            calls += [getattr(rank, method).remote(share, *(groups[index] for index in needed)) for rank in team]
         return calls
 
     async def scale_learning_rate(self, factor: float) -> None:

@@ -77,7 +77,8 @@ class Ranks:
         settings = self.settings
         reading = aside(sequence_costs, settings.model_path, settings.revision, settings.trust_remote_code)
         costs = await within(_START_TIMEOUT_S, reading, "reading the model's config")
-        group = PolicyGroup(self.handles, longest, self.settings.policy.timeout_s, costs, self.pool)
+        config = self.settings.policy
+        group = PolicyGroup(self.handles, longest, config.timeout_s, costs, self.pool, config.sequence_parallel_size)
         await group.start(_START_TIMEOUT_S)
         return group
 

@@ -224,7 +224,8 @@ class Batch:
     version: int
     """The version the policy holds when it trains on this batch; the update makes version + 1."""
     ranks: tuple[tuple[MicroBatch, ...], ...]
-    """`ranks[r]` are the micro-batches of policy rank r; all ranks have equally many."""
+    """`ranks[r]` are the micro-batches of policy rank r, or of the r-th team of ranks that compute each pass together;
+    all have equally many."""
     num_sequences: int
     num_loss_tokens: int
     """Tokens of all samples; the stale ones, which leave the loss, are among them."""

@@ -11,6 +11,8 @@ tokens.
                        both score through the same head, the padded one every place of the completions, as trainers do
     logit_memory_share peak memory of the log-probabilities, forward and backward, over that with full logits, at a
                        vocabulary of 32,768
+    sequence_memory_share peak memory of a long row's forward and backward pass on each of two ranks that share it out
+                       (policy.sequence_parallel_size: 2), over that on one rank
     balance            heaviest over mean rank, in cost, 8 ranks and 256 rollouts: the worst of 20 batches
     loss_difference    between the packed step's GRPO loss and that of padded sequences with full logits
 """
@@ -47,6 +49,7 @@ from algorithms.losses import Normalizer, grpo_loss
 from algorithms.packed import PackedRow, pack_row
 from algorithms.packing import pack
 from algorithms.types import Rollout
+from benchmarks.policy_step_team import NUM_TOKENS, memory_share
 from benchmarks.usage import parser_of
 
 NUM_SEQUENCES, MEDIAN, MAX_TOKENS = 32, 40, 2048
@@ -219,13 +222,23 @@ def peak_bytes(full: bool, num_tokens: int, vocabulary: int, hidden: int) -> tup
             return logprobs_and_entropy(nn.functional.linear(hidden_NH[rows], weight_VH), targets_N[rows], 1.0, 2048)[0]
         return head_logprobs_and_entropy(hidden_NH[rows], weight_VH, None, targets_N[rows], 1.0)[0]
 
+    def step() -> float:
+        started = time.perf_counter()
+        logprobs(slice(None)).mean().backward()
+        return time.perf_counter() - started
+
     logprobs(slice(16)).sum().backward()  # the gradients' own memory, and the libraries'
+    return peak_of(step)
+
+
+def peak_of(step: Callable[[], float]) -> tuple[int, float]:
+    """Resident memory of this process beyond what was there before, at most, and what the step gives."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, started = _kilobytes("VmRSS"), time.perf_counter()
-    logprobs(slice(None)).mean().backward()
-    return (_kilobytes("VmHWM") - before) * 1024, time.perf_counter() - started
+    before = _kilobytes("VmRSS")
+    given = step()
+    return (_kilobytes("VmHWM") - before) * 1024, given
 
 
 def _kilobytes(name: str) -> int:
@@ -268,10 +281,12 @@ def main() -> None:
                 seconds[way].append(took)
     packed_s, padded_s = median(seconds["packed"]), median(seconds["padded"])
     (ours, ours_s), (full, full_s) = (apart(whole, *MEMORY.values()) for whole in (False, True))
+    team_share, (alone, *team) = memory_share()
     bare = MEMORY["num_tokens"] * MEMORY["vocabulary"] * 4
     figures = {
         "packing_gain": padded_s / packed_s / steps.token_ratio,
         "logit_memory_share": ours / full,
+        "sequence_memory_share": team_share,
         "balance": balance(),
         "loss_difference": difference,
         "token_ratio": steps.token_ratio,
@@ -284,6 +299,9 @@ def main() -> None:
     table.add_row("packing_gain", f"{figures['packing_gain']:.3g}", "0.75 or more", how)
     how = f"{ours / 2**20:.0f} MiB over {full / 2**20:.0f} MiB; the logits alone are {bare / 2**20:.0f} MiB"
     table.add_row("logit_memory_share", f"{figures['logit_memory_share']:.3g}", "0.125 or less", how)
+    each = " and ".join(f"{peak / 2**20:.0f}" for peak in team)
+    how = f"{each} MiB over {alone / 2**20:.0f} MiB, one row of {NUM_TOKENS:,} tokens"
+    table.add_row("sequence_memory_share", f"{team_share:.3g}", "0.65 or less", how)
     how = f"{NUM_RANKS} ranks, the worst of {NUM_BATCHES} batches of 256 rollouts"
     table.add_row("balance", f"{figures['balance']:.4g}", "1.02 or less", how)
     table.add_row("loss_difference", f"{difference:.2g}", "1e-5 or less", "packed rows; padded with full logits")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from actors.model.team import uneven_heads
 from actors.recipe.base import OfflineRecipe
 from actors.recipe.critic import CriticConfig
 from actors.recipe.preference import PreferenceRecipe
@@ -58,6 +59,7 @@ def estimate(recipe: Recipe, placed: PlacementPlan, cluster: ClusterSpec, gpu_gb
     if shape is None:
         return Estimate([])
     shapes, lines = _shapes(recipe, shape, pools)
+    _check_heads(recipe, shapes)
     memory = {pool: gpu_gb or _told(pool, placed, cluster) for pool in shapes}
     for pool, its in shapes.items():
         if (gigabytes := memory[pool]) is not None:
@@ -140,6 +142,17 @@ def _check(recipe: Recipe, shape: ModelShape, pool: str, gpu_bytes: float) -> No
             check_rollout(shape, rollout_load(recipe, shape), gpu_bytes)
 
 
+def _check_heads(recipe: Recipe, shapes: Mapping[str, ModelShape]) -> None:
+    """ValueError when the policy's ranks, or the critic's, cannot share out the heads of their model."""
+    sizes = {"policy": recipe.policy.sequence_parallel_size}
+    if isinstance(recipe, GrpoRecipe) and recipe.critic is not None:
+        sizes["critic"] = recipe.critic.sequence_parallel_size
+    for pool, size in sizes.items():
+        its = shapes.get(pool)
+        if its is not None and (problem := uneven_heads(its.num_heads, its.num_kv_heads, size)) is not None:
+            raise ValueError(f"{pool}.sequence_parallel_size: {problem}")
+
+
 def _footprint(recipe: Recipe, shape: ModelShape, pool: str, gpu_bytes: float | None) -> Footprint:
     match pool:
         case "critic" if isinstance(recipe, GrpoRecipe):
@@ -173,11 +186,13 @@ def policy_load(recipe: Recipe, shape: ModelShape) -> PolicyLoad:
         num_ranks=recipe.pools.policy.num_workers,
         zero_stage=policy.zero_stage,
         bytes_per_weight=_BYTES[policy.dtype],
-        tokens=_tokens(recipe, _per_rank(recipe)),
+        tokens=_tokens(recipe, _per_team(recipe)),
         gradient_checkpointing=policy.gradient_checkpointing,
+        sequence_parallel=policy.sequence_parallel_size,
         num_trained=_adapted(recipe, shape),
         four_bits=lora is not None and lora.quantize is not None,
         offload=policy.offload is not None,
+        offload_weights=policy.offload is not None and policy.offload.parameters is not None,
         teacher=teacher,
     )
 
@@ -187,7 +202,8 @@ def critic_load(recipe: GrpoRecipe) -> PolicyLoad:
     assert recipe.pools.critic is not None
     num_ranks = recipe.pools.critic.num_workers
     like = (recipe.critic or CriticConfig()).ranks_like(recipe.policy)
-    num_sequences = -(-recipe.groups_per_batch * recipe.algorithm.num_generations // num_ranks)
+    num_teams = num_ranks // like.sequence_parallel_size
+    num_sequences = -(-recipe.groups_per_batch * recipe.algorithm.num_generations // num_teams)
     return PolicyLoad(
         num_ranks=num_ranks,
         zero_stage=like.zero_stage,
@@ -195,6 +211,9 @@ def critic_load(recipe: GrpoRecipe) -> PolicyLoad:
         tokens=_tokens(recipe, num_sequences),
         gradient_checkpointing=like.gradient_checkpointing,
         has_vocabulary=False,
+        offload=like.offload is not None,
+        offload_weights=like.offload is not None and like.offload.parameters is not None,
+        sequence_parallel=like.sequence_parallel_size,
     )
 
 
@@ -239,14 +258,14 @@ def _longest(recipe: Recipe) -> int:
             return recipe.max_length
 
 
-def _per_rank(recipe: Recipe) -> int:
-    """Sequences of a batch that one rank gets, about."""
+def _per_team(recipe: Recipe) -> int:
+    """Sequences of a batch that one rank gets, or one team of ranks, about."""
     match recipe:
         case GrpoRecipe():
             num_sequences = recipe.groups_per_batch * recipe.algorithm.num_generations
         case OfflineRecipe():
             num_sequences = recipe.batch_size * (2 if isinstance(recipe, PreferenceRecipe) else 1)
-    return -(-num_sequences // recipe.pools.policy.num_workers)
+    return -(-num_sequences // recipe.num_teams)
 
 
 def _tokens(recipe: Recipe, num_sequences: int) -> int:

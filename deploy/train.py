@@ -21,9 +21,11 @@ from actors.data.preferences import JudgementStream, PairStream
 from actors.data.prompts import PromptStream
 from actors.errors import RunError, first_cause, last_line
 from actors.journal import check
+from actors.model.kernels import check_kernels
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
 from actors.model.quantize import check_quantizer
+from actors.model.team import check_heads
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
 from actors.recipe.base import OfflineRecipe
 from actors.recipe.file import load_recipe
@@ -92,6 +94,9 @@ def prepare(
             _check_reference("reference", run.reference, tokenizer, num_positions)
         if isinstance(run, GrpoRecipe) and run.critic_model is not None:
             _check_reference("critic.model", run.critic_model, tokenizer, num_positions)
+        check_kernels(run.policy.liger, run.pools.policy.gpus_per_worker > 0)
+        if run.policy.sequence_parallel_size > 1:
+            check_heads(_skeleton(run), run.policy.sequence_parallel_size, "policy.sequence_parallel_size")
         if run.policy.lora is not None:
             target_modules(_skeleton(run), run.policy.lora)
             if run.policy.lora.quantize is not None:

@@ -16,7 +16,8 @@ from actors.recipe.schema import Recipe
 _FREE = (
     "pools", "rollout", "sync", "logging", "checkpoint", "liveness", "stall", "health", "simulation", "run_dir",
     "policy.zero_stage", "policy.num_threads", "policy.timeout_s", "policy.max_restarts",
-    "policy.gradient_checkpointing", "critic.zero_stage", "rewards.timeout_s", "rewards.max_failed_share",
+    "policy.gradient_checkpointing", "policy.sequence_parallel_size", "policy.offload", "policy.liger",
+    "critic.zero_stage", "critic.sequence_parallel_size", "rewards.timeout_s", "rewards.max_failed_share",
     "rewards.max_concurrent_groups",
     "dataset.max_bad_rows", "generation.timeout_s",
 )  # fmt: skip

@@ -8,15 +8,20 @@ from transformers import PreTrainedModel
 from actors.model.files import make_savable
 from actors.model.forward import PACKED_ATTENTION
 from actors.model.head import put_scoring_head
+from actors.model.kernels import put_kernels
 from actors.model.load import disable_dropout, load_causal_lm, load_scorer
 from actors.model.lora import adapt, base_digest
 from actors.model.quantize import quantization
+from actors.model.team import check_heads
 from actors.policy_calls import PolicySettings
 
 
 def load_learner(settings: PolicySettings) -> tuple[PreTrainedModel, str | None]:
     """The model, and the digest of the frozen weights below an adapter; ValueError when it cannot learn so."""
     model = _load(settings)
+    who = "critic" if settings.objective.numbers == "values" else "policy"
+    check_heads(model, settings.policy.sequence_parallel_size, f"{who}.sequence_parallel_size")
+    put_kernels(model, settings.policy.liger, settings.use_gpu)
     make_savable(model)
     if settings.objective.numbers is not None:
         disable_dropout(model)  # a sequence must amount to the same whenever it is asked

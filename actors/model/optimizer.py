@@ -27,7 +27,10 @@ def deepspeed_config(policy: PolicyConfig, optimizer: OptimizerConfig) -> dict[s
     """For `deepspeed.initialize`."""
     zero: dict[str, Any] = {"stage": policy.zero_stage}
     if policy.offload is not None:
-        zero["offload_optimizer"] = {"device": policy.offload.optimizer, "pin_memory": torch.cuda.is_available()}
+        pinned = {"pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": policy.offload.optimizer} | pinned
+        if policy.offload.parameters is not None:
+            zero["offload_param"] = {"device": policy.offload.parameters} | pinned
     return {
         "train_micro_batch_size_per_gpu": 1,
         # Accumulation is ours: micro-batches differ in number and size from step to step.

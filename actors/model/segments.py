@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.model.team import SOLO, Team
 from algorithms.packed import PackedRow
 
 Call = tuple[Tensor, Tensor, Tensor]
@@ -56,14 +57,17 @@ class Grids:
     grids: tuple[Grid, ...]
     place_T: Tensor
     """Where each token of the row is among those of all grids, one grid after the other."""
+    team: Team = SOLO
+    """Who has the row's tokens."""
 
     @classmethod
-    def of(cls, row: PackedRow) -> "Grids":
+    def of(cls, row: PackedRow, team: Team = SOLO) -> "Grids":
         device = row.token_ids_T.device
-        places_S = _places(row)
+        lengths_S, shared_S = _filled_up(row, team)
+        places_S = _places(lengths_S, shared_S)
         grids, tokens = [], []
-        for members in alike(row.lengths_S):
-            lengths = [row.lengths_S[index] for index in members]
+        for members in alike(lengths_S):
+            lengths = [lengths_S[index] for index in members]
             longest = lengths[0]
             token_K = np.concatenate([places_S[index] for index in members])
             slot_K = np.concatenate([place * longest + np.arange(n) for place, n in enumerate(lengths)])
@@ -72,7 +76,7 @@ class Grids:
             grids.append(Grid(len(members), longest, *where))
         # Of a token that several sequences share, each has made the same; the first's is taken.
         _, place_T = np.unique(np.concatenate(tokens), return_index=True)
-        return cls(tuple(grids), torch.from_numpy(place_T).to(device))
+        return cls(tuple(grids), torch.from_numpy(place_T).to(device), team)
 
     def calls(self, query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor) -> Iterator[Call]:
         for grid in self.grids:
@@ -98,16 +102,19 @@ class Alone:
     """Of which of these the queries are."""
     known_S: tuple[int, ...]
     """How many of the sequence's first answers another sequence has had before, and are left out."""
+    team: Team = SOLO
+    """Who has the row's tokens."""
 
     @classmethod
-    def of(cls, row: PackedRow) -> "Alone":
+    def of(cls, row: PackedRow, team: Team = SOLO) -> "Alone":
+        lengths_S, shared_S = _filled_up(row, team)
         cuts: list[int] = []
         pieces: list[tuple[int, ...]] = []
         asks: list[tuple[int, ...]] = []
         known: list[int] = []
         beginning = 0
-        follows = (*row.shared_S[1:], 0)
-        for length, shared, following in zip(row.lengths_S, row.shared_S, follows, strict=True):
+        follows = (*shared_S[1:], 0)
+        for length, shared, following in zip(lengths_S, shared_S, follows, strict=True):
             own = len(cuts)
             if shared:
                 cuts.append(length - shared)
@@ -123,7 +130,7 @@ class Alone:
             again = bool(shared) and length - shared > max(shared, SHORT)
             asks.append(pieces[-1] if again or not shared else pieces[-1][1:])
             known.append(shared if again else 0)
-        return cls(tuple(cuts), tuple(pieces), tuple(asks), tuple(known))
+        return cls(tuple(cuts), tuple(pieces), tuple(asks), tuple(known), team)
 
     def calls(self, query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor) -> Iterator[Call]:
         queries = self._taken(query_1HTD, self.asks_S)
@@ -149,17 +156,23 @@ class Alone:
 Segments = Grids | Alone
 
 
-def segments_of(row: PackedRow) -> Segments:
+def segments_of(row: PackedRow, team: Team = SOLO) -> Segments:
     """On the CPU one by one; on GPUs, where a call costs more than some padding, together."""
-    return Alone.of(row) if row.token_ids_T.device.type in ONE_BY_ONE else Grids.of(row)
+    return Alone.of(row, team) if row.token_ids_T.device.type in ONE_BY_ONE else Grids.of(row, team)
 
 
-def _places(row: PackedRow) -> list[np.ndarray]:
+def _filled_up(row: PackedRow, team: Team) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Lengths of the sequences and what each shares; tokens that fill the row up are a sequence of their own."""
+    padding = team.padding(row)
+    return ((*row.lengths_S, padding), (*row.shared_S, 0)) if padding else (row.lengths_S, row.shared_S)
+
+
+def _places(lengths_S: Sequence[int], shared_S: Sequence[int]) -> list[np.ndarray]:
     """Where in the row the tokens of each sequence are."""
     places: list[np.ndarray] = []
     first = 0
-    own = [length - shared for length, shared in zip(row.lengths_S, row.shared_S, strict=True)]
-    for start, length, shared in zip(accumulate(own, initial=0), own, row.shared_S, strict=False):
+    own = [length - shared for length, shared in zip(lengths_S, shared_S, strict=True)]
+    for start, length, shared in zip(accumulate(own, initial=0), own, shared_S, strict=False):
         first = first if shared else start
         places.append(np.concatenate([first + np.arange(shared), start + np.arange(length)]))
     return places

@@ -5,14 +5,16 @@ from typing import Any
 from actors.model.forward import PACKED_ATTENTION
 from actors.model.head import put_scoring_head
 from actors.model.load import Dtype, load_causal_lm
+from actors.model.team import check_heads
 from actors.policy_calls import ModelSource
 
 
-def load_teacher(source: ModelSource, dtype: Dtype) -> Any:
-    """The model, on the CPU; ValueError when its head does more than one multiplication."""
+def load_teacher(source: ModelSource, dtype: Dtype, sequence_parallel_size: int = 1) -> Any:
+    """The model, on the CPU; ValueError when its head does more than one multiplication, or a team cannot share it."""
     model: Any = load_causal_lm(
         source.path, source.revision, source.trust_remote_code, dtype, attn_implementation=PACKED_ATTENTION
     )
+    check_heads(model, sequence_parallel_size, "policy.sequence_parallel_size: of the teacher")
     if not put_scoring_head(model):
         raise ValueError(
             f"reference: the logits of '{source.path}' are scaled or capped behind its output head, so they cannot "

@@ -1,7 +1,7 @@
 """What the recipes of all kinds have in common, and what those have that learn from data alone."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -48,6 +48,11 @@ class BaseRecipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _makes_whole_teams(self) -> Self:
+        check_teams("policy", self.policy.sequence_parallel_size, self.pools.policy.num_workers)
+        return self
+
+    @model_validator(mode="after")
     def _quantizes_on_gpus(self) -> Self:
         lora = self.policy.lora
         if lora is not None and lora.quantize is not None and self.pools.policy.gpus_per_worker == 0:
@@ -57,9 +62,39 @@ class BaseRecipe(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_kernels_for_gpus(self) -> Self:
+        if self.policy.liger is True and self.pools.policy.gpus_per_worker == 0:
+            raise ValueError(
+                "policy.liger: liger-kernel runs on GPUs alone, and the policy pool has none; set "
+                "pools.policy.gpus_per_worker to 1, or policy.liger to auto"
+            )
+        return self
+
+    @property
+    def num_teams(self) -> int:
+        """Among how many a batch is shared out: the policy's ranks, or teams of them."""
+        return self.pools.policy.num_workers // self.policy.sequence_parallel_size
+
+    @property
+    def _learners(self) -> str:
+        """What they are, in messages."""
+        size = self.policy.sequence_parallel_size
+        return "ranks" if size == 1 else f"teams of {size} ranks"
+
     @property
     def folder(self) -> Path:
         return self.run_dir or Path("runs") / self.name
+
+
+def check_teams(section: Literal["policy", "critic"], size: int, num_ranks: int) -> None:
+    """ValueError when that many ranks do not make whole teams."""
+    if num_ranks % size:
+        raise ValueError(
+            f"{section}.sequence_parallel_size: {num_ranks} ranks make no teams of {size}; set "
+            f"pools.{section}.num_workers to a multiple of {size}, such as {-(-num_ranks // size) * size}, or the size "
+            f"to a divisor of {num_ranks}"
+        )
 
 
 class OfflineRecipe(BaseRecipe):
@@ -81,9 +116,9 @@ class OfflineRecipe(BaseRecipe):
             raise ValueError(
                 "pools.critic: only algorithm.advantage 'gae' of recipes of kind 'grpo' has a critic; remove it"
             )
-        if self.batch_size < self.pools.policy.num_workers:
+        if self.batch_size < self.num_teams:
             raise ValueError(
-                f"batch_size: {self.batch_size} sequences cannot feed {self.pools.policy.num_workers} policy ranks; "
+                f"batch_size: {self.batch_size} sequences cannot feed {self.num_teams} policy {self._learners}; "
                 "raise batch_size or lower pools.policy.num_workers"
             )
         return self

@@ -26,6 +26,8 @@ class CriticConfig(BaseModel):
     """For so many steps the critic learns alone, and the policy stays as it is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     zero_stage: int = Field(1, ge=0, le=3)
+    sequence_parallel_size: int = Field(1, ge=1)
+    """As the policy's."""
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -34,7 +36,8 @@ class CriticConfig(BaseModel):
 
     def ranks_like(self, policy: PolicyConfig) -> PolicyConfig:
         """How the critic's ranks compute."""
-        return policy.model_copy(update={"dtype": self.dtype, "zero_stage": self.zero_stage, "lora": None})
+        own = {name: getattr(self, name) for name in ("dtype", "zero_stage", "sequence_parallel_size")}
+        return policy.model_copy(update=own | {"lora": None})
 
     def optimizer_like(self, policy: OptimizerConfig) -> OptimizerConfig:
         """What the critic's ranks learn with."""

@@ -45,6 +45,9 @@ class OffloadConfig(BaseModel):
 
     optimizer: Literal["cpu"] = "cpu"
     """AdamW's state and the float32 weights, and its step is computed there."""
+    parameters: Literal["cpu"] | None = None
+    """With ZeRO-3, the weights as well, which are on the GPU while a layer needs them (ZeRO-Infinity, arXiv
+    2104.07857); null leaves each rank's share there."""
 
 
 class PolicyConfig(BaseModel):
@@ -57,12 +60,19 @@ class PolicyConfig(BaseModel):
     weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_tokens_per_micro_batch: int = Field(8192, ge=16)
-    """Token budget of one forward pass."""
+    """Token budget of one forward pass, of a rank or of a team of ranks."""
+    sequence_parallel_size: int = Field(1, ge=1)
+    """Ranks that compute each forward pass together, as a team: each has its share of the tokens, and in attention of
+    the heads (Ulysses, arXiv 2309.14509). For sequences whose activations are too many for one GPU."""
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     """Train and publish adapters only; null trains and publishes every weight."""
     offload: OffloadConfig | None = None
-    """Keep the optimizer in the host's memory, such as `{optimizer: cpu}`; null keeps it on the GPU."""
+    """Keep the optimizer in the host's memory, such as `{optimizer: cpu}`, or the weights, too, `{parameters: cpu}`;
+    null keeps both on the GPU."""
+    liger: bool | Literal["auto"] = "auto"
+    """On GPUs, compute norms, rotary embeddings and gated MLPs with liger-kernel's fused kernels; auto does where the
+    package is installed and the model is of a type that was tried."""
     num_threads: int | None = Field(None, ge=1)
     """CPU threads of each rank; null takes the pool's cpus_per_worker, at least 1."""
     timeout_s: float = Field(1800.0, gt=0.0)
@@ -76,6 +86,11 @@ class PolicyConfig(BaseModel):
         check_stage("policy", self.zero_stage, self.dtype)
         if self.offload is not None and self.zero_stage == 0:
             raise ValueError("offload: without ZeRO nothing is kept apart; set zero_stage to 1 or more")
+        if self.offload is not None and self.offload.parameters is not None and self.zero_stage != 3:
+            raise ValueError(
+                f"offload.parameters: only ZeRO-3 fetches weights when they are needed, and zero_stage is "
+                f"{self.zero_stage}; set zero_stage to 3, or offload.parameters to null"
+            )
         if self.lora is None or self.lora.quantize is None:
             return self
         if self.dtype != "bfloat16":

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from actors.recipe.base import BaseRecipe, OfflineRecipe
+from actors.recipe.base import BaseRecipe, OfflineRecipe, check_teams
 from actors.recipe.critic import CriticConfig
 from actors.recipe.methods import method_refusals
 from actors.recipe.model import PretrainedModel, ReferenceConfig
@@ -105,11 +105,10 @@ class GrpoRecipe(BaseRecipe):
                 f"{self.groups_per_batch}; set it to {self.groups_per_batch} or more, or groups_per_batch to {depth}"
             )
         num_rollouts = self.groups_per_batch * algorithm.num_generations
-        if num_rollouts < self.pools.policy.num_workers:
+        if num_rollouts < self.num_teams:
             raise ValueError(
-                f"groups_per_batch: a batch of {num_rollouts} rollouts cannot feed "
-                f"{self.pools.policy.num_workers} policy ranks; raise groups_per_batch or lower "
-                "pools.policy.num_workers"
+                f"groups_per_batch: a batch of {num_rollouts} rollouts cannot feed {self.num_teams} policy "
+                f"{self._learners}; raise groups_per_batch or lower pools.policy.num_workers"
             )
         self._check_sync()
         self._check_critic()
@@ -126,6 +125,15 @@ class GrpoRecipe(BaseRecipe):
                 raise ValueError(
                     "reference: the critic is told the KL penalty of each token by reference workers, and with "
                     "policy.lora there are none; name the model in reference, or set algorithm.beta to 0"
+                )
+            critic = self.critic or CriticConfig()
+            check_teams("critic", critic.sequence_parallel_size, self.pools.critic.num_workers)
+            offload = self.policy.offload
+            if offload is not None and offload.parameters is not None and critic.zero_stage != 3:
+                raise ValueError(
+                    "critic.zero_stage: policy.offload holds for the critic, too, and only ZeRO-3 fetches weights when "
+                    f"they are needed, not {critic.zero_stage}; set critic.zero_stage to 3, or leave "
+                    "policy.offload.parameters out"
                 )
             return
         for key, value in (("critic", self.critic), ("pools.critic", self.pools.critic)):

@@ -28,7 +28,7 @@ def batch_of(
     costs = [policy.costs.of(sample.num_tokens, count) for sample, count in zip(samples, learned, strict=True)]
     prompts = [policy.costs.of(_num_alike(groups[sample.group].rollouts), 0) for sample in samples]
     sequences = Sequences([s.num_tokens for s in samples], costs, [s.group for s in samples], prompts)
-    packed = pack_sharing(sequences, len(policy.ranks), max_tokens)
+    packed = pack_sharing(sequences, policy.num_teams, max_tokens)
     return Batch(
         version=version,
         ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed),

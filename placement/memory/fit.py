@@ -65,6 +65,9 @@ def check_policy(
     if load.bytes_per_weight == 4:
         half = _in_half(load, pool)
         single += [half] if total(policy_footprint(shape, half.load)) <= gpu_bytes else []
+    if not single:
+        teams = _in_teams(shape, load, pool)
+        single = [knob for knob in teams if total(policy_footprint(shape, knob.load)) <= gpu_bytes]
     fixes = _first_of_each(knob.text for knob in single) or [knob.text for knob in knobs[:1]]
     fewest = next((knob.text for knob in knobs if knob.load.num_ranks > load.num_ranks), None)
     if fewest is not None and fewest not in fixes:
@@ -76,6 +79,15 @@ def _in_half(load: PolicyLoad, pool: str) -> PolicyKnob:
     """In bfloat16, for which there is no stage 0."""
     text = f"{pool}.dtype=bfloat16" + (f" {pool}.zero_stage=1" if load.zero_stage == 0 else "")
     return PolicyKnob(text, replace(load, bytes_per_weight=2, zero_stage=max(1, load.zero_stage)))
+
+
+def _in_teams(shape: ModelShape, load: PolicyLoad, pool: str) -> Iterator[PolicyKnob]:
+    """Larger teams of the same ranks, which can share out the model's heads; the smallest first."""
+    size = 2 * load.sequence_parallel
+    while size <= load.num_ranks:
+        if load.num_ranks % size == 0 and shape.can_share_heads(size):
+            yield PolicyKnob(f"{pool}.sequence_parallel_size={size}", replace(load, sequence_parallel=size))
+        size *= 2
 
 
 def _policy_knobs(load: PolicyLoad, shortest: int, pool: str) -> Iterator[PolicyKnob]:

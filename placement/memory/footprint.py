@@ -43,7 +43,7 @@ class PolicyLoad:
     zero_stage: int
     bytes_per_weight: int
     tokens: int
-    """Of one micro-batch."""
+    """Of one micro-batch, which a rank or a team of ranks computes."""
     gradient_checkpointing: bool
     num_trained: int | None = None
     """Parameters of the adapters; None trains every parameter."""
@@ -53,8 +53,17 @@ class PolicyLoad:
     """The linear layers below the adapters are held in four bits."""
     offload: bool = False
     """The optimizer, and its step, are in the host's memory."""
+    offload_weights: bool = False
+    """So are the weights, but for those that a layer needs (ZeRO-3)."""
     teacher: float = 0.0
     """Bytes of a frozen model beside, which every rank holds whole."""
+    sequence_parallel: int = 1
+    """Ranks of a team."""
+
+    @property
+    def own_tokens(self) -> int:
+        """Of a micro-batch, on one rank."""
+        return -(-self.tokens // self.sequence_parallel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +110,14 @@ def policy_footprint(shape: ModelShape, load: PolicyLoad) -> Footprint:
     if load.offload:
         step = 0.0
     activations = policy_activations(shape, load)
-    head = head_bytes(shape, load.tokens, size, trained=load.num_trained is None) if load.has_vocabulary else 0.0
+    head = head_bytes(shape, load.own_tokens, size, trained=load.num_trained is None) if load.has_vocabulary else 0.0
     held = float(size * whole)
     if load.four_bits:  # one layer at a time is there in full, too
         held -= (size - _FOUR_BITS) * shape.quantizable_parameters
         held += size * max(math.prod(sizes) for sizes in shape.linear_layers.values())
     gathered = size * min(_LIVE, whole) if stage == 3 else 0.0
     return {
-        "weights": held / (ranks if stage == 3 else 1) + load.teacher,
+        "weights": (0.0 if load.offload_weights else held / (ranks if stage == 3 else 1)) + load.teacher,
         "gradients": summed + fresh,
         "optimizer": 0.0 if load.offload else (12.0 if has_masters else 8.0) * own,
         "activations": max(activations, step - head - gathered),
@@ -118,11 +127,17 @@ def policy_footprint(shape: ModelShape, load: PolicyLoad) -> Footprint:
 
 
 def policy_activations(shape: ModelShape, load: PolicyLoad) -> float:
-    """What the backward pass needs of the forward pass, without the output head."""
-    layer = layer_activations(shape, load.bytes_per_weight) * load.tokens
+    """What the backward pass needs of the forward pass, without the output head.
+
+    In a team a rank has its share of the tokens, and in attention all tokens of its share of the heads, which is as
+    much, but for heads of keys and values that several ranks have.
+    """
+    size, copies = load.bytes_per_weight, max(1.0, load.sequence_parallel / shape.num_kv_heads)
+    copied = _PADDING * size * 2 * shape.kv_size * (copies - 1)
+    layer = (layer_activations(shape, size) + copied) * load.own_tokens
     if not load.gradient_checkpointing:
         return shape.num_layers * layer
-    return shape.num_layers * load.bytes_per_weight * shape.hidden_size * load.tokens + layer
+    return shape.num_layers * size * shape.hidden_size * load.own_tokens + layer
 
 
 def layer_activations(shape: ModelShape, size: int, padding: float = _PADDING) -> float:

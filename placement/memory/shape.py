@@ -41,6 +41,10 @@ class ModelShape:
         """Of the keys of one token in one layer, and of its values."""
         return self.num_kv_heads * self.head_dim
 
+    def can_share_heads(self, size: int) -> bool:
+        """Whether so many ranks can have equally many heads each, and the keys and values that these need."""
+        return self.num_heads % size == 0 and (self.num_kv_heads % size == 0 or size % self.num_kv_heads == 0)
+
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of the linear layers of one layer, by their names in transformers; one expert's."""

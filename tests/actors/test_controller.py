@@ -143,7 +143,7 @@ class Bench:
     ) -> None:
         self.events: list[str] = []
         self.committed = 0
-        self.ranks = (None,)
+        self.num_teams = 1
         self.costs = SequenceCosts()
         self.max_completion_length = 8
         self.step_error: Exception | None = None

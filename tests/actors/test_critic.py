@@ -60,7 +60,7 @@ def with_critic(
     ranks = tuple(actor.remote(rank, settings) for rank in range(settings.num_ranks))
 
     async def run() -> Answer:
-        group = PolicyGroup(ranks, 16, 60.0, who="critic")
+        group = PolicyGroup(ranks, 16, 60.0, who="critic", team_size=settings.policy.sequence_parallel_size)
         await group.start(120.0)
         return await use(CriticGroup(group, algorithm, MAX_TOKENS, 0))
 

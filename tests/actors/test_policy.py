@@ -71,14 +71,15 @@ def train(
     oldest_version: int = 0,
     lora: LoraConfig | None = None,
     gradient_checkpointing: bool = False,
+    team_size: int = 1,
 ) -> tuple[dict[str, torch.Tensor], list[Update]]:
     """Weights after two steps on the same batch, and the updates."""
     from safetensors.torch import load_file
 
-    settings = settings_of(path, folder, num_ranks, zero_stage, dtype, lora, gradient_checkpointing)
+    settings = settings_of(path, folder, num_ranks, zero_stage, dtype, lora, gradient_checkpointing, team_size)
 
     async def run(group: PolicyGroup) -> list[Update]:
-        updates = [await group.step(*batch(num_ranks, max_tokens, step, oldest_version)) for step in range(2)]
+        updates = [await group.step(*batch(group.num_teams, max_tokens, step, oldest_version)) for step in range(2)]
         await group.save(folder)
         return updates
 
@@ -94,6 +95,7 @@ def settings_of(
     dtype: Dtype,
     lora: LoraConfig | None = None,
     gradient_checkpointing: bool = False,
+    team_size: int = 1,
 ) -> PolicySettings:
     return PolicySettings(
         model_path=str(path),
@@ -104,7 +106,11 @@ def settings_of(
         seed=0,
         num_steps=2,
         policy=PolicyConfig(
-            zero_stage=zero_stage, dtype=dtype, lora=lora, gradient_checkpointing=gradient_checkpointing
+            zero_stage=zero_stage,
+            dtype=dtype,
+            lora=lora,
+            gradient_checkpointing=gradient_checkpointing,
+            sequence_parallel_size=team_size,
         ),
         optimizer=OPTIMIZER,
         objective=Objective(GrpoConfig(loss_type="grpo"), 1.0, 16),
@@ -120,7 +126,7 @@ def with_policy(settings: PolicySettings, use: Callable[[PolicyGroup], Awaitable
     ranks = tuple(actor.remote(rank, settings) for rank in range(settings.num_ranks))
 
     async def run() -> Answer:
-        group = PolicyGroup(ranks, 16, 60.0)
+        group = PolicyGroup(ranks, 16, 60.0, team_size=settings.policy.sequence_parallel_size)
         await group.start(120.0)
         return await use(group)
 

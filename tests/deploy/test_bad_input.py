@@ -72,6 +72,22 @@ CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "unknown transport": (["sync.transport=carrier-pigeon"], {}, ["sync.transport", "gloo"]),
     "unknown loss": (["algorithm.loss_type=ppo2"], {}, ["loss_type", "dapo"]),
     "more ranks than rollouts": (["pools.policy.num_workers=9"], {}, ["9 policy ranks"]),
+    "ranks that make no teams": (
+        ["policy.sequence_parallel_size=2", "pools.policy.num_workers=3"],
+        {},
+        ["policy.sequence_parallel_size", "a multiple of 2, such as 4"],
+    ),
+    "more teams than rollouts": (
+        ["policy.sequence_parallel_size=2", "pools.policy.num_workers=18"],
+        {},
+        ["9 policy teams of 2 ranks"],
+    ),
+    "heads that cannot be shared out": (
+        ["policy.sequence_parallel_size=3", "pools.policy.num_workers=3"],
+        {},
+        ["policy.sequence_parallel_size: 3 ranks cannot share out", "set it to 1"],
+    ),
+    "kernels without a GPU": (["policy.liger=true"], {}, ["policy.liger", "GPUs alone", "auto"]),
     "too many GPUs": (["pools.rollout.gpus_per_worker=4096"], {}, ["rollout", "GPU"]),
     "too many CPUs": (["pools.policy.cpus_per_worker=4096"], {}, ["policy", "CPU"]),
     "resource that no node has": (["pools.reward.node_resource=unobtainium"], {}, ["reward", "unobtainium"]),

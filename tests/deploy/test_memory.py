@@ -118,6 +118,8 @@ FAILS = [
     ("7B", 32, (LORA, "policy.max_tokens_per_micro_batch=65536"), "policy", "policy.max_tokens_per_micro_batch=32768"),
     ("7B", 80, ("policy.dtype=float32", ranks(2)), "policy", ranks(4)),
     ("7B", 48, ("policy.dtype=float32", ranks(4)), "policy", "policy.dtype=bfloat16"),
+    ("7B", 80, ("generation.max_completion_length=150000",), "policy", "policy.sequence_parallel_size=2, or pools"),
+    ("7B", 80, ("generation.max_completion_length=300000",), "policy", "policy.sequence_parallel_size=4"),
     ("7B", 80, ("sync.staging=device",), "rollout", "sync.staging=host, or rollout.gpu_memory_utilization=0.8"),
     ("7B", 80, ("rollout.gpu_memory_utilization=0.15",), "rollout", "rollout.gpu_memory_utilization=0.8"),
     ("7B", 24, (ranks(64), "rollout.dtype=float32"), "rollout", parallel(2)),
@@ -176,6 +178,14 @@ def test_the_cases_are_as_many_as_they_should_be() -> None:
 def test_what_no_knob_makes_fit_says_so(run: Run) -> None:
     with pytest.raises(MemoryShortageError, match=r"set policy.lora to train adapters, shorten generation"):
         run("70B", 16, "generation.max_completion_length=30000", parallel(8))
+
+
+def test_a_team_that_cannot_share_out_the_heads_is_refused(run: Run) -> None:
+    assert run("7B", 80, "policy.sequence_parallel_size=4").table is not None
+    with pytest.raises(ValueError, match=r"^policy.sequence_parallel_size: 8 ranks cannot share out .* 28 attention"):
+        run("7B", 80, "policy.sequence_parallel_size=8")
+    with pytest.raises(ValueError, match=r"^critic.sequence_parallel_size: 8 ranks cannot share out .* 28 attention"):
+        run("7B", 80, *PPO, "critic={dtype: bfloat16, zero_stage: 3, sequence_parallel_size: 8}")
 
 
 def test_a_live_cluster_tells_its_gpus(run: Run) -> None:

@@ -56,6 +56,8 @@ ALLOWED = {
     "actors/publisher.py: Publisher._admit: self.exclusive": "held over a step and a publication: deadlines inside",
     "actors/publisher.py: _first_failure: *": "it watches while `_stream` waits with a deadline, and is cancelled then",
     "actors/publisher.py: _answer: await call": "only makes a coroutine of Ray's reference, for `within`",
+    "actors/model/team.py: _exchanged: dist.all_to_all_single(*": MET,
+    "actors/model/team.py: _Whole.forward: dist.all_reduce(*": MET,
     "actors/reward.py: RewardActor.check: *": "Lane: every load and call has its deadline; the caller has one too",
     "actors/reward.py: RewardActor._loaded: *": "the same",
     "actors/reward.py: RewardActor._outcomes: *": "the same",

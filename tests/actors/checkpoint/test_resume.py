@@ -49,6 +49,16 @@ def test_how_it_computes_may_change(run: tuple[CheckpointStore, Path]) -> None:
     assert len(found.notes) == 3
 
 
+def test_who_computes_it_and_where_it_lies_may_change(run: tuple[CheckpointStore, Path]) -> None:
+    teams = ["policy.sequence_parallel_size=2", "pools.policy.num_workers=2"]
+    changed = load_recipe(
+        DEMO, [*teams, "policy.offload={parameters: cpu}", "policy.zero_stage=3", "policy.liger=false"]
+    )
+    found = find(*run, changed, ())
+    assert found is not None
+    assert any(note.startswith("policy.sequence_parallel_size was 1 and is 2") for note in found.notes)
+
+
 @pytest.mark.parametrize("override", ["algorithm.beta=0.1", "seed=5", "rollout.dtype=bfloat16", "groups_per_batch=8"])
 def test_what_it_computes_may_not_but_by_name(run: tuple[CheckpointStore, Path], override: str) -> None:
     key, changed = override.split("=")[0], load_recipe(DEMO, [override])

@@ -20,6 +20,12 @@ PPO, GRPO, SFT = (str(ROOT / f"recipes/{name}.yaml") for name in ("methods/ppo",
         (PPO, "pools.critic.gpus_per_worker=2", "pools.critic.gpus_per_worker: 2, but each critic worker drives one"),
         (PPO, "critic.model={kind: tiny}", "critic.model"),
         (PPO, "critic.cliprange_value=0", "critic.cliprange_value"),
+        (PPO, "critic.sequence_parallel_size=2", "critic.sequence_parallel_size: 1 ranks make no teams of 2"),
+        (
+            PPO,
+            "policy={offload: {parameters: cpu}, zero_stage: 3}",
+            "critic.zero_stage: policy.offload holds for the critic, too",
+        ),
         (GRPO, "pools.critic.num_workers=1", "pools.critic: nobody asks a critic"),
         (GRPO, "critic.learning_rate=1e-5", "critic: nobody asks a critic"),
         (
@@ -50,11 +56,13 @@ def test_a_critic_is_as_the_policy_but_for_what_is_said_of_it() -> None:
     recipe = ppo(
         "critic.zero_stage=2", "critic.dtype=bfloat16", "pools.critic.num_workers=3", "optimizer.weight_decay=0.1",
         "policy={lora: {r: 4}, max_tokens_per_micro_batch: 64}", "algorithm.num_iterations=2",
+        "critic.sequence_parallel_size=3",
     )  # fmt: skip
     policy, critic = (each(recipe, ModelSource("m"), Path("run")) for each in (policy_settings, critic_settings))
     assert (policy.num_ranks, critic.num_ranks) == (1, 3)
     assert (critic.policy.zero_stage, critic.policy.dtype, critic.policy.lora) == (2, "bfloat16", None)
     assert critic.policy.max_tokens_per_micro_batch == 64
+    assert (policy.policy.sequence_parallel_size, critic.policy.sequence_parallel_size) == (1, 3)
     assert (critic.optimizer.learning_rate, policy.optimizer.learning_rate) == (5e-4, 2e-4)
     assert critic.optimizer.weight_decay == 0.1
     assert critic.model_path == policy.model_path == "m"

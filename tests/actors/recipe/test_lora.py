@@ -122,3 +122,11 @@ def test_an_optimizer_on_the_host_needs_zero() -> None:
     assert load_recipe(GRPO, ["policy.offload={}"]).policy.offload is not None
     with pytest.raises(RecipeError, match=r"policy.offload: .*set zero_stage to 1 or more"):
         load_recipe(GRPO, ["policy.offload={optimizer: cpu}", "policy.zero_stage=0"])
+
+
+def test_weights_on_the_host_need_zero_3() -> None:
+    offload = load_recipe(GRPO, ["policy.offload={parameters: cpu}", "policy.zero_stage=3"]).policy.offload
+    assert offload is not None
+    assert (offload.optimizer, offload.parameters) == ("cpu", "cpu")
+    with pytest.raises(RecipeError, match=r"policy.offload.parameters: only ZeRO-3 .*zero_stage is 1; set zero_stage"):
+        load_recipe(GRPO, ["policy.offload={parameters: cpu}"])

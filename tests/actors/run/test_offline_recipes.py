@@ -62,6 +62,10 @@ class LocalRanks:
     optimizer: torch.optim.Optimizer
     costs: SequenceCosts = field(default_factory=SequenceCosts)
 
+    @property
+    def num_teams(self) -> int:
+        return len(self.ranks)
+
     def _shares(self, batch: Batch, groups: Sequence[Group]) -> Iterator[tuple[PolicyActor, RankBatch, list[Group]]]:
         for rank, micro_batches in zip(self.ranks, batch.ranks, strict=True):
             needed = sorted({sample.group for micro in micro_batches for sample in micro.samples})

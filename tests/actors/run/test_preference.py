@@ -52,8 +52,8 @@ class LocalPolicy:
     costs: SequenceCosts = field(default_factory=SequenceCosts)
 
     @property
-    def ranks(self) -> range:
-        return range(self.num_ranks)
+    def num_teams(self) -> int:
+        return self.num_ranks
 
     def _micro_batches(self, batch: Batch, groups: Sequence[Group]) -> Any:
         for rank in batch.ranks:

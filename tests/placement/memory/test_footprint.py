@@ -189,3 +189,28 @@ def test_an_optimizer_on_the_host_takes_nothing_of_the_gpu() -> None:
     assert here["gradients"] == there["gradients"]
     on_host = [policy_host_bytes(SEVEN, load(offload=offload), 8, True) for offload in (False, True)]
     assert on_host == [max(2 * 8 * P, 12 * P), max(2 * 8 * P, (16 + 12) * P)]
+
+
+def test_weights_on_the_host_leave_the_gpu_what_a_layer_needs() -> None:
+    here, there = (policy_footprint(SEVEN, load(offload=True, offload_weights=away)) for away in (False, True))
+    assert here["weights"] == 2 * P / 8
+    assert there["weights"] == 0
+    assert here["buffers"] == there["buffers"] > 2 * 1_050_000_000, "what DeepSpeed fetches is there all the same"
+    away = load(offload=True, offload_weights=True)
+    assert policy_host_bytes(SEVEN, away, 8, True) == max(2 * 8 * P, (16 + 2 + 12) * P)
+    adapters = SEVEN.adapter_parameters(16, None)
+    away = load(offload=True, offload_weights=True, num_trained=adapters)
+    assert policy_host_bytes(SEVEN, away, 4, False) == max(2 * 4 * P, (16 * adapters + 2 * (P + adapters)) / 2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_team_shares_the_activations(checkpointing: bool) -> None:
+    """Nothing else, but for heads of keys and values of which there are fewer than ranks."""
+    asked = {"num_ranks": 64, "tokens": 8192, "gradient_checkpointing": checkpointing}
+    alone, two, eight = (policy_footprint(SEVEN, load(**asked, sequence_parallel=n)) for n in (1, 2, 8))
+    assert two["activations"] == alone["activations"] / 2
+    copied = 4 / 3 * 2 * 2 * SEVEN.kv_size * 1024 * (1 if checkpointing else 28)
+    assert eight["activations"] == pytest.approx(alone["activations"] / 8 + copied)
+    slab, head = 3 * 4 * 2**23, 2 * SEVEN.embedding_parameters
+    assert two["output head"] - slab - head == (alone["output head"] - slab - head) / 2
+    assert all(alone[part] == two[part] for part in ("weights", "gradients", "optimizer", "buffers"))
