@@ -1,10 +1,15 @@
 """What a recipe may say about hardware: one pool per role, each a number of equal workers on whole GPUs."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+# As Ray and Kubernetes take them: a key may have a domain in front, such as ray.io/accelerator-type.
+_WORD = r"[a-zA-Z0-9]([-a-zA-Z0-9_.]{0,61}[a-zA-Z0-9])?"
+LabelKey = Annotated[str, StringConstraints(pattern=rf"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?{_WORD}$", max_length=317)]
+LabelValue = Annotated[str, StringConstraints(pattern=rf"^{_WORD}$")]
 
 
 class PoolConfig(BaseModel):
@@ -22,6 +27,8 @@ class PoolConfig(BaseModel):
     """Fill one node before the next, or spread the workers over the nodes."""
     node_resource: str | None = None
     """Only nodes that offer this custom Ray resource may hold the pool (each worker takes 0.001 of it)."""
+    node_labels: dict[LabelKey, LabelValue] = {}
+    """Only nodes that bear all these labels may hold the pool (`ray start --labels KEY=VALUE`)."""
 
 
 class RolloutPoolConfig(PoolConfig):

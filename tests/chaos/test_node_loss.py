@@ -38,13 +38,13 @@ class Machines:
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._path = log
         self._log = log.open("ab")
-        self._nodes: list[psutil.Popen] = []
+        self.nodes: list[psutil.Popen] = []
 
     def start(self, *arguments: str) -> psutil.Popen:
         command = [str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", *arguments]
         node = psutil.Popen(command, env=self.env, stdout=self._log, stderr=self._log, start_new_session=True)
-        self._nodes.append(node)
-        until(node, lambda: self._path.read_text().count("Ray runtime started") == len(self._nodes), 90)
+        self.nodes.append(node)
+        until(node, lambda: self._path.read_text().count("Ray runtime started") == len(self.nodes), 90)
         return node
 
     def head(self) -> psutil.Popen:
@@ -66,7 +66,7 @@ class Machines:
                 process.send_signal(signal.SIGKILL)
 
     def close(self) -> None:
-        for node in self._nodes:
+        for node in self.nodes:
             self.lose(node)
         self._log.close()
 
