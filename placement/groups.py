@@ -105,9 +105,7 @@ def _as_granted(planned: PlacementPlan, groups: Mapping[str, list[PlacementGroup
         # A machine that is lost at this moment has no name; the bundle will be placed again.
         return replace(bundle, node=names[node_id], node_id=node_id) if node_id in names else bundle
 
-    return PlacementPlan(
-        {pool: tuple(map(placed, bundles, groups[pool])) for pool, bundles in planned.bundles.items()}
-    )
+    return PlacementPlan({pool: tuple(map(placed, bundles, groups[pool])) for pool, bundles in planned.bundles.items()})
 
 
 def _strays(planned: PlacementPlan, granted: PlacementPlan) -> list[str]:

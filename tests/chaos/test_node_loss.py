@@ -41,7 +41,9 @@ class Machines:
         self.nodes: list[psutil.Popen] = []
 
     def start(self, *arguments: str) -> psutil.Popen:
-        command = [str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", *arguments]
+        return self.started([str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", *arguments])
+
+    def started(self, command: list[str]) -> psutil.Popen:
         node = psutil.Popen(command, env=self.env, stdout=self._log, stderr=self._log, start_new_session=True)
         self.nodes.append(node)
         until(node, lambda: self._path.read_text().count("Ray runtime started") == len(self.nodes), 90)

@@ -63,8 +63,9 @@ def test_a_plan_shows_pools_figures_and_the_submit_line(tmp_path: Path) -> None:
 
 def test_a_plan_for_nodes_with_labels_shows_what_binds_a_pool() -> None:
     bound = ("pools.policy.node_labels={tier: train}", "pools.rollout.node_labels={tier: serve}")
-    nodes = ("--nodes", "3", "--node-labels", "1:tier=serve", "--node-labels", "2:tier=train,rack=7", "--node-labels", "dc=x")
-    code, out, err = deploy("plan", "recipes/demo.yaml", "model={kind: tiny}", *bound, *nodes)
+    nodes = ("1:tier=serve", "2:tier=train,rack=7", "dc=x")
+    given = [word for labels in nodes for word in ("--node-labels", labels)]
+    code, out, err = deploy("plan", "recipes/demo.yaml", "model={kind: tiny}", *bound, "--nodes", "3", *given)
     assert (code, err) == (0, "")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     assert [(row[0], row[2], row[5]) for row in rows] == [
@@ -99,7 +100,8 @@ def test_a_plan_for_nodes_with_labels_shows_what_binds_a_pool() -> None:
             ["plan", "recipes/demo.yaml", "--address", "127.0.0.1:9"],
             "error: --address 127.0.0.1:9: ",  # what the system calls a closed port
         ),
-        (["plan", "recipes/demo.yaml", "--cpus-per-node", "4"], "error: --cpus-per-node, --gpus-per-node and --node-labels desc"),
+        (["plan", "recipes/demo.yaml", "--cpus-per-node", "4"], "error: --cpus-per-node, --gpus-per-node and --node-"),
+        (["plan", "recipes/demo.yaml", "--node-labels", "a=b"], "error: --cpus-per-node, --gpus-per-node and --node-"),
         (
             ["plan", "recipes/demo.yaml", "--nodes", "2", "--node-labels", "train"],
             "error: --node-labels train: write KEY=VALUE, or COUNT:KEY=VALUE for so many nodes, such as 2:tier=train",

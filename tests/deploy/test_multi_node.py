@@ -44,6 +44,33 @@ def test_engines_on_a_node_of_their_own_train_with_two_ranks_on_another(machines
     check_whole_run(machines, tmp_path, ACTORS | {"rollout": "RolloutActor"}, order, command)
 
 
+@ONLY_PROVE
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_nodes_that_share_no_network_but_a_bridge_train_together(tmp_path: Path) -> None:
+    """A policy rank on each of two machines, and a host name, an address and a /tmp/ray of its own for each machine."""
+    alone = ["unshare", "--map-root-user", "--net", "--mount"]
+    probe = [*alone, "sh", "-e", "-c", "mount -t tmpfs none /run && mkdir /run/netns && ip netns add x"]
+    found = subprocess.run(probe, capture_output=True, text=True, timeout=30, check=False)
+    if found.returncode != 0:
+        pytest.skip(f"network namespaces cannot be made here: {found.stderr.strip()}")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(23)))
+    two = ["pools.policy.num_workers=2", "pools.policy.strategy=spread"]
+    (tmp_path / "order.json").write_text(json.dumps([[*ordered(tmp_path), *two]]))
+    command = [*alone, sys.executable, "-m", "tests.deploy.machines_apart", str(tmp_path)]
+    with (tmp_path / "log").open("wb") as log:
+        run = psutil.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        try:
+            assert run.wait(timeout=550) == 0, (tmp_path / "log").read_text()
+        finally:
+            Machines.lose(run)
+    placed = json.loads((tmp_path / "run" / "placement.json").read_text())
+    assert sorted(placed["policy"]) == ["node1", "node2"]
+    assert placed["rollout"] == ["node2", "node2"]
+    assert set(placed["reference"]) <= {"node1", "node2"}
+    check_books(tmp_path / "run")
+
+
 def ordered(folder: Path) -> list[str]:
     """The recipe and its overrides."""
     return [

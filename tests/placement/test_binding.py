@@ -1,4 +1,4 @@
-"""What a plan says is what Ray does: every bundle lies on the node that was planned for it, and moves when that is lost.
+"""What a plan says is what Ray does: every bundle lies on the node that was planned for it, until that is lost.
 
 The nodes are real raylets with fake GPUs on this machine.
 """
