@@ -117,7 +117,13 @@ def test_a_plan_for_nodes_with_labels_shows_what_binds_a_pool() -> None:
         ),
         (
             ["plan", "recipes/demo.yaml", "pools.reward.node_labels={tier: '!cheap'}"],
-            "error: override",
+            "error: override \"pools.reward.node_labels={tier: '!cheap'}\": pools.reward.node_labels: label tier: "
+            "'!cheap' is none that Ray takes; write letters and digits",
+        ),
+        (
+            ["plan", "recipes/demo.yaml", "pools.reward.node_labels={rack: 5}"],
+            "error: override 'pools.reward.node_labels={rack: 5}': pools.reward.node_labels: label rack: 5 is not "
+            "text; write it in quotes",
         ),
         (
             ["plan", "recipes/demo.yaml", "model.recipe=recipes/demo.yaml", "--nodes", "1"],
