@@ -62,7 +62,6 @@ def add(cluster: Cluster, machine: Machine) -> Any:
         num_gpus=machine.gpus,
         labels=dict(machine.labels),
         resources=dict(machine.resources),
-        node_ip_address="127.0.0.1",
         include_dashboard=False,
     )
 
