@@ -23,7 +23,7 @@ from tests.prove import PROVING
 
 pytestmark = pytest.mark.cluster
 
-NUM_CASES = 200 if PROVING else 40
+NUM_CASES = 400 if PROVING else 100
 SPARE = {"tier": "spare"}
 
 
@@ -176,7 +176,7 @@ class Worker:
 def test_a_worker_whose_machine_is_lost_goes_to_another_that_bears_its_labels(
     machines: Cluster, whole: ClusterSpec
 ) -> None:
-    spares = [add(machines, Machine(1, 1, SPARE, {})) for _ in range(2)]
+    other, *_ = spares = [add(machines, Machine(1, 1, SPARE, {})) for _ in range(2)]
     pools = {
         "policy": PoolConfig(gpus_per_worker=1, cpus_per_worker=0.5, node_labels={"tier": "train"}),
         "reference": PoolConfig(gpus_per_worker=1, cpus_per_worker=0.5, node_labels=SPARE),
@@ -187,14 +187,14 @@ def test_a_worker_whose_machine_is_lost_goes_to_another_that_bears_its_labels(
         options = reserved.options("reference", 0)
         worker = Worker.options(max_restarts=1, max_task_retries=3, **options).remote()
         assert [ray.get(worker.node.remote(), timeout=60)] == before["reference"]
-        ours, other = sorted(spares, key=lambda node: node.unique_id != before["reference"][0])
+        ours, other = sorted(spares, key=lambda node: node._node_id != before["reference"][0])
         machines.remove_node(ours)
-        until(lambda: granted(reserved)["reference"] == [other.unique_id], "the bundle is placed again")
+        until(lambda: granted(reserved)["reference"] == [other._node_id], "the bundle is placed again")
         assert granted(reserved)["policy"] == before["policy"]
-        assert ray.get(worker.node.remote(), timeout=60) == other.unique_id
+        assert ray.get(worker.node.remote(), timeout=60) == other._node_id
         ray.kill(worker)
         again = Worker.options(**options).remote()  # as the policy's ranks and the replicas are made anew
-        assert ray.get(again.node.remote(), timeout=60) == other.unique_id
+        assert ray.get(again.node.remote(), timeout=60) == other._node_id
     finally:
         reserved.release()
         machines.remove_node(other)
