@@ -83,8 +83,8 @@ def test_an_elastic_cluster_is_what_the_schema_takes(monkeypatch: pytest.MonkeyP
 
 def test_labels_of_a_pool_are_what_the_schema_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    bound = ["pools.policy.node_labels={tier: train}"]
-    manifest = render(load_recipe("recipes/demo.yaml", bound), "recipes/demo.yaml", bound, ManifestOptions("i"), "2.60.0")
+    path, bound = "recipes/demo.yaml", ["pools.policy.node_labels={tier: train}"]
+    manifest = render(load_recipe(path, bound), path, bound, ManifestOptions("i"), "2.60.0")
     assert {"tier": "train"} in [g.get("labels") for g in manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
     assert problems(manifest) == []
 
