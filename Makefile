@@ -41,11 +41,12 @@ demo: $(VENV)/.cpu ## train a tiny model on this CPU: supervised warm-up, then a
 check: $(VENV)/.dev ## ruff, types, architecture and the pure tests, side by side (about 5 minutes)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target static pure
 
-static: $(VENV)/.dev ## ruff, types, architecture
+static: $(VENV)/.dev ## ruff, types, architecture, Dockerfiles
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/hadolint deploy/Dockerfile deploy/Dockerfile.cpu
 
 pure: $(VENV)/.dev ## the tests that start no Ray, vLLM or DeepSpeed
 	$(PY) -m pytest -m "not cluster and not gpu"

@@ -164,10 +164,10 @@ class Ledger:
         """The row of the data set cannot be a prompt, or its group has failed too often."""
         self._write("quarantined", slot.ordinal, attempt=slot.attempt, cause=cause, row=row)
 
-    def filtered(self, group: GroupSummary, cause: str, **step: int) -> None:
+    def filtered(self, group: GroupSummary, cause: str, in_vain: bool = True, **step: int) -> None:
         """The group was sampled and scored, and is not trained: no signal, stale, surplus, or of a skipped step."""
         self.audit.left_out(cause, group.num_loss_tokens_G, group.rewards_G)
-        waste = {"tokens": sum(group.num_loss_tokens_G), "seconds": round(group.generate_s, 6)}
+        waste = {"tokens": sum(group.num_loss_tokens_G), "seconds": round(group.generate_s, 6)} if in_vain else {}
         self._write("filtered", group.ordinal, attempt=group.attempt, cause=cause, **waste, **step)
 
     def unneeded(self, ordinals: Iterable[int]) -> None:
@@ -178,11 +178,13 @@ class Ledger:
     def trained(self, groups: Sequence[ReadyGroup], update: Update, oldest_version: int) -> None:
         """The update is made and published; its groups are never trained again.
 
-        Tokens of weights older than `oldest_version` were masked. A step that was skipped trained none of them.
+        Tokens of weights older than `oldest_version` were masked. A step that was skipped trained none of them; they
+        were sampled in vain, unless a critic has learned from them all the same.
         """
+        in_vain = update.metrics.get("value/skipped") != 0.0
         for group in groups:
             if update.skipped:
-                self.filtered(group.summary, NON_FINITE, step=update.step, version=update.version)
+                self.filtered(group.summary, NON_FINITE, in_vain, step=update.step, version=update.version)
                 continue
             summary = group.summary
             self.audit.trained(summary.num_loss_tokens_G, summary.rewards_G)

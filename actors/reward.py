@@ -1,7 +1,9 @@
 """A rollout's reward is what the reward functions gave it, or None; a function that fails never gives 0.
 
-The functions run in a child process (rewards/process.py), so one that hangs, crashes or changes global state costs its
-own score and nothing else. Weighted sum over the functions that gave a number, None when none did: TRL's rule.
+The functions run in a child process (rewards/lane.py), so one that hangs, crashes or changes global state costs its own
+score and nothing else. Async ones are called for many groups at a time, sync ones, which hold their process, for one
+group after another; a recipe that has both has a child for each kind, so that neither waits for the other. The reward
+is the weighted sum over the functions that gave a number, None when none did: TRL's rule.
 """
 
 import asyncio
@@ -9,29 +11,28 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
 
-from actors.recipe.rewards import LOAD_TIMEOUT_S, RewardConfig
+from actors.recipe.rewards import RewardConfig
+from actors.rewards.docket import Outcome
 from actors.rewards.functions import name_of
-from actors.rewards.process import ChildError, Outcome, RewardProcess
+from actors.rewards.lane import Lane
+from actors.rewards.process import ChildError
 from algorithms.types import Group, ScoredGroup
-
-T = TypeVar("T")
 
 
 class RewardActor:
-    """Scores groups, one after another; several actors score side by side."""
+    """Scores groups, side by side as far as their functions are async; several actors score side by side."""
 
-    def __init__(self, functions: tuple[RewardConfig, ...], timeout_s: float) -> None:
-        self._names = score_names([config.source for config in functions])
+    def __init__(self, functions: tuple[RewardConfig, ...], timeout_s: float, max_concurrent_groups: int = 1) -> None:
+        """`max_concurrent_groups`: whose async functions are called at one time."""
+        self._sources = tuple(config.source for config in functions)
+        self._names = score_names(self._sources)
         self._weights = tuple(config.weight for config in functions)
         self._timeout_s = timeout_s
-        self._process = RewardProcess(tuple(config.source for config in functions))
-        # One thread for the life of the actor: it orders the calls, and a child ends with the thread that started it.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
-        self._closed = False
+        self._max_concurrent_groups = max_concurrent_groups
+        self._first = Lane(self._sources, timeout_s, max_concurrent_groups)
+        self._second: Lane | None = None  # for the async functions, when there are others
         self._reported: set[tuple[str, str]] = set()
 
     async def ping(self) -> int:
@@ -41,7 +42,9 @@ class RewardActor:
     async def check(self) -> None:
         """Returns when all functions are loaded; ValueError says which one cannot be, and why."""
         try:
-            await self._in_thread(self._process.start, LOAD_TIMEOUT_S)
+            lanes = await self._loaded()
+            for lane, _ in lanes:
+                await asyncio.wrap_future(lane.load())
         except ChildError as error:
             raise ValueError(str(error)) from error
 
@@ -49,7 +52,7 @@ class RewardActor:
         """The group with its rewards; each function takes at most `timeout_s`, whatever it does."""
         assert len(completions) == len(group.rollouts), "one text per rollout"
         arguments = arguments_of(group, completions)
-        outcomes = await self._in_thread(self._outcomes, arguments, len(completions))
+        outcomes = await self._outcomes(arguments, len(completions))
         rewards_G, num_overflows = total_rewards([outcome.scores for outcome in outcomes], self._weights)
         failures = Counter(outcome.cause for outcome in outcomes if outcome.cause is not None)
         if num_overflows:
@@ -65,34 +68,43 @@ class RewardActor:
         )
 
     def close(self) -> None:
-        """End the child, and a call that is in progress; the actor scores nothing after this."""
-        self._closed = True
-        self._process.interrupt()
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._process.kill()
+        """End the children, and all calls that are in progress; the actor scores nothing after this."""
+        self._first.close()
+        if self._second is not None:
+            self._second.close()
 
-    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+    async def _loaded(self) -> list[tuple[Lane, list[list[int]]]]:
+        """The children, and which functions are called in which, step after step; ChildError before one has loaded."""
+        is_async = await asyncio.wrap_future(self._first.load())
+        alone, together = steps_of(is_async)
+        if not (alone and together):
+            return [(self._first, alone or [together])]
+        if self._second is None:
+            sources = tuple(self._sources[index] for index in together)
+            self._second = Lane(sources, self._timeout_s, self._max_concurrent_groups)
+            self._second.load()  # what becomes of that is told by the first call
+        return [(self._first, alone), (self._second, [together])]
 
-    def _outcomes(self, arguments: str, num_completions: int) -> list[Outcome]:
-        """One outcome per function, by its place in the recipe; a failed child is replaced before the next call."""
+    async def _outcomes(self, arguments: str, num_completions: int) -> list[Outcome]:
+        """One outcome per function, by its place in the recipe."""
+        try:
+            lanes = await self._loaded()
+        except ChildError as error:  # nothing is known of the functions yet, so the failure is that of all
+            return [Outcome((None,) * num_completions, error.cause, str(error))] * len(self._names)
         outcomes: dict[int, Outcome] = {}
-        nothing = (None,) * num_completions
-        while len(outcomes) < len(self._names):
-            # Before the first start nothing is known of the functions, and a failure is the failure of all.
-            called = [index for index in range(len(self._names)) if index not in outcomes]
-            try:
-                self._process.start(LOAD_TIMEOUT_S)
-                called = next_call(self._process.is_async, done=outcomes.keys())
-                outcomes |= zip(called, self._process.call(called, arguments, self._timeout_s), strict=True)
-            except ChildError as error:
-                if self._closed:
-                    raise RuntimeError("the reward actor is closed") from error
-                outcomes |= {index: Outcome(nothing, error.cause, str(error)) for index in called}
+        for lane, steps in lanes:
+            # The second child knows its own functions alone, the first knows all.
+            places = {index: place for place, index in enumerate(steps[0])} if lane is self._second else {}
+            asked = [[places.get(index, index) for index in step] for step in steps]
+            found = await asyncio.wrap_future(lane.ask(asked, arguments, num_completions))
+            outcomes |= {index: found[places.get(index, index)] for step in steps for index in step}
         return [outcomes[index] for index in range(len(self._names))]
 
     def _news(self, outcomes: Sequence[Outcome]) -> Iterator[str]:
-        """What went wrong, once for each function and cause; how often is in the metrics."""
+        """What went wrong, once for each function and cause; how often is in the metrics. And what a child tells."""
+        for lane in (self._first, self._second):
+            while lane is not None and lane.news:
+                yield lane.news.popleft()
         for key, detail in self._details(outcomes).items():
             if key not in self._reported:
                 self._reported.add(key)
@@ -132,11 +144,12 @@ def arguments_of(group: Group, completions: Sequence[str]) -> str:
     )
 
 
-def next_call(is_async: Sequence[bool], done: Collection[int]) -> list[int]:
-    """The functions to call together: the next sync one alone, and then all async ones (TRL gathers them)."""
-    left = [index for index in range(len(is_async)) if index not in done]
-    sync = [index for index in left if not is_async[index]]
-    return sync[:1] or left
+def steps_of(is_async: Sequence[bool]) -> tuple[list[list[int]], list[int]]:
+    """The sync functions, which are called one after another, and then all async ones together (TRL gathers them)."""
+    return (
+        [[index] for index, each in enumerate(is_async) if not each],
+        [index for index, each in enumerate(is_async) if each],
+    )
 
 
 def total_rewards(

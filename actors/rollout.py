@@ -76,6 +76,18 @@ class _Generation:
     interrupted: bool = False
 
 
+def _executor(settings: RolloutSettings) -> str | None:
+    """Where the engine computes: None lets vLLM decide.
+
+    On CPUs it would put its one worker into a process of its own, and each of the two spins while it waits for the
+    other, on a core that the policy could have. One process does both, and is there sooner.
+    """
+    if not settings.use_gpu:
+        return "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    # This actor holds the GPUs; inside a placement group vLLM would ask Ray for others.
+    return "mp" if settings.tensor_parallel_size > 1 else None
+
+
 class RolloutActor:
     """One inference engine and its place in the broadcast group."""
 
@@ -148,8 +160,7 @@ class RolloutActor:
                 max_model_len=generation.max_prompt_length + generation.max_completion_length,
                 max_num_seqs=rollout.max_num_seqs,
                 tensor_parallel_size=settings.tensor_parallel_size,
-                # This actor holds the GPUs; inside a placement group vLLM would ask Ray for others.
-                distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else None,
+                distributed_executor_backend=_executor(settings),
                 enforce_eager=not settings.use_gpu if rollout.enforce_eager is None else rollout.enforce_eager,
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",  # after temperature: the distribution that was sampled from

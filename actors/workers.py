@@ -38,6 +38,10 @@ from actors.settings import (
 from placement.elastic import num_first
 from placement.groups import ReservedPools
 
+_ON_HOST = {"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}}
+"""Options of workers that compute on the CPU with several threads. A thread that waits for the others of its process
+sleeps, and does not spin: else it keeps a core from the replica that shares the machine, and so from the very threads
+that it waits for. OpenMP reads this when it is loaded."""
 _CLOSE_TIMEOUT_S = 30.0
 _START_TIMEOUT_S = 600.0
 
@@ -66,7 +70,8 @@ class Ranks:
     async def start(self) -> PolicyGroup:
         """New ones with the initial weights, in place of those that there are."""
         self.end()
-        options = (self.pools.options(self.pool, rank) for rank in range(self.settings.num_ranks))
+        host = {} if self.settings.use_gpu else _ON_HOST
+        options = (self.pools.options(self.pool, rank) | host for rank in range(self.settings.num_ranks))
         self.handles = tuple(self.actor.options(**o).remote(rank, self.settings) for rank, o in enumerate(options))
         longest = self.settings.objective.max_completion_length
         settings = self.settings
@@ -206,8 +211,8 @@ def _spawn_all(
         options = (pools.options(pool, index) for index in range(num_workers))
         return tuple(actor.options(max_restarts=restarts, **option).remote(*arguments) for option in options)
 
-    functions, timeout_s = reward_functions(recipe), recipe.rewards.timeout_s
-    rewards = scorers(roles.reward, "reward", recipe.pools.reward.num_workers, functions, timeout_s)
+    called = reward_functions(recipe), recipe.rewards.timeout_s, recipe.rewards.max_concurrent_groups
+    rewards = scorers(roles.reward, "reward", recipe.pools.reward.num_workers, *called)
     num_references = recipe.pools.reference.num_workers if recipe.has_reference_workers else 0
     references = scorers(roles.reference, "reference", num_references, reference_settings(recipe, model))
     settings = rollout_settings(recipe, model)

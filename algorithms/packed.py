@@ -1,5 +1,7 @@
 """Sequences packed into one row never see each other: positions restart at 0 and attention stays inside each.
 
+Neighbours with the same prompt share it: its tokens lie in the row once, with the first of them, and are computed once.
+
 Legend: T = tokens of the row, S = its sequences, N = its loss tokens (the ones the policy is trained on),
 L = tokens of one sequence.
 """
@@ -23,8 +25,13 @@ class PackedRow:
     token_ids_T: Tensor
     position_ids_T: Tensor
     lengths_S: tuple[int, ...]
+    """Tokens of each sequence, those that it shares included."""
+    shared_S: tuple[int, ...]
+    """How many of its first tokens are those of the last sequence before it that shares none, and lie there."""
+    place_N: Tensor
+    """Position of the token in the row."""
     predictor_N: Tensor
-    """Position in the row whose logits predict the token: one before the token itself."""
+    """Position in the row whose logits predict the token: that of the token before it in its sequence."""
     targets_N: Tensor
     sequence_N: Tensor
     """Which of the S sequences the token belongs to."""
@@ -74,7 +81,20 @@ def pack_row(
         known or None,
         [_fresh(rollout, oldest_version) for rollout in rollouts],
         [_ages(rollout, version) for rollout in rollouts],
+        _shared(rollouts),
     )
+
+
+def _shared(rollouts: Sequence[Rollout]) -> list[int]:
+    """Of each rollout, the tokens of its prompt when it is that of the rollout before it, else 0."""
+    shared: list[int] = []
+    before: NDArray[np.int32] | None = None
+    for rollout in rollouts:
+        prompt = rollout.token_ids_T[: int(np.argmax(rollout.loss_mask_T))]  # empty where nothing is trained
+        alike = before is not None and len(prompt) == len(before) and bool(np.array_equal(prompt, before))
+        shared.append(len(prompt) if alike else 0)
+        before = prompt
+    return shared
 
 
 def _fresh(rollout: Rollout, oldest_version: int) -> np.ndarray:
@@ -100,29 +120,46 @@ def _row(
     references: Sequence[np.ndarray] | None,
     fresh: Sequence[np.ndarray],
     ages: Sequence[np.ndarray],
+    shared: Sequence[int] = (0,),
 ) -> PackedRow:
     lengths = [len(sequence) for sequence in tokens]
-    mask_T = np.concatenate(masks)
-    loss_positions_N = np.flatnonzero(mask_T)
-    sequence_N = np.repeat(np.arange(len(lengths)), lengths)[loss_positions_N]
-    token_ids_T = torch.from_numpy(np.concatenate(tokens).astype(np.int64))
 
-    def pick(values: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(values).astype(np.float32)[loss_positions_N])
+    def laid(values: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([of_sequence[start:] for of_sequence, start in zip(values, shared, strict=True)])
+
+    own = np.subtract(lengths, shared)
+    loss_positions_N = np.flatnonzero(laid(masks))
+    sequence_N = np.repeat(np.arange(len(lengths)), own)[loss_positions_N]
+    token_ids_T = torch.from_numpy(laid(tokens).astype(np.int64))
+
+    def pick(values: Sequence[np.ndarray], dtype: Any = np.float32) -> Tensor:
+        return torch.from_numpy(laid(values).astype(dtype)[loss_positions_N])
 
     return PackedRow(
         token_ids_T=token_ids_T,
-        position_ids_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        position_ids_T=torch.from_numpy(laid([np.arange(length) for length in lengths])),
         lengths_S=tuple(lengths),
-        predictor_N=torch.from_numpy(loss_positions_N - 1),
+        shared_S=tuple(shared),
+        place_N=torch.from_numpy(loss_positions_N),
+        predictor_N=torch.from_numpy(_before(own, shared)[loss_positions_N]),
         targets_N=token_ids_T[torch.from_numpy(loss_positions_N)],
         sequence_N=torch.from_numpy(sequence_N),
         sampled_logprobs_N=pick(logprobs),
         advantages_N=torch.from_numpy(_of_tokens(advantages, masks)),
         reference_logprobs_N=None if references is None else pick(references),
-        fresh_N=torch.from_numpy(np.concatenate(fresh)[loss_positions_N]),
-        age_N=torch.from_numpy(np.concatenate(ages)[loss_positions_N]),
+        fresh_N=pick(fresh, np.bool_),
+        age_N=pick(ages, np.int64),
     )
+
+
+def _before(own: np.ndarray, shared: Sequence[int]) -> np.ndarray:
+    """[T]: where in the row the token before each token is; of a first token, somewhere."""
+    before_T = np.arange(own.sum()) - 1
+    first = 0
+    for start, num_shared in zip(np.cumsum(own) - own, shared, strict=True):
+        first = first if num_shared else start
+        before_T[start] = first + num_shared - 1
+    return before_T
 
 
 def _of_tokens(advantages: Sequence[float | NDArray[np.float32]], masks: Sequence[np.ndarray]) -> np.ndarray:

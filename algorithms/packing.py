@@ -1,10 +1,12 @@
 """Every sequence lands in one micro-batch of one rank, within the token budget, and all ranks make equally many passes.
 
 The ranks are balanced by what their sequences cost (`algorithms/costs.py`), by Karmarkar and Karp's differencing; the
-passes of a rank by least loaded first, which knows the budget.
+passes of a rank by least loaded first, which knows the budget. A pass computes the prompt of a group once for as many
+of its rollouts as it has (`algorithms/packed.py`), so they belong together as far as the ranks stay balanced.
 """
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +18,43 @@ from algorithms.partition import partition
 from algorithms.types import Batch, GroupSummary, MicroBatch, Sample
 
 _NO_COSTS = SequenceCosts()
+_GOOD_ENOUGH = 1.02
+"""Of the time that it would take if every prompt were computed once and no rank ever waited."""
+
+Packed = tuple[tuple[tuple[int, ...], ...], ...]
+"""`[rank][micro-batch] -> indices`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """What is to be packed; the sequences of a group are neighbours and begin alike."""
+
+    num_tokens: Sequence[int]
+    costs: Sequence[float]
+    group: Sequence[int]
+    beginning: Sequence[float]
+    """How much of a sequence's cost is its beginning's: the same in all of a group."""
+
+    def cost(self, indices: Sequence[int]) -> float:
+        """Of a pass over these."""
+        beginnings = {self.group[index]: self.beginning[index] for index in indices}
+        return sum(self.costs[index] - self.beginning[index] for index in indices) + sum(beginnings.values())
+
+    def time(self, packed: Packed) -> float:
+        """When ranks wait for each other after every pass."""
+        return sum(max(self.cost(micro) for micro in micros) for micros in zip(*packed, strict=True))
+
+    def units(self, size: int, max_tokens: int) -> list[list[int]]:
+        """Neighbours of one group, at most `size` of them, and no more than a pass has room for; at least one."""
+        units: list[list[int]] = []
+        room = 0
+        for index, (length, group) in enumerate(zip(self.num_tokens, self.group, strict=True)):
+            room -= length
+            if not units or self.group[units[-1][0]] != group or len(units[-1]) == size or room < 0:
+                units.append([])
+                room = max_tokens - length
+            units[-1].append(index)
+        return units
 
 
 @dataclass(slots=True)
@@ -54,6 +93,7 @@ def build_batch(
     """
     samples: list[Sample] = []
     costs_S: list[float] = []
+    prompts_S: list[float] = []
     num_loss_tokens = 0
     for number, (group, advantages_G) in enumerate(zip(groups, advantages, strict=True)):
         assert len(advantages_G) == len(group.num_tokens_G), "one advantage per rollout"
@@ -62,8 +102,10 @@ def build_batch(
                 continue
             samples.append(Sample(number, rollout, num_tokens, advantage))
             costs_S.append(costs.of(num_tokens, group.num_loss_tokens_G[rollout]))
+            prompts_S.append(costs.of(group.num_prompt_tokens, 0))
             num_loss_tokens += group.num_loss_tokens_G[rollout]
-    packed = pack([sample.num_tokens for sample in samples], num_ranks, max_tokens, costs_S)
+    sequences = Sequences([s.num_tokens for s in samples], costs_S, [s.group for s in samples], prompts_S)
+    packed = pack_sharing(sequences, num_ranks, max_tokens)
     return Batch(
         version=version,
         ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in indices)) for indices in rank) for rank in packed),
@@ -90,10 +132,30 @@ def with_token_advantages(batch: Batch, by_place: Mapping[tuple[int, int], NDArr
     return replace(batch, ranks=ranks)
 
 
-def pack(
-    num_tokens: Sequence[int], num_ranks: int, max_tokens: int, costs: Sequence[float] | None = None
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """`[rank][micro-batch] -> indices`: each index exactly once, each micro-batch within `max_tokens`.
+def pack_sharing(sequences: Sequences, num_ranks: int, max_tokens: int) -> Packed:
+    """As `pack`, of whole groups, each as if it were one sequence, or of halves of them, and so on: whatever is done
+    soonest.
+
+    The budget counts every token of each sequence, as if nothing were shared. Indices ascend within a micro-batch, so
+    that those of a group are neighbours there, too.
+    """
+    sizes = Counter(sequences.group)
+    beginnings = zip(sequences.group, sequences.beginning, strict=True)
+    least = (sum(sequences.costs) - sum((1 - 1 / sizes[group]) * cost for group, cost in beginnings)) / num_ranks
+    candidates: list[tuple[float, Packed]] = []
+    size = max(sizes.values(), default=1)
+    while size and not (candidates and candidates[-1][0] <= _GOOD_ENOUGH * least):
+        units = sequences.units(size, max_tokens)
+        num_tokens = [sum(sequences.num_tokens[index] for index in unit) for unit in units]
+        of_units = pack(num_tokens, num_ranks, max_tokens, [sequences.cost(unit) for unit in units])
+        packed = tuple(tuple(tuple(i for unit in micro for i in units[unit]) for micro in rank) for rank in of_units)
+        candidates.append((sequences.time(packed), packed))
+        size //= 2
+    return min(candidates, key=lambda candidate: candidate[0])[1]
+
+
+def pack(num_tokens: Sequence[int], num_ranks: int, max_tokens: int, costs: Sequence[float] | None = None) -> Packed:
+    """Each index exactly once, each micro-batch within `max_tokens`.
 
     `num_tokens` has one length per sequence, and `costs` what it costs to compute; None: its tokens. A sequence longer
     than `max_tokens` gets a micro-batch of its own. All ranks have the same number of micro-batches: the fewest that

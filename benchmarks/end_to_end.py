@@ -4,7 +4,7 @@
 
 Prints a table and, as its last line, one JSON object. Every figure is measured in this run, the sides in turn, each in
 a process of its own with nothing beside it. Paceline's side is `python -m deploy train`: Ray, one vLLM replica, one
-DeepSpeed rank, reward workers. TRL's is the faster of its two modes that run on a CPU, Hugging Face's generate and
+DeepSpeed rank, one reward worker. TRL's is the faster of its two modes that run on a CPU, Hugging Face's generate and
 transformers' continuous batching: both are tried for a step in every case. Each step trains 256 completions of 32
 prompts of 24 tokens with a byte-level model of 2.5 M parameters in float32. How long a completion gets lies in the
 model's weights alone (end_to_end_model.py): half of them have 20 tokens or less, one in fifty 265 or more.
@@ -12,7 +12,8 @@ model's weights alone (end_to_end_model.py): half of them have 20 tokens or less
     over_trl_short        samples/s over TRL's where completions are cut off at 64 tokens: 28 on average
     over_trl_long         the same where they are cut off at 512: 46 on average
     over_trl_slow_reward  as short, with a reward that comes after a wait, lognormal with sigma 1 and a mean of 1 s for
-                          each completion, those of one call side by side
+                          each completion, those of one call side by side; Paceline's one reward worker may have
+                          the calls of 128 groups in flight
     reward_gap            do both learn the same? The difference of mean final rewards (last quarter of the steps), in
                           pooled standard deviations over seeds, each with a model of its own. 2 or less is within
                           the noise of three seeds: a t-test at 5 % would ask for 2.3
@@ -63,7 +64,7 @@ def cases(steps: int | None, quick: bool) -> dict[str, Case]:
         "name": "long", "max_completion_length": 512, "trl_micro_batch": 16,
         "trl_steps": 1 + max(1, count // 5), "trl_warm_up_steps": 1, "max_staleness": 2,
     }  # fmt: skip
-    slow = {"name": "slow_reward", "reward": "lower_case_slowly", "num_reward_workers": 16, "max_staleness": 2}
+    slow = {"name": "slow_reward", "reward": "lower_case_slowly", "max_concurrent_groups": 128, "max_staleness": 2}
     return {"short": short, "long": short.model_copy(update=long), "slow_reward": short.model_copy(update=slow)}
 
 

@@ -42,7 +42,8 @@ class Case(BaseModel):
     max_staleness: int = 1
     engine_threads: int = 1
     policy_threads: int = 2
-    num_reward_workers: int = 1
+    max_concurrent_groups: int = 32
+    """Whose rewards the one reward worker asks for at one time, when they are async: the recipes' default, or more."""
 
     @property
     def num_rollouts(self) -> int:

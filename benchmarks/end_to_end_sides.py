@@ -45,7 +45,10 @@ def recipe_of(case: Case, run_dir: Path) -> dict[str, Any]:
         "groups_per_batch": case.groups_per_batch,
         "model": {"kind": "pretrained", "path": case.model},
         "dataset": {"path": case.data},
-        "rewards": {"functions": [{"function": f"{REWARDS}:{case.reward}"}]},
+        "rewards": {
+            "functions": [{"function": f"{REWARDS}:{case.reward}"}],
+            "max_concurrent_groups": case.max_concurrent_groups,
+        },
         "algorithm": {
             "num_generations": case.num_generations,
             "vllm_importance_sampling_mode": "token_truncate",
@@ -62,7 +65,7 @@ def recipe_of(case: Case, run_dir: Path) -> dict[str, Any]:
         "pools": {
             "policy": {"cpus_per_worker": 0.5},
             "rollout": {"cpus_per_worker": 1},
-            "reward": {"num_workers": case.num_reward_workers, "cpus_per_worker": 0.25 / case.num_reward_workers},
+            "reward": {"cpus_per_worker": 0.25},
         },
     }
 

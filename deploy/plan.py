@@ -3,7 +3,6 @@
 import logging
 import re
 import shlex
-import socket
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -22,13 +21,13 @@ from actors.run.folder import RunFolder
 from actors.run.lineage import trained_before
 from deploy.host_memory import host_lines
 from deploy.memory import estimate
+from deploy.session import refusals
 from deploy.trust import trusted_code
 from placement.cluster import ClusterSpec, NodeSpec, from_ray, uniform
 from placement.memory.fit import MemoryShortageError
 from placement.plan import Bundle, PlacementError, PlacementPlan, plan
 from sync.fanout import fanout_of, relative_time
 
-_KNOCK_TIMEOUT_S = 10.0
 _LABEL = r"[-./\w]+=[-.\w]+"
 
 
@@ -54,7 +53,7 @@ def show(
         lines += _describe_range(recipe)
     lines += [*memory.lines, *host_lines(recipe, placed)]
     lines += trusted_code([recipe, *(first for _, first in trained_before(recipe, path))])
-    lines.append(f"submit: {_submit_line(path, overrides)}")
+    lines.append(f"submit: {_submit_line(recipe, path, overrides)}")
     console = Console()
     console.print(_table(placed))
     if memory.table is not None:
@@ -90,23 +89,12 @@ def live_cluster(address: str) -> ClusterSpec:
     """The nodes of the Ray cluster at the address."""
     import ray  # here, because plans for clusters that are not there must not wait for Ray's import
 
-    try:
-        _knock(address)
+    with refusals(address):
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--address {address}: {reason}; start Ray there, or leave --address out") from None
     try:
         return from_ray(ray.nodes())
     finally:
         ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """OSError at once where nobody listens; Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()
 
 
 def _table(placed: PlacementPlan) -> Table:
@@ -215,6 +203,7 @@ def _num_bytes(recipe: GrpoRecipe) -> int | None:
     return elements and elements * {"float32": 4, "bfloat16": 2}[recipe.rollout.dtype]
 
 
-def _submit_line(path: str, overrides: Sequence[str]) -> str:
-    """The command that runs this on a cluster."""
-    return shlex.join(["python", "-m", "deploy", "submit", path, *overrides, "--address", "http://HEAD:8265"])
+def _submit_line(recipe: Recipe, path: str, overrides: Sequence[str]) -> str:
+    """The command that runs this on a cluster, where a relative run folder would be lost."""
+    folder = [] if recipe.folder.is_absolute() else [f"run_dir=/SHARED/{recipe.folder}"]
+    return shlex.join(["python", "-m", "deploy", "submit", path, *overrides, *folder, "--address", "http://HEAD:8265"])

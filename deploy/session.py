@@ -8,15 +8,21 @@ no command line.
 import contextlib
 import ipaddress
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from actors.errors import RunError, last_line
+from deploy.stopping import disarmed
 
 # Ray binds to loopback alone where it does not mean to form clusters, which this says on Linux as well.
 _NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_END_S = 5.0
+TOKEN_FIX = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE as on its nodes (SECURITY.md)"
 
 
 def shut_in(env: MutableMapping[str, str]) -> None:
@@ -27,25 +33,76 @@ def shut_in(env: MutableMapping[str, str]) -> None:
         env["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def show_token(env: MutableMapping[str, str]) -> None:
+    """A token that is in the environment is shown to the cluster, as Ray's own programs do; before Ray is loaded."""
+    if env.get("RAY_AUTH_TOKEN") or env.get("RAY_AUTH_TOKEN_PATH"):
+        env.setdefault("RAY_AUTH_MODE", "token")
+
+
+class ClusterError(ValueError):
+    """The cluster cannot be joined, or a run cannot be on it, as it is: for the user to mend, and nothing has begun."""
+
+
 @contextlib.contextmanager
 def ray_session(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
-    """Join the cluster at `address`, else start a local Ray; a Ray started here ends here."""
+    """Join the cluster at `address`, else start a local Ray; a Ray started here ends here.
+
+    ClusterError when it does not let us in; RunError when none starts here.
+    """
     import ray
 
     try:
-        _init(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there, or it does not let us in
-        where = "the local Ray did not start" if address is None else f"--address {address}"
-        raise RunError(f"{where}: {last_line(error)}") from None
-    try:
-        if address is not None and is_open(ray.get_runtime_context().gcs_address, os.environ):
-            say(
-                f"warning: the Ray cluster at {ray.get_runtime_context().gcs_address} asks for no token: whoever "
-                "reaches its ports can run code there (SECURITY.md says how to set one)"
-            )
-        yield
+        with disarmed():
+            _join(address)
+            if address is not None and is_open(ray.get_runtime_context().gcs_address, os.environ):
+                say(
+                    f"warning: the Ray cluster at {ray.get_runtime_context().gcs_address} asks for no token: whoever "
+                    "reaches its ports can run code there (SECURITY.md says how to set one)"
+                )
+            yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str | None) -> None:
+    import ray
+
+    if address is not None:
+        with refusals(address):
+            _init(address)
+        return
+    ours = psutil.Process().children()
+    with contextlib.ExitStack() as undo:
+        undo.callback(_end_children_but, ours)
+        try:
+            with disarmed():
+                _init(None)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            why = last_line(error)
+            raise RunError(f"the local Ray did not start: {why}; see /tmp/ray/session_latest/logs") from None
+        undo.pop_all()
+
+
+def _end_children_but(ours: Collection[psutil.Process]) -> None:
+    """Ray itself does not know yet what it has started when it is interrupted. The raylet first: it ends its agents,
+    which would outlive it for a minute if it was killed."""
+    children = [child for child in psutil.Process().children() if child not in ours]
+    raylets = [child for child in children if _name(child) == "raylet"]
+    for some in (raylets, children):
+        for child in some:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        psutil.wait_procs(some, timeout=_END_S)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _init(address: str | None) -> None:
@@ -63,6 +120,48 @@ def _init(address: str | None) -> None:
         ray.init(address, **quiet)  # a submitted job has brought its working directory already
     else:
         ray.init(address, runtime_env={"working_dir": here}, **quiet)
+
+
+@contextlib.contextmanager
+def refusals(address: str) -> Iterator[None]:
+    """What Ray raises when it joins a cluster, or would wait for, as a ClusterError with the fix."""
+    from ray.exceptions import RayError
+
+    from actors.run.machine import answers
+
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"--address {address}: this is where a cluster takes jobs (python -m deploy submit); to join it, give the "
+            "port of its head, such as HEAD:6379"
+        )
+    host = address.removeprefix("ray://")
+    if host.rpartition(":")[2].isdecimal() and not answers(host):
+        raise ClusterError(
+            f"--address {address}: nobody answers there; start Ray there (ray start --head), or correct --address"
+        )
+    try:
+        yield
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        tried = re.search(r"Failed to connect to Ray cluster at (\S+)", str(error))
+        is_there = tried is not None and answers(tried[1])
+        raise ClusterError(f"--address {address}: {why_refused(error, is_there, os.environ)}") from None
+
+
+def why_refused(error: BaseException, is_there: bool, env: Mapping[str, str]) -> str:
+    """Why Ray did not join a cluster, and what to do, from what it raised; `is_there`: somebody listens where it tried.
+
+    Of a token that is missing or wrong Ray says no more than that it failed to connect.
+    """
+    text = " ".join(str(error).split())
+    if "Version mismatch" in text:
+        return f"{text}; run the head's versions of Ray and Python here, or ours there"
+    if "token" in text.lower() or "authentication" in type(error).__name__.lower():
+        return f"{text.split('. Ensure')[0].rstrip('.')}; {TOKEN_FIX}"
+    if is_there:
+        shows = env.get("RAY_AUTH_MODE", "").lower() == "token"
+        asks = "has another token than the one that is set here" if shows else "asks for a token, and none is set here"
+        return f"somebody answers there and does not let us in, as a head does that {asks}; {TOKEN_FIX}"
+    return f"{last_line(error)}; start Ray there (ray start --head), or correct --address"
 
 
 def is_open(gcs_address: str, env: MutableMapping[str, str]) -> bool:

@@ -2,7 +2,8 @@
 
 While a run trains, the signal is the loop's (actors/run/signals.py). Before and after that it raises SystemExit with
 the signal's number, so that whatever was started is ended on the way out. When Ray is joined it puts a handler of its
-own in the place of this one, which aborts the process 3 s later, whatever that does meanwhile; so `listen` again then.
+own in the place of this one, which does the same, but aborts the process 3 s later, whatever that does meanwhile
+(`disarmed`); so `listen` again then.
 """
 
 import signal
@@ -28,6 +29,17 @@ def heard() -> Iterator[None]:
         ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def disarmed() -> Iterator[None]:
+    """Before Ray's own handler of SIGTERM raises SystemExit it sets an alarm, which would abort the process 3 s later:
+    that is taken back, so that what was started can be ended on the way out."""
+    try:
+        yield
+    except SystemExit:
+        signal.alarm(0)
+        raise
 
 
 def listen() -> None:

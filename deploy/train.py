@@ -40,6 +40,7 @@ from actors.run.sft import run_sft
 from actors.run.tracker import check_tracker
 from actors.settings import ModelSource, source_of
 from deploy.columns import example_stream, needed_columns
+from deploy.joined import check_cluster
 from deploy.session import ray_session
 from deploy.stopping import listen, nothing_left
 from deploy.trust import trusted_code
@@ -131,13 +132,15 @@ def _ended_early(recipe: Recipe, folder: RunFolder) -> bool:
 
 
 def execute(jobs: list[Job], address: str | None, console: Console) -> None:
-    """Run the jobs one after another on one Ray; raises what stopped a run."""
+    """Run the jobs one after another on one Ray; raises what stopped a run, ClusterError before any has begun."""
     disable_progress_bar()  # a line for each file of a model would hide ours
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     for warning in trusted_code(job.recipe for job in jobs):
         say(warning)
     with ray_session(address, say):
         listen()
+        if address is not None:
+            check_cluster([job.recipe for job in jobs])
         for job in jobs:
             _run(job, console)
         nothing_left()

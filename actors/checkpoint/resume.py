@@ -17,6 +17,7 @@ _FREE = (
     "pools", "rollout", "sync", "logging", "checkpoint", "liveness", "stall", "health", "simulation", "run_dir",
     "policy.zero_stage", "policy.num_threads", "policy.timeout_s", "policy.max_restarts",
     "policy.gradient_checkpointing", "critic.zero_stage", "rewards.timeout_s", "rewards.max_failed_share",
+    "rewards.max_concurrent_groups",
     "dataset.max_bad_rows", "generation.timeout_s",
 )  # fmt: skip
 """How and where a run computes may change when it goes on; what it computes may not, but by name."""

@@ -6,6 +6,7 @@ size.py     how large it is, from its files
 costs.py    where its work goes, from its config
 files.py    a folder that others load as it is
 forward.py  log-probabilities of a packed row
+segments.py which of its tokens attend to which, and in which calls
 head.py     an output head that scores given tokens
 optimizer.py AdamW, and how DeepSpeed drives it
 learner.py  what a rank trains: loaded as its objective needs it, adapters on top

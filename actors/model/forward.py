@@ -1,113 +1,23 @@
 """The one forward pass of policy and reference: log-probabilities of the loss tokens of a packed row.
 
-Legend: T = tokens of the row, N = its loss tokens, S = sequences of the row or of a grid, L = the longest of a grid's,
-K = tokens of a grid, H = heads, D = head size.
+Legend: T = tokens of the row, N = its loss tokens, S = sequences that attend together, L = the longest of them, Q = its
+queries, H = heads, D = head size.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from actors.model.head import scores_of, scoring_head
+from actors.model.segments import Segments, segments_of
 from algorithms.divergence import Head
 from algorithms.logprobs import logprobs_and_entropy
 from algorithms.packed import PackedRow
 
 PACKED_ATTENTION = "paceline_packed"
 _CHUNK = 2048  # loss tokens whose log-probabilities are computed at once; bounds the float32 copy of the logits
-_ONE_BY_ONE = ("cpu",)
-"""Devices on which padding, and the copies that it takes, cost more than calls."""
-_ALIKE = 0.75
-"""Sequences attend together that are at least so long, relative to the longest of them."""
-_SHORT = 64
-"""Sequences of so few tokens attend together whatever they are, for a call costs more than their padding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Sequences of about one length, S x L: entry k of the `_K` arrays is about one of their tokens."""
-
-    num_sequences: int
-    longest: int
-    token_K: Tensor
-    """Where in the row it is."""
-    slot_K: Tensor
-    """Which entry of the grid it is."""
-
-    def take(self, packed_1HTD: Tensor) -> Tensor:
-        """The grid's sequences, each from the left, as (S, H, L, D)."""
-        _, heads, _, size = packed_1HTD.shape
-        flat = packed_1HTD.new_zeros(self.num_sequences * self.longest, heads, size)
-        flat = flat.index_copy(0, self.slot_K, packed_1HTD[0].transpose(0, 1)[self.token_K])
-        return flat.view(self.num_sequences, self.longest, heads, size).transpose(1, 2)
-
-    def give(self, attended_SHLD: Tensor) -> Tensor:
-        """Its tokens alone, as (K, H, D)."""
-        return attended_SHLD.transpose(1, 2).flatten(0, 1)[self.slot_K]
-
-
-@dataclass(frozen=True, slots=True)
-class Alone:
-    """One sequence as a grid: it lies in the row as it is needed, and nothing is copied."""
-
-    longest: int
-
-    def give(self, attended_1HLD: Tensor) -> Tensor:
-        return attended_1HLD[0].transpose(0, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Where the sequences of a packed row lie, and which of them attend in one call."""
-
-    grids: tuple[Grid | Alone, ...]
-    place_T: Tensor | None
-    """Where each token of the row is among those of all grids, one grid after the other; None: they lie as in the row.
-    """
-
-    @classmethod
-    def of(cls, row: PackedRow) -> "Segments":
-        device = row.token_ids_T.device
-        if device.type in _ONE_BY_ONE:
-            return cls(tuple(map(Alone, row.lengths_S)), None)
-        start_S = np.cumsum([0, *row.lengths_S[:-1]])
-        grids, tokens = [], []
-        for members in alike(row.lengths_S):
-            lengths = [row.lengths_S[index] for index in members]
-            longest = lengths[0]
-            token_K = np.concatenate([start_S[i] + np.arange(n) for i, n in zip(members, lengths, strict=True)])
-            slot_K = np.concatenate([place * longest + np.arange(n) for place, n in enumerate(lengths)])
-            tokens.append(token_K)
-            where = (torch.from_numpy(each).to(device) for each in (token_K, slot_K))
-            grids.append(Grid(len(members), longest, *where))
-        return cls(tuple(grids), torch.from_numpy(np.argsort(np.concatenate(tokens))).to(device))
-
-    def take(self, packed_1HTD: Tensor) -> Sequence[Tensor]:
-        """The sequences of each grid, as (S, H, L, D).
-
-        Those that lie as in the row are split off in one operation: the gradient of a slice is as long as the row.
-        """
-        if self.place_T is None:
-            return packed_1HTD.split([grid.longest for grid in self.grids], dim=2)
-        return [grid.take(packed_1HTD) for grid in self.grids if isinstance(grid, Grid)]
-
-
-def alike(lengths_S: Sequence[int]) -> list[list[int]]:
-    """Every sequence in one list, longest first, each at least `_ALIKE` of the list's first, or all of them short."""
-    lists: list[list[int]] = []
-    least = math.inf
-    for index in sorted(range(len(lengths_S)), key=lambda index: -lengths_S[index]):
-        if lengths_S[index] < least:
-            lists.append([])
-            least = lengths_S[index] * _ALIKE if lengths_S[index] > _SHORT else 0
-        lists[-1].append(index)
-    return lists
 
 
 def packed_attention(
@@ -140,31 +50,31 @@ def packed_attention(
             "pass does not compute; choose a model without them"
         )
     attended = []
-    taken = (segments.take(packed_1HTD) for packed_1HTD in (query_1HTD, key_1HTD, value_1HTD))
-    for grid, query_SHLD, key_SHLD, value_SHLD in zip(segments.grids, *taken, strict=True):
-        window_LL = None if sliding_window is None else _window(grid.longest, sliding_window, query_1HTD.device)
-        attended_SHLD = nn.functional.scaled_dot_product_attention(
-            query_SHLD,
+    for query_SHQD, key_SHLD, value_SHLD in segments.calls(query_1HTD, key_1HTD, value_1HTD):
+        mask_QL = _mask(query_SHQD.shape[2], key_SHLD.shape[2], sliding_window, query_1HTD.device)
+        attended_SHQD = nn.functional.scaled_dot_product_attention(
+            query_SHQD,
             key_SHLD,
             value_SHLD,
-            attn_mask=window_LL,
-            is_causal=window_LL is None,
+            attn_mask=mask_QL,
+            is_causal=mask_QL is None,
             scale=scaling,
             dropout_p=dropout,
             enable_gqa=key_1HTD.shape[1] != query_1HTD.shape[1],
         )
-        attended.append(grid.give(attended_SHLD))
-    attended_THD = torch.cat(attended)
-    return (attended_THD if segments.place_T is None else attended_THD[segments.place_T]).unsqueeze(0), None
+        attended.append(attended_SHQD)
+    return segments.join(attended).unsqueeze(0), None
 
 
-def _window(length: int, sliding_window: int, device: torch.device) -> Tensor | None:
-    """Which token sees which; None when the window is no shorter than the sequence."""
-    if sliding_window >= length:
-        return None
+def _mask(num_queries: int, length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """Which of a sequence's last tokens sees which of its tokens; None when the plain causal kernel knows."""
+    if sliding_window is None or sliding_window >= length:
+        if num_queries == length:
+            return None
+        sliding_window = length
     place_L = torch.arange(length, device=device)
-    distance_LL = place_L[:, None] - place_L[None, :]
-    return (distance_LL >= 0) & (distance_LL < sliding_window)
+    distance_QL = place_L[length - num_queries :, None] - place_L[None, :]
+    return (distance_QL >= 0) & (distance_QL < sliding_window)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
@@ -209,7 +119,7 @@ def _inputs(row: PackedRow) -> dict[str, Any]:
         "position_ids": row.position_ids_T.unsqueeze(0),
         "logits_to_keep": row.predictor_N,
         "use_cache": False,
-        "segments": Segments.of(row),
+        "segments": segments_of(row),
     }
 
 
@@ -218,7 +128,7 @@ def row_scores(model: nn.Module, row: PackedRow) -> Tensor:
 
     `model` is what `load_scorer` gives.
     """
-    return _scores(model, row, row.predictor_N + 1)
+    return _scores(model, row, row.place_N)
 
 
 def row_values(model: nn.Module, row: PackedRow) -> Tensor:
@@ -234,7 +144,7 @@ def _scores(model: nn.Module, row: PackedRow, places_N: Tensor) -> Tensor:
         input_ids=row.token_ids_T.unsqueeze(0),
         position_ids=row.position_ids_T.unsqueeze(0),
         places_N=places_N,
-        segments=Segments.of(row),
+        segments=segments_of(row),
     )
     return scores_N.float()
 

@@ -4,4 +4,5 @@ schema.py    what may be said: the kinds of recipe; their parts in model.py, dat
              and upkeep.py; what all kinds share in base.py; dpo, kto, orpo, cpo and reward in preference.py;
              what methods with a loss of their own refuse in methods.py
 file.py      read, override, check, write (plain_yaml.py, errors.py)          pools.py     which pools a recipe uses
+named.py     the files, folders and names of the hub that a recipe names
 """

@@ -10,6 +10,8 @@ from actors.rewards.functions import CLASSIFIER, JUDGE
 LOAD_TIMEOUT_S = 120.0
 """Deadline for a process to load all reward functions; it is not part of a call's deadline. After a call that had to be
 killed, they are loaded again before the next one."""
+CANCEL_GRACE_S = 3.0
+"""Beyond a call's deadline, for the process to say that it has cut the call off; then it is killed."""
 
 
 class RewardConfig(BaseModel):
@@ -51,6 +53,9 @@ class RewardsConfig(BaseModel):
 
     functions: tuple[RewardConfig, ...] = Field(min_length=1)
     timeout_s: float = Field(30.0, gt=0.0)
-    """A call that takes longer is killed; its completions are unscorable, never 0."""
+    """A call that takes longer is cut off or killed; its completions are unscorable, never 0."""
+    max_concurrent_groups: int = Field(32, ge=1, le=512)
+    """Groups whose async functions and judges one reward worker calls at one time, all in one process and event loop;
+    1 calls them one after another. Sync functions and models are called for one group at a time, whatever it says."""
     max_failed_share: float = Field(0.1, ge=0.0, le=1.0)
     """A run stops when calls failed in more than this share of its last 100 groups; 1.0 tolerates every failure."""

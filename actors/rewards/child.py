@@ -1,34 +1,26 @@
 """The process in which reward functions run: it may hang, print or die at any moment, and its parent notices.
 
 `python -m actors.rewards.child REQUEST_FD RESPONSE_FD PARENT_PID COLUMNS FUNCTION...` loads the functions, says whether
-each is async, and then answers requests until the pipe closes. See process.py for the other side.
+each is async, and then answers requests until the pipe closes: one after another, or, when all of its functions are
+async, as many at a time as it is asked (together.py). See process.py for the other side.
 """
 
 import asyncio
-import copy
 import ctypes
 import inspect
 import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable
 from typing import Any
 
-from actors.rewards.functions import RewardError, checked_scores, describe, load
+from actors.rewards.call import Raised, RewardFunction, file_of, is_async, keywords, result_of
+from actors.rewards.functions import RewardError, describe, load
 from actors.rewards.pipe import receive, send
+from actors.rewards.together import Together
 
 _PR_SET_PDEATHSIG = 1
-
-RewardFunction = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Raised:
-    """A call that raised, in place of its output."""
-
-    detail: str
 
 
 def main(request_fd: int, response_fd: int, parent: int, columns: list[str] | None, names: list[str]) -> None:
@@ -43,8 +35,12 @@ def main(request_fd: int, response_fd: int, parent: int, columns: list[str] | No
     except RewardError as error:
         send(response_fd, json.dumps({"error": str(error)}).encode(), None)
         return
-    send(response_fd, json.dumps({"is_async": [_is_async(function) for function in functions]}).encode(), None)
-    _serve(request_fd, response_fd, functions)
+    kinds = [is_async(function) for function in functions]
+    send(response_fd, json.dumps({"is_async": kinds}).encode(), None)
+    if all(kinds):
+        Together(request_fd, response_fd, functions).serve()
+    else:
+        _serve(request_fd, response_fd, functions)
 
 
 def _serve(request_fd: int, response_fd: int, functions: list[RewardFunction]) -> None:
@@ -67,7 +63,7 @@ def _serve(request_fd: int, response_fd: int, functions: list[RewardFunction]) -
             except BaseException as error:  # noqa: BLE001 - raised by a task that a function left behind
                 outputs = [Raised(describe(error))] * len(called)
                 loop = _new_loop()
-        results = [_result(output, len(request["arguments"]["completions"])) for output in outputs]
+        results = [result_of(output, len(request["arguments"]["completions"])) for output in outputs]
         if os.getpid() != own_pid:
             os._exit(0)  # a function forked and both processes returned; only one may answer
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -75,26 +71,15 @@ def _serve(request_fd: int, response_fd: int, functions: list[RewardFunction]) -
         os.chdir(folder)
 
 
-def keywords(arguments: dict[str, Any]) -> dict[str, list[Any]]:
-    """The keywords of a call (TRL's contract): one item per completion, the prompt and the columns repeated."""
-    num_completions = len(arguments["completions"])
-    repeated = {"prompts": arguments["prompt"], **arguments["columns"]}
-    return {
-        **{name: [copy.deepcopy(value) for _ in range(num_completions)] for name, value in repeated.items()},
-        "completions": arguments["completions"],
-        "completion_ids": arguments["completion_ids"],
-    }
-
-
 def _called(function: RewardFunction, arguments: dict[str, list[Any]]) -> Any:
     try:
         return function(**arguments)
     except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt of user code are failures, too
-        return Raised(describe(error, _file_of(function)))
+        return Raised(describe(error, file_of(function)))
 
 
 async def _gathered(outputs: list[Any]) -> list[Any]:
-    """All outputs; those of async functions are awaited together (as TRL does)."""
+    """All outputs; those that a function left to be awaited are awaited together."""
 
     async def awaited(output: Awaitable[Any]) -> Any:
         try:
@@ -106,26 +91,6 @@ async def _gathered(outputs: list[Any]) -> list[Any]:
         return output
 
     return await asyncio.gather(*(awaited(o) if inspect.isawaitable(o) else given(o) for o in outputs))
-
-
-def _result(output: Any, num_completions: int) -> dict[str, Any]:
-    """`scores` (one float or None per completion), `cause` (None, `exception` or `bad_output`) and `detail`."""
-    nothing = [None] * num_completions
-    if isinstance(output, Raised):
-        return {"scores": nothing, "cause": "exception", "detail": output.detail}
-    try:
-        scores, problem = checked_scores(output, num_completions)
-    except BaseException as error:  # noqa: BLE001 - looking at the output runs user code as well
-        return {"scores": nothing, "cause": "bad_output", "detail": describe(error)}
-    return {"scores": scores, "cause": "bad_output" if problem else None, "detail": problem}
-
-
-def _is_async(function: RewardFunction) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-def _file_of(function: RewardFunction) -> str | None:
-    return function.__code__.co_filename if inspect.isfunction(function) else None
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -11,6 +11,7 @@ import inspect
 import json
 import zlib
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 
@@ -29,6 +30,7 @@ def as_reward(judge: Callable[..., Any]) -> Callable[..., Any]:
 
     if inspect.iscoroutinefunction(judge):
 
+        @wraps(judge)
         async def asked(
             prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any, **columns: Any
         ) -> list[float | None]:
@@ -36,6 +38,7 @@ def as_reward(judge: Callable[..., Any]) -> Callable[..., Any]:
 
         return asked
 
+    @wraps(judge)
     def score(
         prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any, **columns: Any
     ) -> list[float | None]:

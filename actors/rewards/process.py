@@ -1,4 +1,4 @@
-"""A call of reward functions ends by its deadline; a child that failed is dead with its whole process group."""
+"""A child that failed is dead with its whole process group; lane.py keeps the deadlines of what it is asked."""
 
 import json
 import os
@@ -6,15 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.rewards.pipe import receive, send
+from actors.rewards.pipe import Inbox, Outbox, receive, wait_for_any
 
 WITHHELD = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "WANDB_API_KEY")
 """Ours alone. All else in the environment a reward may need: the key of a judge's service, a token of the hub."""
+
+CLOSED_PIPE = "it closed the pipe of the reward process"
+WROTE_INTO_PIPE = "it wrote into the pipe of the reward process"
 
 _ROOT = Path(__file__).resolve().parents[2]
 _KILL_TIMEOUT_S = 10.0
@@ -30,16 +32,6 @@ class ChildError(RuntimeError):
         self.cause = cause
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one call of one function gave: a score or None per completion, and why scores are missing."""
-
-    scores: tuple[float | None, ...]
-    cause: str | None = None
-    """None, `timeout`, `exception`, `died` or `bad_output`."""
-    detail: str = ""
-
-
 class RewardProcess:
     """At most one child at a time, started when it is needed; used from one thread.
 
@@ -50,38 +42,69 @@ class RewardProcess:
         self._functions = functions
         self._columns = columns
         self._child: _Child | None = None
-        self._num_requests = 0
         self._interrupted = False
         self.is_async: tuple[bool, ...] = ()
         """Which of the functions are async; known after the first start."""
 
+    @property
+    def is_together(self) -> bool:
+        """It takes many requests at a time, answers in any order, and cancels a call when it is told to."""
+        return bool(self.is_async) and all(self.is_async)
+
+    @property
+    def has_exited(self) -> bool:
+        """There is none that lives; a process that it forked may hold its pipe open."""
+        return self._child is None or _has_exited(self._child.process)
+
     def start(self, timeout_s: float) -> None:
         """Returns when a child has loaded all functions; ChildError when it cannot."""
-        if self._child is not None and not _has_exited(self._child.process):
+        if not self.has_exited:
             return
         self.kill()
-        self._child = _spawn(self._functions, self._columns)
+        self._child = child = _spawn(self._functions, self._columns)
         if self._interrupted:
-            raise self._ended("died", "the process was interrupted")
-        answer = self._answer(time.monotonic() + timeout_s, f"loading took more than {timeout_s:g} s")
-        if "error" in answer:
-            self.kill()
-            raise ChildError("exception", answer["error"])
-        self.is_async = tuple(answer["is_async"])
+            raise self.ended("died", "the process was interrupted")
+        try:
+            answer = json.loads(receive(child.response_fd, time.monotonic() + timeout_s))
+            if "error" not in answer:
+                self.is_async = tuple(answer["is_async"])
+                return
+        except TimeoutError:
+            late = f"loading took more than {timeout_s:g} s"
+            raise self.ended("died" if self.has_exited else "timeout", late) from None
+        except EOFError:
+            raise self.ended("died", CLOSED_PIPE) from None
+        except (ValueError, TypeError, KeyError):
+            raise self.ended("died", WROTE_INTO_PIPE) from None
+        self.kill()
+        raise ChildError("exception", answer["error"])
 
-    def call(self, functions: Sequence[int], arguments: str, timeout_s: float) -> list[Outcome]:
-        """Outcomes of some functions on JSON `arguments`, called together; ChildError when they share one failure."""
+    def post(self, message: bytes) -> None:
+        """To be sent by the next `exchange`."""
         assert self._child is not None, "start() comes first"
-        self._num_requests += 1
-        request = f'{{"id": {self._num_requests}, "functions": {list(functions)}, "arguments": {arguments}}}'
-        deadline = time.monotonic() + timeout_s
-        answer = self._answer(deadline, f"took more than {timeout_s:g} s", request.encode())
-        if answer.get("id") != self._num_requests:
-            raise self._ended("died", "it wrote into the pipe of the reward process")
-        return [Outcome(tuple(r["scores"]), r["cause"], r["detail"]) for r in answer["results"]]
+        self._child.outbox.put(message)
+
+    def exchange(self, timeout_s: float, wake_fd: int) -> list[Any]:
+        """Send what was posted and return what has come, as soon as there is any, or `wake_fd` can be read.
+
+        ChildError (and no child) when none can come any more.
+        """
+        child = self._child
+        if child is None:
+            wait_for_any([wake_fd], [], timeout_s)
+            return []
+        try:
+            writes = [] if child.outbox.flush() else [child.request_fd]
+            if child.response_fd in wait_for_any([wake_fd, child.response_fd], writes, timeout_s):
+                return [json.loads(message) for message in child.inbox.read()]
+        except EOFError:
+            raise self.ended("died", CLOSED_PIPE) from None
+        except ValueError:
+            raise self.ended("died", WROTE_INTO_PIPE) from None
+        return []
 
     def interrupt(self) -> None:
-        """End the call in progress for good, from any thread: the child dies, and every call raises ChildError."""
+        """End what is in progress for good, from any thread: the child dies, and every call raises ChildError."""
         self._interrupted = True
         child = self._child
         if child is not None:
@@ -97,27 +120,10 @@ class RewardProcess:
         os.close(child.request_fd)
         os.close(child.response_fd)
 
-    def _answer(self, deadline: float, late: str, request: bytes | None = None) -> dict[str, Any]:
-        """The child's next message, after `request` was sent; ChildError (and no child) when there is none."""
+    def ended(self, cause: str, detail: str) -> ChildError:
+        """What to tell of a child that is no use any more, and is killed with its group."""
         child = self._child
-        assert child is not None
-        try:
-            if request is not None:
-                send(child.request_fd, request, deadline)
-            answer: dict[str, Any] = json.loads(receive(child.response_fd, deadline))
-            return answer
-        except TimeoutError:
-            # A process that the child forked may hold the pipe open after the child has died.
-            raise self._ended("died" if _has_exited(child.process) else "timeout", late) from None
-        except EOFError:
-            raise self._ended("died", "it closed the pipe of the reward process") from None
-        except ValueError:
-            raise self._ended("died", "it wrote into the pipe of the reward process") from None
-
-    def _ended(self, cause: str, detail: str) -> ChildError:
-        child = self._child
-        assert child is not None
-        if cause == "died" and _exits_soon(child.process):
+        if child is not None and cause == "died" and _exits_soon(child.process):
             self.kill()
             status = child.process.returncode
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
@@ -131,6 +137,8 @@ class _Child:
     process: subprocess.Popen[bytes]
     request_fd: int
     response_fd: int
+    outbox: Outbox
+    inbox: Inbox
 
 
 def _spawn(functions: tuple[str, ...], columns: tuple[str, ...] | None) -> _Child:
@@ -153,7 +161,7 @@ def _spawn(functions: tuple[str, ...], columns: tuple[str, ...] | None) -> _Chil
     )
     os.close(child_reads)
     os.close(child_writes)
-    return _Child(process, request_fd, response_fd)
+    return _Child(process, request_fd, response_fd, Outbox(request_fd), Inbox(response_fd))
 
 
 def _has_exited(process: subprocess.Popen[bytes]) -> bool:

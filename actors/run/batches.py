@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from actors.policy_group import PolicyGroup
-from algorithms.packing import pack
+from algorithms.packing import Sequences, pack_sharing
 from algorithms.types import Batch, Group, MicroBatch, Prompt, Rollout, Sample
 
 
@@ -24,7 +26,9 @@ def batch_of(
     ]
     learned = [groups[sample.group].rollouts[sample.rollout].num_loss_tokens for sample in samples]
     costs = [policy.costs.of(sample.num_tokens, count) for sample, count in zip(samples, learned, strict=True)]
-    packed = pack([sample.num_tokens for sample in samples], len(policy.ranks), max_tokens, costs)
+    prompts = [policy.costs.of(_num_alike(groups[sample.group].rollouts), 0) for sample in samples]
+    sequences = Sequences([s.num_tokens for s in samples], costs, [s.group for s in samples], prompts)
+    packed = pack_sharing(sequences, len(policy.ranks), max_tokens)
     return Batch(
         version=version,
         ranks=tuple(tuple(MicroBatch(tuple(samples[i] for i in micro)) for micro in rank) for rank in packed),
@@ -32,3 +36,9 @@ def batch_of(
         num_loss_tokens=sum(learned),
         oldest_version=0,
     )
+
+
+def _num_alike(rollouts: Sequence[Rollout]) -> int:
+    """Tokens of the prompt that all of these have; 0 when they do not have one."""
+    prompts = [rollout.token_ids_T[: int(np.argmax(rollout.loss_mask_T))] for rollout in rollouts]
+    return len(prompts[0]) if all(np.array_equal(prompt, prompts[0]) for prompt in prompts) else 0

@@ -72,15 +72,26 @@ class DecodeConfig(BaseModel):
 
 
 class TrainConfig(BaseModel):
-    """One step of the policy."""
+    """One step of the policy, or what a critic does with a batch."""
 
     model_config = CLOSED
 
     per_step_s: float = Field(3.0, ge=0.0)
     """Seconds of a step that do not depend on the batch: the optimizer, communication, packing. Placeholder."""
     per_token_s: float = Field(2.0e-4, ge=0.0)
-    """Seconds that one policy worker needs for a token of the batch, prompts included; the workers share the tokens.
+    """Seconds that one worker needs for a token of the batch, prompts included; the workers share the tokens.
     Placeholder."""
+
+
+class CriticTimes(BaseModel):
+    """A critic (algorithm.advantage 'gae') values a batch before the policy's step, and learns from it beside that."""
+
+    model_config = CLOSED
+
+    values: TrainConfig = TrainConfig(per_step_s=0.5, per_token_s=7.0e-5)
+    """Values of a batch's tokens, for which the policy waits. Placeholder."""
+    train: TrainConfig = TrainConfig()
+    """A step of the critic; the policy takes no further batch before it has ended. Placeholder."""
 
 
 class RewardLatency(BaseModel):
@@ -133,6 +144,8 @@ class SimulationConfig(BaseModel):
     lengths: LengthsConfig = LognormalLengths(kind="lognormal")
     decode: DecodeConfig = DecodeConfig()
     train: TrainConfig = TrainConfig()
+    critic: CriticTimes = CriticTimes()
+    """Of recipes with a critic alone."""
     reward: RewardLatency = RewardLatency()
     sync: PublishConfig = PublishConfig()
     failures: FailuresConfig = FailuresConfig()

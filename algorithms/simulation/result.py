@@ -38,7 +38,8 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Groups per second that no schedule exceeds: N / E[D] with all slots decoding, B / T with the policy training."""
+    """Groups per second that no schedule exceeds: N / E[D] with all slots decoding, B / T with the policy training, or
+    the critic."""
 
     rollout: float
     policy: float
@@ -81,7 +82,7 @@ class SimulationResult:
     max_staleness: int
     """The highest age of a trained token."""
     policy_s: Mapping[str, float]
-    """Seconds of the policy: training, publishing, and waiting for groups or for the oldest."""
+    """Seconds of the policy: training, publishing, and waiting for groups, for the oldest, or for the critic."""
     slot_idle_s: Mapping[str, float]
     """Seconds of idle slots by reason: depth, capacity, bound, done, publishing, failed."""
 
@@ -120,7 +121,8 @@ def bound(config: SimulationConfig, setup: Setup, mean_length: float) -> Bound:
     iteration_s = config.decode.base_s + config.decode.per_sequence_s * setup.max_num_seqs
     group_slot_s = setup.num_generations * mean_length * iteration_s
     tokens = setup.groups_per_batch * setup.num_generations * (config.prompt_length + mean_length)
-    step_s = train_s(config, setup, tokens)
+    values_s, critic_s = critic_seconds(config, setup, tokens)
+    step_s = values_s + max(train_s(config, setup, tokens), critic_s)
     return Bound(
         rollout=setup.num_slots / group_slot_s * (1.0 - config.filtered_share),
         policy=setup.groups_per_batch / step_s if step_s else float("inf"),
@@ -130,3 +132,12 @@ def bound(config: SimulationConfig, setup: Setup, mean_length: float) -> Bound:
 def train_s(config: SimulationConfig, setup: Setup, num_tokens: float) -> float:
     """Seconds of a training step on so many tokens."""
     return config.train.per_step_s + config.train.per_token_s * num_tokens / setup.num_policy_workers
+
+
+def critic_seconds(config: SimulationConfig, setup: Setup, num_tokens: float) -> tuple[float, float]:
+    """Seconds in which the critic values so many tokens, and in which it then learns from them; 0 without one."""
+    if not setup.num_critic_workers:
+        return 0.0, 0.0
+    share = num_tokens / setup.num_critic_workers
+    values, train = config.critic.values, config.critic.train
+    return values.per_step_s + values.per_token_s * share, train.per_step_s + train.per_token_s * share

@@ -18,6 +18,7 @@ class Setup:
     """Sequences that one replica decodes at once: its slots."""
     max_groups_per_replica: int
     num_policy_workers: int = 1
+    num_critic_workers: int = 0
     max_staleness: int = 1
     when_stale: WhenStale = "pace"
     over_sampling: float = 1.0

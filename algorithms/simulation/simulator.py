@@ -18,7 +18,7 @@ from algorithms.routing import Router
 from algorithms.simulation.config import SimulationConfig
 from algorithms.simulation.lengths import Lengths, Trace
 from algorithms.simulation.replicas import Fleet, Group
-from algorithms.simulation.result import SimulationResult, train_s
+from algorithms.simulation.result import SimulationResult, critic_seconds, train_s
 from algorithms.simulation.setup import Setup
 from algorithms.simulation.tally import Tally
 from algorithms.slots import Slot, Taken
@@ -26,8 +26,15 @@ from algorithms.slots import Slot, Taken
 _MAX_FAILURES_A_STEP = 1000
 """A step during which every replica fails this often will never end."""
 
-Stage = Literal["waiting", "training", "streaming", "swapping"]
-"""What the policy does: waits for a batch, trains on it, streams its weights, waits until all replicas have swapped."""
+Stage = Literal["waiting", "valuing", "training", "streaming", "swapping", "outlasted"]
+"""What the policy does: waits for a batch, for the critic's values of it, trains on it, streams its weights, waits
+until all replicas have swapped, and then for the end of the critic's step."""
+
+_BOOKED: dict[Stage, str] = {
+    "valuing": "critic", "training": "training", "streaming": "publishing", "swapping": "publishing",
+    "outlasted": "critic",
+}  # fmt: skip
+"""What the policy's time counts as; that of waiting for a batch, as the pacer says."""
 
 
 class Scheduler(Protocol):
@@ -98,6 +105,8 @@ class _Simulation:
         self.version = 0
         """The version that was committed last."""
         self.stage: Stage = "waiting"
+        self.critic_until = 0.0
+        """When its step ends."""
         self.failures_in_step = 0
         self.changed = True
         """Something has happened that the pacer may answer to."""
@@ -108,7 +117,7 @@ class _Simulation:
 
     def run(self, on_step: Callable[[int], None] | None) -> SimulationResult:
         done = 0
-        while self.version < self.setup.steps:
+        while self.version < self.setup.steps or self.stage == "outlasted":
             self.advance()
             if self.version > done:
                 done = self.version
@@ -153,8 +162,7 @@ class _Simulation:
         if seconds == 0.0:
             return
         stage, tally, idle = self.stage, self.tally, self.tally.slot_idle_s
-        policy = self.waiting if stage == "waiting" else "training" if stage == "training" else "publishing"
-        tally.policy_s[policy] += seconds
+        tally.policy_s[self.waiting if stage == "waiting" else _BOOKED[stage]] += seconds
         alive = self.fleet.num_alive * self.setup.max_num_seqs
         if alive < self.setup.num_slots:
             idle["failed"] += seconds * (self.setup.num_slots - alive)
@@ -210,7 +218,17 @@ class _Simulation:
             self.tally.wasted(group, "requeued")
         for ordinal in taken.left_out:
             self.tally.left_out(self.groups.pop(ordinal), self.pacer.left_out_cause)
-        self.stage, self.changed = "training", True
+        self.changed = True
+        values_s, critic_s = critic_seconds(self.config, self.setup, num_tokens)
+        self.critic_until = self.now + values_s + critic_s
+        if self.setup.num_critic_workers:
+            self.stage = "valuing"
+            self.after(values_s, lambda: self.train(num_tokens))
+        else:
+            self.train(num_tokens)
+
+    def train(self, num_tokens: int) -> None:
+        self.stage = "training"
         self.after(train_s(self.config, self.setup, num_tokens), self.trained)
 
     # Groups ------------------------------------------------------------------------------------------------------
@@ -291,6 +309,13 @@ class _Simulation:
         self.version += 1
         self.stage, self.changed, self.failures_in_step = "waiting", True, 0
         self.tally.step(self.now, self.setup.num_slots)
+        if self.critic_until > self.now:
+            self.stage = "outlasted"
+            self.after(self.critic_until - self.now, self.critic_done)
+
+    def critic_done(self) -> None:
+        """The next batch may be taken."""
+        self.stage, self.changed = "waiting", True
 
     # Failures ----------------------------------------------------------------------------------------------------
 

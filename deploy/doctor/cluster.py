@@ -5,54 +5,40 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ray.exceptions import RayError
-
-from actors.errors import RunError, last_line
+from actors.errors import RunError
 from actors.recipe.pools import used_pools
 from actors.recipe.schema import Recipe
-from actors.run.machine import answers
-from deploy.doctor.check import Finding, failed, passed, skipped, warned
+from deploy.doctor.check import Finding, passed, skipped, warned
 from deploy.doctor.machine import Machine, this_machine
 from deploy.memory import estimate
-from deploy.session import is_open, ray_session
+from deploy.nodes import LOOK_TIMEOUT_S, alive, on_nodes, unseen
+from deploy.session import TOKEN_FIX, ClusterError, is_open, ray_session
 from placement.cluster import ClusterSpec, from_ray
 from placement.memory.accelerators import gpu_memory_gb
 from placement.plan import PlacementPlan, plan
 
 REACH_TIMEOUT_S = 120.0
-LOOK_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 60.0
-T = TypeVar("T")
-
-_TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on the head (SECURITY.md)"
 
 
 def reach(address: str | None, session: contextlib.ExitStack) -> Finding:
-    """Joins the cluster, or starts a Ray of our own, until the session is closed."""
-    host = (address or "").removeprefix("ray://")
-    if has_port(host) and not answers(host):
-        return failed(f"nobody answers at {host}", "start Ray there (ray start --head), or correct --address")
+    """Joins the cluster, or starts a Ray of our own, until the session is closed; else ClusterError or RunError."""
     import ray
 
     began = time.monotonic()
-    try:
-        _enter(address, session)
-    except RunError as error:
-        return refused(error.__context__ or error, address)
-    except RayError as error:
-        return refused(error, address)
+    _enter(address, session)
     if address is None:
         return passed(f"Ray {ray.__version__} starts here in {time.monotonic() - began:.0f} s, for this user alone")
     at = ray.get_runtime_context().gcs_address
     count = len(from_ray(ray.nodes()).nodes)
     text = f"Ray {ray.__version__} at {at}: {count} node{'s' * (count != 1)}"
     if is_open(at, os.environ):
-        return warned(f"{text}, and it asks for no token: whoever reaches its ports can run code there", _TOKEN)
+        return warned(f"{text}, and it asks for no token: whoever reaches its ports can run code there", TOKEN_FIX)
     return passed(text)
 
 
@@ -73,7 +59,7 @@ def _live(address: str | None, reached: Future[None], ended: threading.Event) ->
         with ray_session(address, lambda _: None):  # that it is open is told by the check
             reached.set_result(None)
             ended.wait()
-    except (RayError, RunError) as error:
+    except (ClusterError, RunError) as error:
         if not reached.done():
             reached.set_exception(error)
 
@@ -96,52 +82,17 @@ def _answer() -> None:
     """On a worker."""
 
 
-def has_port(address: str) -> bool:
-    return address.rpartition(":")[2].isdecimal()
-
-
-def refused(error: BaseException, address: str | None) -> Finding:
-    """Why Ray was not reached, and what to do, from what it raised."""
-    text = " ".join(str(error).split())
-    if "Version mismatch" in text:
-        return failed(text, "run the head's versions of Ray and Python here, or ours there")
-    if "token" in text.lower() or "authentication" in type(error).__name__.lower():
-        return failed(f"{address} refuses us: {last_line(error)}", _TOKEN)
-    if address is None:
-        return failed(f"the local Ray did not start: {last_line(error)}", "see /tmp/ray/session_latest/logs")
-    if "Failed to connect" in text and has_port(address):  # where somebody did answer: so Ray says it of a wrong token
-        return failed(f"{address} answers and does not let us in: {last_line(error)}", _TOKEN)
-    return failed(
-        f"--address {address}: {last_line(error)}", "start Ray there (ray start --head), or correct --address"
-    )
-
-
 def look_at_nodes(num_ports: int) -> dict[str, Machine]:
     """Every node, by its name in plans, as it offers itself."""
-    return _on_every_node(this_machine, num_ports)
+    nodes = alive()
+    return on_nodes({name: [num_ports] for name in nodes}, this_machine, nodes)
 
 
 def nodes_that_see(probe: Path) -> dict[str, bool]:
     """By node, whether it sees the file."""
-    return _on_every_node(_sees, str(probe.absolute()))
-
-
-def _sees(probe: str) -> bool:
-    """On a node."""
-    return Path(probe).exists()
-
-
-def _on_every_node(function: Callable[..., T], *arguments: Any) -> dict[str, T]:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    remote: Any = ray.remote(num_cpus=0)(function)
-    bound = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
-    answers = ray.get(
-        [remote.options(scheduling_strategy=to).remote(*arguments) for to in bound], timeout=LOOK_TIMEOUT_S
-    )
-    return dict(zip([node.name for node in from_ray(alive).nodes], answers, strict=True))
+    nodes = alive()
+    missing = on_nodes({name: [[str(probe.absolute())]] for name in nodes}, unseen, nodes)
+    return {name: not paths for name, paths in missing.items()}
 
 
 def check_placement(recipe: Recipe, cluster: ClusterSpec) -> Finding:

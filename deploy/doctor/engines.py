@@ -23,7 +23,7 @@ from actors.settings import ModelSource, reference_settings, rollout_settings
 from algorithms.types import Group, Prompt, Rollout
 from deploy.doctor.check import Finding, failed, passed, skipped, warned
 from deploy.doctor.data import first_model, rows_of
-from deploy.doctor.storage import nearest
+from deploy.nodes import nearest
 from deploy.shapes import model_shape
 from deploy.train import stream_of, words
 from placement.memory.footprint import GB

@@ -12,6 +12,7 @@ from deploy.doctor import cluster, data, engines, gpus, machine, rewards, storag
 from deploy.doctor.check import LEVELS, Check, Finding, passed, skipped
 from deploy.doctor.machine import Machine
 from deploy.host_memory import bytes_by_node
+from deploy.nodes import LOOK_TIMEOUT_S, probe_file
 from placement.cluster import ClusterSpec, from_ray
 from placement.cluster import this_machine as machine_to_plan_for
 from placement.plan import PlacementError, PlacementPlan, plan
@@ -48,7 +49,7 @@ class Examination:
         yield Check("packages", _QUICK_S, lambda: versions.check_packages(wanted > 0))
         yield from self._of_gpus(wanted)
         yield Check("ray", cluster.REACH_TIMEOUT_S, lambda: cluster.reach(self._address, self._session))
-        yield Check("machines", cluster.LOOK_TIMEOUT_S, self._look)
+        yield Check("machines", LOOK_TIMEOUT_S, self._look)
         yield from self._of_machines()
         for recipe in self._recipes:
             whose = f"{recipe.name}: " if len(self._recipes) > 1 else ""
@@ -137,7 +138,7 @@ class Examination:
         return self._worst(lambda _, node: machine.check_same(node, ours))
 
     def _shared(self, recipe: Recipe) -> Finding:
-        with storage.probe_file(recipe.folder) as probe:
+        with probe_file(recipe.folder) as probe:
             return storage.check_shared(recipe.folder, cluster.nodes_that_see(probe))
 
     def _worst(self, judge: Callable[[str, Machine], Finding]) -> Finding:

@@ -9,12 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.data.dataset import Rows, prompt_of, reward_column_names, reward_columns
 from actors.data.prompts import prompt_ids, text_ids
-from actors.recipe.rewards import RewardConfig
+from actors.recipe.rewards import LOAD_TIMEOUT_S, RewardConfig
 from actors.recipe.schema import GrpoRecipe
-from actors.reward import LOAD_TIMEOUT_S, arguments_of
+from actors.reward import arguments_of
 from actors.rewards.classifier import check_reward_model
+from actors.rewards.docket import Outcome
 from actors.rewards.functions import name_of
-from actors.rewards.process import ChildError, RewardProcess
+from actors.rewards.lane import Lane
+from actors.rewards.process import ChildError
 from actors.settings import reward_functions
 from algorithms.types import Group, Prompt, Rollout
 from deploy.doctor.check import Finding, failed, passed, skipped, warned
@@ -22,6 +24,9 @@ from deploy.doctor.data import rows_of
 from deploy.train import words
 
 _NUM_ROWS = 2
+_NUM_COMPLETIONS = 2
+"""Of each row: the right one and an empty one."""
+_SLACK_S = 10.0
 _MADE_UP = "42"
 """The completion of a row that has none of its own."""
 
@@ -79,21 +84,22 @@ def called(
     config: RewardConfig, calls: Sequence[str], columns: tuple[str, ...], timeout_s: float, has_answers: bool
 ) -> Finding:
     """What a function gave: each of `calls` (JSON, as a reward worker writes it) once, and the first one again."""
-    process = RewardProcess((config.source,), columns)
+    lane = Lane((config.source,), timeout_s, 1, columns)
+    outcomes: list[Outcome] = []
     try:
-        process.start(LOAD_TIMEOUT_S)
-        outcomes = [process.call([0], arguments, timeout_s)[0] for arguments in [*calls, calls[0]]]
+        lane.load().result(LOAD_TIMEOUT_S + _SLACK_S)
+        for arguments in [*calls, calls[0]]:
+            asked = lane.ask([[0]], arguments, _NUM_COMPLETIONS)
+            outcomes.append(asked.result(LOAD_TIMEOUT_S + timeout_s + _SLACK_S)[0])
+            cause, detail = outcomes[-1].cause, outcomes[-1].detail
+            if cause is not None:
+                slow = cause == "timeout"
+                fix = "make it faster, or raise rewards.timeout_s" if slow else "mend the function"
+                return failed(f"{config.source}: {cause}: {detail}", f"{fix}; its completions would be unscorable")
     except ChildError as error:
-        fix = "make it faster, or raise rewards.timeout_s" if error.cause == "timeout" else ""
-        return Finding("fail", f"{config.source}: {error.cause}: {error}", fix)
+        return Finding("fail", f"{config.source}: {error.cause}: {error}")
     finally:
-        process.kill()
-    for outcome in outcomes:
-        if outcome.cause is not None:
-            return failed(
-                f"{config.source}: {outcome.cause}: {outcome.detail}",
-                "mend the function; its completions would be unscorable",
-            )
+        lane.close()
     return judged(name_of(config.source), [outcome.scores for outcome in outcomes], has_answers)
 
 

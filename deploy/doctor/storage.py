@@ -1,12 +1,11 @@
 """The run folder takes what a run writes: it is writable, its checkpoints fit, and every node sees the same files."""
 
-import contextlib
 import errno
 import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from actors.checkpoint.config import CheckpointConfig
@@ -18,6 +17,7 @@ from actors.recipe.schema import Recipe
 from actors.run.folder import RunFolder
 from deploy.doctor.check import Finding, failed, passed, skipped, warned
 from deploy.memory import policy_load
+from deploy.nodes import nearest
 from deploy.shapes import model_shape
 from placement.memory.footprint import GB
 
@@ -25,12 +25,6 @@ BYTES_PER_TRAINED = 12
 """Of a checkpoint: float32 weights, and AdamW's two moments."""
 BYTES_PER_WEIGHT = 4
 """Of the model that a run leaves."""
-
-
-def nearest(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    folder = folder.expanduser().absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def check_writable(folder: Path) -> Finding:
@@ -122,17 +116,6 @@ def num_parameters(recipe: Recipe) -> tuple[int, int] | None:
         return None
     trained = policy_load(recipe, shape).num_trained
     return shape.num_parameters, shape.num_parameters if trained is None else trained
-
-
-@contextlib.contextmanager
-def probe_file(folder: Path) -> Iterator[Path]:
-    """A file where the run folder is to be, for other nodes to look for."""
-    probe = nearest(folder) / f".doctor-{uuid.uuid4().hex}"
-    probe.touch()
-    try:
-        yield probe
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def check_shared(folder: Path, seen: Mapping[str, bool]) -> Finding:

@@ -34,9 +34,3 @@ def checked_address(address: str) -> str:
     if port is None and parts.scheme == "http":
         raise ValueError(f"--address {address}: the port is missing; Ray's dashboard has 8265 unless it was set")
     return address.rstrip("/")
-
-
-def show_token(env: MutableMapping[str, str]) -> None:
-    """A token that is in the environment is shown to the cluster, as Ray's own programs do; before Ray is loaded."""
-    if env.get("RAY_AUTH_TOKEN") or env.get("RAY_AUTH_TOKEN_PATH"):
-        env.setdefault("RAY_AUTH_MODE", "token")

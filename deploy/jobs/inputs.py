@@ -1,12 +1,12 @@
 """What a cluster could not run is told before anything is sent: the errors of `train`, and paths that stay behind."""
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from actors.recipe.model import ModelConfig, PretrainedModel, RecipeModel
+from actors.recipe.named import named
 from actors.recipe.pools import first_pools
-from actors.recipe.schema import GrpoRecipe, Recipe
+from actors.recipe.schema import Recipe
 from actors.run.lineage import trained_before
 from deploy.jobs.shipment import Shipment
 from placement.cluster import ClusterSpec
@@ -45,7 +45,7 @@ def check_run_dirs(runs: Runs) -> None:
 def check_sent(runs: Runs, shipment: Shipment) -> None:
     """ValueError when a recipe names something of this folder that is not sent."""
     for path, recipe in runs:
-        for key, name in [("the recipe", path), *named_paths(recipe)]:
+        for key, name in [("the recipe", path), *((each.key, each.name) for each in named(recipe))]:
             if Path(name).is_absolute() or not (shipment.root / name).exists() or shipment.has(name):
                 continue
             raise ValueError(
@@ -57,8 +57,8 @@ def check_sent(runs: Runs, shipment: Shipment) -> None:
 
 def elsewhere(runs: Runs) -> list[str]:
     """Keys with absolute paths that are not on this machine: only the cluster can check what is there."""
-    named = ((key, name) for _, recipe in runs for key, name in named_paths(recipe))
-    return [f"{key}: {name}" for key, name in named if Path(name).is_absolute() and not Path(name).exists()]
+    paths = ((each.key, Path(each.name)) for _, recipe in runs for each in named(recipe))
+    return [f"{key}: {path}" for key, path in paths if path.is_absolute() and not path.exists()]
 
 
 def check_as_train(recipe: Recipe, path: str, overwrite: bool, allowed: Collection[str]) -> None:
@@ -78,27 +78,3 @@ def check_room(runs: Runs, cluster: ClusterSpec) -> None:
             estimate(recipe, plan(first_pools(recipe), cluster), cluster, None)
         except (PlacementError, MemoryShortageError) as error:
             raise ValueError(f"{path}: the cluster is too small: {error}") from None
-
-
-def named_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Keys, and the files and folders that they may name."""
-    yield "dataset.path", recipe.dataset.path
-    yield from _of_model("model", recipe.model)
-    if isinstance(recipe, GrpoRecipe):
-        if recipe.reference is not None:
-            yield from _of_model("reference", recipe.reference)
-        if recipe.critic_model is not None:
-            yield from _of_model("critic.model", recipe.critic_model)
-        for index, reward in enumerate(recipe.rewards.functions):
-            if reward.model is not None:
-                yield f"rewards.functions.{index}.model", reward.model
-            elif reward.function is not None and reward.function.rpartition(":")[0].endswith(".py"):
-                yield f"rewards.functions.{index}.function", reward.function.rpartition(":")[0]
-
-
-def _of_model(key: str, model: ModelConfig) -> Iterator[tuple[str, str]]:
-    match model:
-        case PretrainedModel(path=path):
-            yield f"{key}.path", path
-        case RecipeModel(recipe=recipe):
-            yield f"{key}.recipe", recipe

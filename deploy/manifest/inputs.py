@@ -1,12 +1,11 @@
 """A name that Kubernetes refuses, or a path that the pods would not see, is told before anything is rendered."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from actors.data.dataset import READERS
-from actors.recipe.model import ModelConfig, PretrainedModel, RecipeModel
-from actors.recipe.schema import GrpoRecipe, Recipe
+from actors.recipe.named import Named, named
+from actors.recipe.schema import Recipe
 from deploy.manifest.options import APP, Kind
 
 MAX_NAME = {"job": 47, "cluster": 53}
@@ -50,8 +49,8 @@ def check_paths(recipe: Recipe, path: str, mount: str, claim: str) -> None:
             f"{path}: run_dir: {folder} is not on the volume of claim '{claim}', which the pods see at {mount}, so the "
             f"run would be lost with them; set run_dir={mount}/{recipe.name}, or --mount to a folder above it"
         )
-    for key, value, is_path in _named(recipe, path):
-        local = PurePosixPath(value)
+    for each in [Named("the recipe's path", path, "file"), *named(recipe)]:
+        key, value, local = each.key, each.name, PurePosixPath(each.name)
         if ".." in local.parts or value.startswith("~"):
             raise ValueError(f"{key}: {value} leads out of the project; write it as an absolute path below {mount}")
         if local.is_absolute() and not (_below(local, mount) or _below(local, APP)):
@@ -59,7 +58,7 @@ def check_paths(recipe: Recipe, path: str, mount: str, claim: str) -> None:
                 f"{key}: the pods do not see {value}; copy it to the volume of claim '{claim}' and name it as they do, "
                 f"{mount}/{local.name}"
             )
-        if is_path and not local.is_absolute() and not _in_image(local, mount):
+        if _is_path(each) and not local.is_absolute() and not _in_image(local, mount):
             raise ValueError(
                 f"{key}: {value} is not in the image, which holds {', '.join(IMAGE)} of this checkout; put it below "
                 f"recipes/ before the image is built, or on the volume of claim '{claim}' and write "
@@ -72,36 +71,14 @@ def _in_image(local: PurePosixPath, mount: str) -> bool:
     return local.parts[:1] in [(folder,) for folder in IMAGE] or _below(PurePosixPath(APP) / local, mount)
 
 
-def _named(recipe: Recipe, path: str) -> Iterator[tuple[str, str, bool]]:
-    """What a recipe names, by who names it, and whether it is surely a path: the names of the hub look like some."""
-    yield "the recipe's path", path, True
-    data = recipe.dataset.path
-    yield "dataset.path", data, _is_path(data) or PurePosixPath(data).suffix in READERS
-    yield from _model("model", recipe.model)
-    if isinstance(recipe, GrpoRecipe):
-        if recipe.reference is not None:
-            yield from _model("reference", recipe.reference)
-        if recipe.critic_model is not None:
-            yield from _model("critic.model", recipe.critic_model)
-        for index, reward in enumerate(recipe.rewards.functions):
-            if reward.function is not None:
-                yield f"rewards.functions.{index}.function", reward.function.rpartition(":")[0], True
-            if reward.judge is not None:
-                yield f"rewards.functions.{index}.judge", reward.judge.rpartition(":")[0], True
-            if reward.model is not None:
-                yield f"rewards.functions.{index}.model", reward.model, _is_path(reward.model)
-
-
-def _model(key: str, model: ModelConfig) -> Iterator[tuple[str, str, bool]]:
-    match model:
-        case PretrainedModel(path=name):
-            yield f"{key}.path", name, _is_path(name)
-        case RecipeModel(recipe=first):
-            yield f"{key}.recipe", first, True
-
-
-def _is_path(name: str) -> bool:
-    """Of data or of a model: one that is here, or that can be no name of the hub's."""
+def _is_path(value: Named) -> bool:
+    """Whether it is surely one: of data or of a model one that is here, or that can be no name of the hub's."""
+    name = value.name
+    match value.kind:
+        case "file":
+            return True
+        case "data" if PurePosixPath(name).suffix in READERS:
+            return True
     return name.startswith(".") or name.count("/") > 1 or Path(name).exists()
 
 

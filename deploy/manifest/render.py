@@ -2,8 +2,9 @@
 
 import importlib.metadata
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
@@ -39,8 +40,7 @@ def manifest_text(
     lines = [f"# {manifest['kind']} '{name}' of {path}; the claim '{options.claim}' must be there, readable and"]
     lines.append("# writable from many nodes. Save this as a file, then: kubectl apply -f FILE")
     if options.kind == "cluster":
-        submit = shlex.join(["ray", "job", "submit", "--", *_command(recipe, path, overrides, options)])
-        lines.append(f"# then, with the dashboard's port forwarded: {submit}")
+        lines += [f"# {line}" for line in _how_to_submit(recipe, path, overrides, options)]
     return "\n".join(lines) + "\n" + yaml.safe_dump(manifest, sort_keys=False, width=120)
 
 
@@ -66,7 +66,13 @@ def render(
 def _with_range(recipe: Recipe, options: ManifestOptions) -> ManifestOptions:
     """A recipe whose replicas come and go says itself between which numbers."""
     pool = recipe.pools.rollout
-    if not isinstance(recipe, GrpoRecipe) or not pool.elastic:
+    if not isinstance(recipe, GrpoRecipe):
+        if options.elastic is not None:
+            raise ValueError(
+                f"--elastic-rollout: a recipe of kind {recipe.kind!r} has no rollout replicas; leave it out"
+            )
+        return options
+    if not pool.elastic:
         return options
     asked = Elastic(pool.least, pool.most)
     if options.kueue is not None:
@@ -89,8 +95,24 @@ def _groups(recipe: Recipe, path: str, options: ManifestOptions) -> tuple[PodGro
 
 
 def _command(recipe: Recipe, path: str, overrides: Sequence[str], options: ManifestOptions) -> list[str]:
+    return ["python", "-m", "deploy", "train", path, *overrides, *bindings(recipe, _groups(recipe, path, options))]
+
+
+def _how_to_submit(recipe: Recipe, path: str, overrides: Sequence[str], options: ManifestOptions) -> Iterator[str]:
+    """A job that is submitted runs in a copy of the folder here, in which a relative run_dir would be lost."""
+    for where, first in trained_before(recipe, path):
+        if not first.folder.is_absolute():
+            yield f"first write run_dir: {_in_pod(first)} into {where}, which is trained before"
     bound = bindings(recipe, _groups(recipe, path, options))
-    return ["python", "-m", "deploy", "train", path, *overrides, *bound]
+    folder = [] if recipe.folder.is_absolute() else [f"run_dir={_in_pod(recipe)}"]
+    address = ["--address", "http://127.0.0.1:8265"]
+    words = ["python", "-m", "deploy", "submit", path, *overrides, *bound, *folder, *address]
+    yield f"then, with the token exported and the dashboard's port forwarded (docs/kuberay.md): {shlex.join(words)}"
+
+
+def _in_pod(recipe: Recipe) -> PurePosixPath:
+    """Where a relative run folder lies."""
+    return PurePosixPath(APP) / recipe.folder
 
 
 def _metadata(name: str, options: ManifestOptions) -> dict[str, Any]:

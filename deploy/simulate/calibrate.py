@@ -20,6 +20,7 @@ from rich.table import Table
 from actors.recipe.plain_yaml import write
 from actors.recipe.schema import GrpoRecipe
 from algorithms.simulation.config import (
+    CriticTimes,
     DecodeConfig,
     PublishConfig,
     RewardLatency,
@@ -60,6 +61,7 @@ def fit(run: RunRecord) -> SimulationConfig:
         lengths=TraceLengths(kind="trace", path=str(run.folder)),
         decode=fit_decode(run),
         train=fit_train(run),
+        critic=fit_critic(run),
         reward=RewardLatency(
             kind="exponential" if pstdev(scores_s) > 0.5 * mean_s else "constant", mean_s=_short(mean_s)
         ),
@@ -160,11 +162,28 @@ def _without_pauses(group: GroupRecord, swaps: Sequence[tuple[float, float]]) ->
 
 
 def fit_train(run: RunRecord) -> TrainConfig:
+    """Of the steps after the first, and after those in which the critic learned alone."""
+    critic = run.recipe.critic
+    first = 1 if critic is None else max(1, critic.warmup_steps)
+    if len(run.steps) <= first:
+        raise ValueError(f"{run.folder}: the policy has not learned in it yet (critic.warmup_steps: {first})")
+    return _fit_pass(run, "time/policy_step_s", run.recipe.pools.policy.num_workers, first)
+
+
+def fit_critic(run: RunRecord) -> CriticTimes:
+    """The placeholders, where there was none."""
+    pool = run.recipe.pools.critic
+    if pool is None:
+        return CriticTimes()
+    values = _fit_pass(run, "time/critic_values_s", pool.num_workers)
+    return CriticTimes(values=values, train=_fit_pass(run, "time/critic_step_s", pool.num_workers))
+
+
+def _fit_pass(run: RunRecord, name: str, num_workers: int, first: int = 1) -> TrainConfig:
     """per_step_s and per_token_s by least squares over the steps."""
-    seconds, so_far = metric(run, "time/policy_step_s"), metric(run, "num_tokens")
-    tokens = [after - before for before, after in zip([0.0, *so_far], so_far, strict=False)]
-    per_step_s, per_token_s = least_squares(tokens[1:], seconds[1:], [1.0] * (len(tokens) - 1))
-    num_workers = run.recipe.pools.policy.num_workers
+    seconds, so_far = metric(run, name)[first:], metric(run, "num_tokens")
+    tokens = [after - before for before, after in zip([0.0, *so_far], so_far, strict=False)][first:]
+    per_step_s, per_token_s = least_squares(tokens, seconds, [1.0] * len(tokens))
     return TrainConfig(per_step_s=_short(per_step_s), per_token_s=_short(per_token_s * num_workers))
 
 

@@ -26,6 +26,7 @@ def setup_of(recipe: GrpoRecipe) -> Setup:
         max_num_seqs=recipe.rollout.max_num_seqs,
         max_groups_per_replica=recipe.max_groups_per_replica,
         num_policy_workers=recipe.pools.policy.num_workers,
+        num_critic_workers=0 if recipe.pools.critic is None else recipe.pools.critic.num_workers,
         max_staleness=staleness.max_staleness,
         when_stale=staleness.when_stale,
         over_sampling=staleness.over_sampling,

@@ -25,6 +25,7 @@ _REASONS = {
     "failed": "dead replicas",
     "groups": "too few groups are ready",
     "oldest": "the oldest group is not finished",
+    "critic": "the critic values the batch, or still learns",
 }
 _BAR_WIDTH = 40
 
@@ -80,7 +81,7 @@ def _idle(result: SimulationResult) -> Table:
     policy = result.policy_s
     table.add_row("policy", "trains", f"{policy.get('training', 0.0) / result.time_s:.1%}")
     table.add_row("", "publishes", f"{policy.get('publishing', 0.0) / result.time_s:.1%}")
-    waits = {reason: policy[reason] for reason in ("groups", "oldest") if reason in policy}
+    waits = {reason: policy[reason] for reason in ("groups", "oldest", "critic") if reason in policy}
     _add_reasons(table, waits, result.time_s)
     table.add_section()
     slot_s = result.num_slots * result.time_s
@@ -127,7 +128,7 @@ def _options(comparison: Comparison) -> Table:
 
 def _add_option(table: Table, option: Option, note: str) -> None:
     recipe, result = option.recipe, option.result
-    waits = sum(result.policy_s.get(reason, 0.0) for reason in ("groups", "oldest", "publishing"))
+    waits = sum(result.policy_s.get(reason, 0.0) for reason in ("groups", "oldest", "critic", "publishing"))
     idle = sum(result.slot_idle_s.values()) / (result.num_slots * result.time_s)
     table.add_row(
         note,

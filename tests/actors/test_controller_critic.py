@@ -9,6 +9,7 @@ import pytest
 
 from actors.critic_group import CriticLesson
 from actors.errors import PolicyLostError
+from actors.journal import fates, read
 from algorithms.config import AdaptDepthConfig, StalenessConfig
 from algorithms.depth import DepthController
 from algorithms.types import Batch, GroupSummary, Update
@@ -100,6 +101,16 @@ async def test_the_policy_rests_while_the_critic_warms_up(tmp_path: Path) -> Non
     assert steps == ["rest 0", "rest 1", "rest 2", "step 3"]
     assert [event for event in bench.events if event.startswith("publish")] == [f"publish {v}" for v in range(5)]
     assert bench.ledger.num_trained == 8
+
+
+async def test_what_the_critic_has_learned_from_was_not_sampled_in_vain(tmp_path: Path) -> None:
+    """The policy's step is skipped all the same, and its groups are not trained."""
+    bench, _ = bench_with_critic(tmp_path, num_steps=3)
+    bench.skipped = {1}
+    await bench.run()
+    assert (bench.ledger.num_trained, bench.ledger.num_left_out("non_finite")) == (4, 2)
+    assert "non_finite" not in bench.ledger.waste
+    assert list(fates(read(bench.path)).problems()) == []
 
 
 async def test_a_step_that_measures_nothing_of_the_policy_moves_no_depth(tmp_path: Path) -> None:

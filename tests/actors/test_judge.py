@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from actors.recipe.file import RecipeError, load_recipe
+from actors.recipe.rewards import RewardConfig
+from actors.reward import RewardActor
 from actors.rewards.functions import JUDGE, RewardError, load, name_of
 from actors.rewards.judge import as_reward, is_turned
+from tests.actors.test_reward import group
 
 ROOT = Path(__file__).parents[2]
 ONLINE_DPO = str(ROOT / "recipes/methods/online_dpo.yaml")
@@ -102,3 +105,14 @@ def test_what_cannot_work_is_refused(overrides: list[str], message: str) -> None
     with pytest.raises(RecipeError) as error:
         load_recipe(ONLINE_DPO, overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_judge_that_raises_is_told_by_its_own_line(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "mine.py").write_text(f"import json\n\n{kind} judge(prompts, pairs):\n    return json.loads('no')\n")
+    actor = RewardActor((RewardConfig(judge=f"{tmp_path}/mine.py:judge"),), 30.0)
+    try:
+        (told,) = asyncio.run(actor.score(group(), ["a", "b"])).details
+    finally:
+        actor.close()
+    assert "mine.py, line 4: JSONDecodeError" in told

@@ -22,7 +22,7 @@ from tests.prove import ONLY_PROVE
 
 Answer = TypeVar("Answer")
 
-LENGTHS = [(5, 9), (3, 4), (8, 2), (2, 12), (6, 6), (4, 1), (7, 3), (2, 2)]  # prompt and completion tokens
+LENGTHS = [(5, 9), (5, 2), (8, 2), (2, 12), (6, 6), (4, 1), (7, 3), (2, 2)]  # prompt and completion tokens
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.05)
 
 
@@ -48,6 +48,7 @@ def rollouts() -> list[Rollout]:
                 finish_reason="stop",
             )
         )
+    made[1].token_ids_T[:5] = made[0].token_ids_T[:5]  # one prompt, which a pass that has both computes once
     return made
 
 

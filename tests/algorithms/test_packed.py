@@ -1,4 +1,4 @@
-"""A packed row holds each loss token with its own values, and knows which tokens are too old to train on."""
+"""A packed row holds each loss token with its own values, knows which tokens are too old, and no prompt twice."""
 
 from collections.abc import Sequence
 
@@ -77,3 +77,30 @@ def test_a_row_without_rollouts_has_no_loss_token() -> None:
     row = pack_row([], [], pad_id=7)
     assert row.token_ids_T.tolist() == [7]
     assert len(row.targets_N) == len(row.fresh_N) == len(row.age_N) == 0
+
+
+def test_neighbours_with_the_same_prompt_share_it() -> None:
+    """Three of one group and one of another; the answers are told apart by their last tokens."""
+    made = []
+    for prompt, completion in (([5, 6, 7], [1, 2]), ([5, 6, 7], [3]), ([5, 6, 7], [4, 2, 1]), ([5, 6, 8], [9])):
+        total = len(prompt) + len(completion)
+        mask_T = np.arange(total) >= len(prompt)
+        logprobs_T = np.where(mask_T, -np.arange(total), 0).astype(np.float32)
+        made.append(Rollout(np.array(prompt + completion, np.int32), mask_T, logprobs_T, (), "stop"))
+    row = pack_row(made, [1.0, 2.0, 3.0, 4.0], pad_id=0)
+    assert row.token_ids_T.tolist() == [5, 6, 7, 1, 2, 3, 4, 2, 1, 5, 6, 8, 9]
+    assert row.position_ids_T.tolist() == [0, 1, 2, 3, 4, 3, 3, 4, 5, 0, 1, 2, 3]
+    assert (row.lengths_S, row.shared_S) == ((5, 4, 6, 4), (0, 3, 3, 0))
+    assert row.place_N.tolist() == [3, 4, 5, 6, 7, 8, 12]
+    assert row.predictor_N.tolist() == [2, 3, 2, 2, 6, 7, 11]
+    assert row.targets_N.tolist() == [1, 2, 3, 4, 2, 1, 9]
+    assert row.sequence_N.tolist() == [0, 0, 1, 2, 2, 2, 3]
+    assert row.advantages_N.tolist() == [1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 4.0]
+    assert row.sampled_logprobs_N.tolist() == [-3.0, -4.0, -3.0, -3.0, -4.0, -5.0, -3.0]
+
+
+def test_nothing_is_shared_where_nothing_is_trained() -> None:
+    nothing = rollout(3, [])
+    row = pack_row([nothing, nothing, rollout(3, [(1, 1)])], [0.0] * 3, pad_id=0)
+    assert row.shared_S == (0, 0, 0)
+    assert len(row.token_ids_T) == 10

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms.costs import SequenceCosts
-from algorithms.packing import build_batch, pack
+from algorithms.packing import Sequences, build_batch, pack, pack_sharing
 from algorithms.types import GroupSummary, Sample, num_trained_tokens
 
 lengths = st.lists(st.integers(1, 40), max_size=60)
@@ -78,6 +78,62 @@ def test_balance_of_512_lognormal_lengths_over_8_ranks(seed: int, max_tokens: in
     inherent = max(0.0, max(costs) - loads.mean())
     assert (loads.max(0).sum() - inherent) / loads.sum(1).mean() <= 1.05
     assert loads.shape[1] <= 1 + -(-sum(num_tokens) // (8 * max_tokens))
+
+
+groups_of_lengths = st.lists(
+    st.tuples(st.integers(1, 20), st.lists(st.integers(1, 20), min_size=1, max_size=9)), max_size=9
+)
+
+
+def sequences(groups: list[tuple[int, list[int]]]) -> Sequences:
+    """Of each group the tokens of the prompt and of its completions; a token costs 1."""
+    flat = [(number, prompt, length) for number, (prompt, lengths) in enumerate(groups) for length in lengths]
+    num_tokens = [prompt + length for _, prompt, length in flat]
+    return Sequences(num_tokens, num_tokens, [number for number, *_ in flat], [prompt for _, prompt, _ in flat])
+
+
+@settings(deadline=None)
+@given(groups_of_lengths, st.integers(1, 5), st.integers(1, 120))
+def test_any_packing_of_groups(groups: list[tuple[int, list[int]]], num_ranks: int, max_tokens: int) -> None:
+    made = sequences(groups)
+    ranks = pack_sharing(made, num_ranks, max_tokens)
+    micro_batches = [micro_batch for rank in ranks for micro_batch in rank]
+    assert sorted(index for micro_batch in micro_batches for index in micro_batch) == [*range(len(made.num_tokens))]
+    assert len(ranks) == num_ranks
+    assert len({len(rank) for rank in ranks}) == 1
+    for micro_batch in micro_batches:
+        assert list(micro_batch) == sorted(micro_batch), "those of a group are neighbours"
+        assert len(micro_batch) == 1 or sum(made.num_tokens[index] for index in micro_batch) <= max_tokens
+    apart = pack(made.num_tokens, num_ranks, max_tokens, made.costs)
+    assert made.time(ranks) <= 1.02 * made.time(apart) + 1e-9
+    assert pack_sharing(made, num_ranks, max_tokens) == ranks, "the same arguments, the same packing"
+
+
+def test_the_cost_of_a_pass_counts_each_prompt_once() -> None:
+    made = sequences([(10, [1, 2]), (5, [3])])
+    assert made.cost([0, 1, 2]) == 10 + 1 + 2 + 5 + 3
+    assert made.cost([1, 2]) == 10 + 2 + 5 + 3
+    assert made.cost([]) == 0
+
+
+def test_groups_stay_together_unless_a_rank_would_wait() -> None:
+    four = [(10, [4, 4]), (10, [4, 4]), (10, [4, 4]), (10, [4, 4])]
+    whole = {(index, index + 1) for index in (0, 2, 4, 6)}
+    packed = pack_sharing(sequences(four), 2, 100)
+    assert {pair for rank in packed for micro in rank for pair in (micro[:2], micro[2:])} == whole
+    assert pack_sharing(sequences([(10, [4, 4, 4, 4])]), 2, 100) == (((0, 1),), ((2, 3),))
+    assert pack_sharing(sequences([(10, [4, 4, 4, 4])]), 1, 30) == (((0, 1), (2, 3)),), "two fit into a pass"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 8])
+def test_long_prompts_are_computed_about_once(num_ranks: int) -> None:
+    """64 groups of 8 with prompts as long as their completions are on average: within 5 % of the least there can be."""
+    random = np.random.default_rng(0)
+    groups = [(400, np.clip(random.lognormal(5.5, 0.8, 8), 16, 4096).astype(int).tolist()) for _ in range(64)]
+    made = sequences(groups)
+    least = sum(prompt + sum(lengths) for prompt, lengths in groups) / num_ranks
+    assert made.time(pack_sharing(made, num_ranks, 16384)) <= 1.05 * least
+    assert made.time(pack(made.num_tokens, num_ranks, 16384, made.costs)) >= 1.3 * least
 
 
 def summary(num_prompt_tokens: int, num_loss_tokens: tuple[int, ...], truncated: tuple[bool, ...]) -> GroupSummary:

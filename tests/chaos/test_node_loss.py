@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ class Machines:
         self._log = log.open("ab")
         self.nodes: list[psutil.Popen] = []
 
-    def start(self, *arguments: str) -> psutil.Popen:
-        return self.started([str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", *arguments])
+    def start(self, *arguments: str, within: Sequence[str] = ()) -> psutil.Popen:
+        """`within`: a command that runs what comes behind it."""
+        ray = [str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1"]
+        return self.started([*within, *ray, *arguments])
 
     def started(self, command: list[str]) -> psutil.Popen:
         node = psutil.Popen(command, env=self.env, stdout=self._log, stderr=self._log, start_new_session=True)

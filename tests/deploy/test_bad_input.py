@@ -85,6 +85,7 @@ CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     ),
     "unknown action": (["health.rules=[{{kind: entropy, action: cry}}]"], {}, ["action", "cry", "roll_back"]),
     "more failures than calls": (["rewards.max_failed_share=1.5"], {}, ["rewards.max_failed_share", "1"]),
+    "no group at a time": (["rewards.max_concurrent_groups=0"], {}, ["rewards.max_concurrent_groups", "at least 1"]),
     "all rows may be bad": (["dataset.max_bad_rows=9"], {}, ["dataset.max_bad_rows", "rows.jsonl", "lower it"]),
     "one bad row too many": (
         ["dataset.max_bad_rows=1"],
@@ -165,3 +166,21 @@ def test_a_bad_recipe_is_refused(case: str, tmp_path: Path, tiny_models: dict[st
         assert text in result.output, result.output
     left = {path.name for path in (tmp_path / "run").glob("*")} if (tmp_path / "run").exists() else set()
     assert left == {name.removeprefix("run/") for name in files if name.startswith("run/")}, "nothing is lost or left"
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("127.0.0.1:9", "nobody answers there; start Ray there"), ("http://127.0.0.1:9", "python -m deploy submit")],
+)
+def test_a_cluster_that_is_not_there_is_refused(
+    address: str, said: str, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    for name, text in {"recipe.yaml": RECIPE, "rows.jsonl": ROWS, "reward.py": GOOD_REWARD}.items():
+        (tmp_path / name).write_text(
+            text.format(folder=tmp_path, model=tiny_models["untied"]) if "yaml" in name else text
+        )
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml"), "--address", address])
+    assert result.exit_code == 2, result.output
+    assert f"error: --address {address}: " in result.output
+    assert said in result.output
+    assert not (tmp_path / "run").exists()

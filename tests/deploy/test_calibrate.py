@@ -110,6 +110,29 @@ def test_the_times_are_found_again(run_dir: Path) -> None:
     assert (config.prompt_length, config.filtered_share) == (20, 0.0)
 
 
+def test_a_critics_times_are_found_again(run_dir: Path) -> None:
+    """Its values and its steps; the policy's step is fitted to the steps in which it learned, too."""
+    recipe = run_dir / "recipe.yaml"
+    critic = ("algorithm.advantage=gae", "algorithm.baseline=none", "algorithm.scale_rewards=none")
+    dump_recipe(load_recipe(recipe, [*critic, "pools.critic={num_workers: 4}", "critic={warmup_steps: 5}"]), recipe)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    so_far = 0
+    for line in lines:
+        tokens, so_far = line["num_tokens"] - so_far, line["num_tokens"]
+        line["time/critic_values_s"] = 0.5 + 4e-4 * tokens / 4
+        line["time/critic_step_s"] = 2.0 + 8e-4 * tokens / 4
+        if line["step"] < 5:
+            line["time/policy_step_s"] = 0.01
+    write(run_dir / "metrics.jsonl", lines)
+    config = fit(read_run(run_dir))
+    found = [config.critic.values, config.critic.train, config.train]
+    assert [(part.per_step_s, part.per_token_s) for part in found] == [
+        (pytest.approx(0.5, rel=0.01), pytest.approx(4e-4, rel=0.01)),
+        (pytest.approx(2.0, rel=0.01), pytest.approx(8e-4, rel=0.01)),
+        (pytest.approx(PER_STEP_S, rel=0.01), pytest.approx(PER_TOKEN_S, rel=0.01)),
+    ]
+
+
 def test_pauses_do_not_count_as_decoding(run_dir: Path) -> None:
     """The same run on a clock that stood still for a second at each swap."""
     lines = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]

@@ -53,11 +53,12 @@ def test_a_plan_shows_pools_figures_and_the_submit_line(tmp_path: Path) -> None:
         in out
     )
     assert "weights: gloo, to 8 rollout workers by one broadcast group, all on one machine" in out
-    assert "stall: when no group has finished for 880 s while the policy waits (stall.timeout_s: 600 generation" in out
+    assert "stall: when no group has finished for 1036 s while the policy waits (stall.timeout_s: 600 generation" in out
     assert f"{first}, which is trained first: sft, {load_recipe(first).steps} steps of 64 sequences" in out
     assert (
         "python -m deploy submit recipes/demo.yaml pools.rollout.num_workers=2 "
-        f"pools.rollout.gpus_per_worker=4 'dataset.split=a b' steps=7 model.recipe={first} --address http://HEAD:8265\n"
+        f"pools.rollout.gpus_per_worker=4 'dataset.split=a b' steps=7 model.recipe={first} run_dir=/SHARED/runs/demo "
+        "--address http://HEAD:8265\n"
     ) in out
 
 
@@ -98,7 +99,7 @@ def test_a_plan_for_nodes_with_labels_shows_what_binds_a_pool() -> None:
         ),
         (
             ["plan", "recipes/demo.yaml", "--address", "127.0.0.1:9"],
-            "error: --address 127.0.0.1:9: ",  # what the system calls a closed port
+            "error: --address 127.0.0.1:9: nobody answers there; start Ray there",
         ),
         (["plan", "recipes/demo.yaml", "--cpus-per-node", "4"], "error: --cpus-per-node, --gpus-per-node and --node-"),
         (["plan", "recipes/demo.yaml", "--node-labels", "a=b"], "error: --cpus-per-node, --gpus-per-node and --node-"),

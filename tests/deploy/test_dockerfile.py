@@ -52,6 +52,24 @@ def test_both_images_have_one_python() -> None:
     assert gpu.startswith("python:3.11.")
 
 
+def installed(commands: str, requirements: str) -> list[str]:
+    """What each `pip install` is told, but for how it is to go about it."""
+    plain = commands.replace("\\\n", " ").replace("$$", "$").replace(requirements, "REQUIREMENTS")
+    found = re.findall(r"(?:pip|\$\(PIP\)) install ((?:\"[^\"]*\"|[^\"&|\n])*)", plain)
+    how = {"--no-cache-dir", "--disable-pip-version-check"}
+    return [" ".join(word for word in arguments.split() if word not in how) for arguments in found]
+
+
+def test_the_image_for_cpus_installs_what_make_install_does() -> None:
+    """In the same order, and of the same file; the packages of tests and checks come after it in `make install`."""
+    make, image = (ROOT / "Makefile").read_text(), IMAGES["cpu"].read_text()
+    assert "$(VENV)/.cpu: $(REQUIREMENTS)/cpu.txt\n" in make
+    assert "COPY deploy/requirements/cpu.txt /tmp/cpu.txt\n" in image
+    rule = make.partition("$(VENV)/.cpu: ")[2].partition("\n\n")[0]
+    expected = ["--no-deps \"$(grep '^torch==' REQUIREMENTS)\"", "--no-deps -r REQUIREMENTS"]
+    assert installed(rule, "$<") == installed(image, "/tmp/cpu.txt") == expected
+
+
 MUTANTS = {
     "a base without a tag": ("FROM python:3.11.14-slim-bookworm", "FROM python", "base is not pinned"),
     "a base that moves": ("FROM python:3.11.14-slim-bookworm", "FROM python:3.11-slim", "base is not pinned"),

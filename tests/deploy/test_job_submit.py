@@ -87,10 +87,11 @@ def paceline(head: tuple[str, dict[str, str]], verb: str, *words: str, **more: s
 
 @pytest.mark.cluster
 def test_a_submitted_job_trains(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
-    """And a stranger is told so."""
+    """And a stranger is told so, who would submit a run, or join the cluster to train one."""
     run = tmp_path / "run"
     recipe = ("recipes/demo.yaml", f"run_dir={run}", "steps=2", "groups_per_batch=2")
     words = (*recipe, "model={kind: tiny, hidden_size: 64, num_layers: 2, num_heads: 1}")
+    joining = join(head, *words, f"run_dir={tmp_path}/stranger", RAY_AUTH_TOKEN="f" * 64)
     strangers = {
         "does not take this token": {"RAY_AUTH_TOKEN": "f" * 64},
         "asks for a token, and none is set here": {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"},
@@ -110,6 +111,20 @@ def test_a_submitted_job_trains(head: tuple[str, dict[str, str]], tmp_path: Path
     shown = paceline(head, "status").stdout
     assert re.search(r"demo +│ 1 +│ succeeded .* 2/2 .*│ 0 ", shown), shown
     assert SECRET not in result.stdout + result.stderr + shown
+    _, errors = joining.communicate(timeout=60)
+    assert joining.returncode == 2, errors
+    assert errors.count("error: ") == 1, errors
+    assert "has another token than the one that is set here; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in errors
+    assert not (tmp_path / "stranger").exists()
+
+
+def join(head: tuple[str, dict[str, str]], *words: str, **more: str) -> subprocess.Popen[str]:
+    """`python -m deploy train ... --address` of the head itself; `more` is set in the environment."""
+    (ray_head,) = (child for child in psutil.Process().children() if "--head" in child.cmdline())
+    (port,) = (word.partition("=")[2] for word in ray_head.cmdline() if word.startswith("--port="))
+    command = [sys.executable, "-m", "deploy", "train", *words, "--address", f"127.0.0.1:{port}"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=head[1] | more, stdout=pipe, stderr=pipe, text=True)
 
 
 OURS = re.compile(r"ray::\w*(Policy|Rollout|Reward|Reference)|EngineCore|chaos\.driver")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from deploy.session import is_open, shut_in
+from deploy.session import ClusterError, is_open, refusals, shut_in, why_refused
 
 
 def test_a_local_ray_gets_a_token_of_its_own_each_time() -> None:
@@ -46,6 +46,42 @@ def test_a_cluster_is_open_when_it_asks_for_no_token_and_is_reached_from_elsewhe
     address: str, env: dict[str, str], told: bool
 ) -> None:
     assert is_open(address, env) is told
+
+
+MISMATCH = RuntimeError(
+    "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python: 3.12.1\n"
+    "This process on Ray Node was started with:\n    Ray: 2.60.0\n    Python: 3.11.7\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_there", "env", "said"),
+    [
+        (MISMATCH, True, {}, "Ray: 2.59.0 Python: 3.12.1 This process on Ray Node was started with: Ray: 2.60.0"),
+        (RuntimeError("Invalid or missing token. Ensure that it is there"), False, {}, "Invalid or missing token; set"),
+        (ConnectionError("Failed to connect"), True, {}, "as a head does that asks for a token, and none is set here;"),
+        (ConnectionError("Failed to connect"), True, {"RAY_AUTH_MODE": "token"}, "has another token than the one that"),
+        (ConnectionError("Could not find any running Ray instance."), False, {}, "Could not find any running Ray inst"),
+    ],
+)
+def test_why_a_cluster_was_not_joined_is_told_with_the_fix(
+    error: Exception, is_there: bool, env: dict[str, str], said: str
+) -> None:
+    assert said in why_refused(error, is_there, env)
+    assert "; " in why_refused(error, is_there, env)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:9", "--address 127.0.0.1:9: nobody answers there; start Ray there"),
+        ("ray://127.0.0.1:9", "nobody answers there"),
+        ("http://127.0.0.1:8265", "this is where a cluster takes jobs .python -m deploy submit.; to join it, give the"),
+    ],
+)
+def test_an_address_that_cannot_be_joined_is_told_before_ray_tries(address: str, said: str) -> None:
+    with pytest.raises(ClusterError, match=said), refusals(address):
+        pytest.fail("Ray would try")
 
 
 SESSION = """

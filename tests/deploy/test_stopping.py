@@ -71,6 +71,72 @@ def test_a_command_that_is_stopped_while_it_looks_at_the_recipe_ends_with_75(tmp
     assert told.startswith("stopped; the same command goes on")
 
 
+SESSION = """
+import os, signal, sys, time
+from deploy.session import ray_session, shut_in
+shut_in(os.environ)
+import ray
+import deploy.session
+from actors.errors import StoppedError
+from deploy.stopping import heard
+init, shutdown = deploy.session._init, ray.shutdown
+
+def joined_and_stopped(address):
+    init(address)
+    os.kill(os.getpid(), signal.SIGTERM)  # Ray's handler is there, and ours not again yet
+    time.sleep(60)
+
+def slow():
+    time.sleep(4.0)  # longer than Ray's handler lets a process live
+    shutdown()
+
+if sys.argv[1] == "joined":
+    deploy.session._init, ray.shutdown = joined_and_stopped, slow
+try:
+    with heard():
+        print("begins", flush=True)
+        with ray_session(None, print):
+            print("joined", flush=True)
+except StoppedError:
+    sys.exit(75)
+"""
+
+
+@ONLY_PROVE
+@pytest.mark.cluster
+@pytest.mark.parametrize("moment", ["starting", "joined"])
+def test_sigterm_while_a_local_ray_starts_ends_with_75_and_leaves_nothing(moment: str) -> None:
+    process = psutil.Popen([sys.executable, "-c", SESSION, moment], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "begins\n"
+        seen: dict[int, psutil.Process] = {}
+        deadline = time.monotonic() + 60.0
+        # The raylet is there, and has begun to start agents of its own.
+        while not any("agent.py" in _told(each) and "raylet/raylet" not in _told(each) for each in seen.values()):
+            assert time.monotonic() < deadline, "Ray did not begin to start"
+            seen |= {child.pid: child for child in process.children(recursive=True)}
+            time.sleep(0.02)
+        if moment == "starting":
+            process.send_signal(signal.SIGTERM)
+        while process.poll() is None and time.monotonic() < deadline:
+            seen |= {child.pid: child for child in process.children(recursive=True)}
+            time.sleep(0.1)
+        said = process.stdout.read()
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert (process.returncode, said) == (75, "")
+    _, left = psutil.wait_procs(list(seen.values()), timeout=15.0)
+    assert [_told(each) for each in left] == []
+
+
+def _told(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def stopped_when(process: psutil.Popen, ready: Callable[[str], bool]) -> str:
     """What the run says, which is sent SIGTERM at the first line that is `ready`."""
     said = []

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from actors.model import forward
-from actors.model.forward import PACKED_ATTENTION, Segments, alike, row_logprobs
+from actors.model import forward, segments
+from actors.model.forward import PACKED_ATTENTION, row_logprobs
+from actors.model.segments import Grids, alike, segments_of
 from algorithms.packed import pack_row
 from algorithms.types import Rollout
 
@@ -38,6 +39,14 @@ def rollouts() -> list[Rollout]:
     return [rollout(prompt, completion) for prompt, completion in ((4, 9), (1, 1), (7, 13), (2, 3))]
 
 
+def group(prompt: int, completions: tuple[int, ...]) -> list[Rollout]:
+    """Rollouts of one prompt."""
+    made = [rollout(prompt, completion) for completion in completions]
+    for each in made:
+        each.token_ids_T[:prompt] = made[0].token_ids_T[:prompt]
+    return made
+
+
 def row_logprobs_alone(model: Any, rollout: Rollout, temperature: float) -> torch.Tensor:
     """Of the loss tokens, from the model's own logits of the sequence."""
     ids = torch.from_numpy(rollout.token_ids_T.astype(np.int64))[None]
@@ -50,7 +59,7 @@ def row_logprobs_alone(model: Any, rollout: Rollout, temperature: float) -> torc
 def test_a_packed_row_gives_what_each_sequence_gives_alone(
     name: str, one_by_one: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "_ONE_BY_ONE", one_by_one)
+    monkeypatch.setattr(segments, "ONE_BY_ONE", one_by_one)
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="eager").eval()
     packed = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=PACKED_ATTENTION).eval()
@@ -85,8 +94,8 @@ def test_a_row_without_rollouts_still_has_a_gradient() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sequences_of_all_lengths_give_what_each_gives_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In grids, as on GPUs, with lengths too different to share one: values and gradients."""
-    monkeypatch.setattr(forward, "_ONE_BY_ONE", ())
-    monkeypatch.setattr(forward, "_SHORT", 4)
+    monkeypatch.setattr(segments, "ONE_BY_ONE", ())
+    monkeypatch.setattr(segments, "SHORT", 4)
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="eager")
     packed = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=PACKED_ATTENTION)
@@ -94,10 +103,36 @@ def test_sequences_of_all_lengths_give_what_each_gives_alone(name: str, monkeypa
     lengths = (3, 60, 17, 2, 45, 16, 3, 30)
     made = [rollout(length // 2, length - length // 2) for length in lengths]
     row = pack_row(made, [0.0] * len(made), pad_id=0)
-    assert len(Segments.of(row).grids) == 4
+    assert len(Grids.of(row).grids) == 4
     row_logprobs(packed, row, temperature=1.0)[0].sum().backward()
     for each in made:
         row_logprobs_alone(plain, each, 1.0).sum().backward()
+    wanted = dict(plain.named_parameters())
+    for key, parameter in packed.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[key].grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("one_by_one", [("cpu",), ()], ids=["one by one", "in grids"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_that_is_shared_is_computed_once_and_changes_nothing(
+    name: str, one_by_one: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups, and a sequence between them that shares nothing; values and gradients of each sequence alone."""
+    monkeypatch.setattr(segments, "ONE_BY_ONE", one_by_one)
+    monkeypatch.setattr(segments, "SHORT", 4)
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="eager")
+    packed = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=PACKED_ATTENTION)
+    packed.load_state_dict(plain.state_dict())
+    made = [*group(7, (9, 1, 3, 20)), rollout(4, 5), *group(3, (2, 30, 6))]
+    row = pack_row(made, [0.0] * len(made), pad_id=0)
+    assert len(row.token_ids_T) == sum(each.num_tokens for each in made) - 3 * 7 - 2 * 3
+    weights_N = torch.linspace(-1.0, 1.0, len(row.targets_N))
+    together_N, _ = row_logprobs(packed, row, temperature=1.0)
+    (together_N * weights_N).sum().backward()
+    alone_N = torch.cat([row_logprobs_alone(plain, each, 1.0) for each in made])
+    (alone_N * weights_N).sum().backward()
+    torch.testing.assert_close(together_N, alone_N, rtol=1e-4, atol=1e-5)
     wanted = dict(plain.named_parameters())
     for key, parameter in packed.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[key].grad, rtol=1e-3, atol=1e-4)
@@ -119,7 +154,7 @@ def test_the_gradient_of_a_sequence_is_no_longer_than_the_sequence() -> None:
     made = rollouts()
     row = pack_row(made, [0.0] * len(made), pad_id=0)
     inputs = [torch.randn(1, 2, len(row.token_ids_T), 8, requires_grad=True) for _ in range(3)]
-    attended, _ = forward.packed_attention(torch.nn.Module(), *inputs, None, segments=Segments.of(row))
+    attended, _ = forward.packed_attention(torch.nn.Module(), *inputs, None, segments=segments_of(row))
     found, todo = set(), [attended.grad_fn]
     while todo:
         function = todo.pop()

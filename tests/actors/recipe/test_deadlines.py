@@ -4,7 +4,7 @@ import pytest
 
 from actors.recipe.deadlines import group_timeout_s, score_timeout_s, stall_parts_s, stall_timeout_s
 from actors.recipe.file import load_recipe
-from actors.recipe.rewards import LOAD_TIMEOUT_S
+from actors.recipe.rewards import CANCEL_GRACE_S, LOAD_TIMEOUT_S
 from actors.recipe.schema import GrpoRecipe
 
 
@@ -37,6 +37,21 @@ def test_a_reward_model_may_take_its_time_to_be_loaded_again() -> None:
     assert score_timeout_s(of) > again_s
     assert stall_timeout_s(of) > of.generation.timeout_s + again_s
     assert stall_timeout_s(of) == sum(stall_parts_s(of).values())
+
+
+def test_a_call_that_others_may_take_with_them_has_time_to_be_made_again_alone() -> None:
+    """The process ends under all at the last moment, is made anew, and the same happens to the first that is alone."""
+    one, many = recipe("rewards.max_concurrent_groups=1"), recipe("rewards.max_concurrent_groups=64")
+    again_s = LOAD_TIMEOUT_S + many.rewards.timeout_s + CANCEL_GRACE_S
+    assert stall_timeout_s(many) == stall_timeout_s(one) + again_s
+    num_groups = many.max_groups_in_flight  # all at the one worker
+    assert score_timeout_s(many) >= score_timeout_s(one) + num_groups * again_s
+    assert score_timeout_s(recipe("rewards.max_concurrent_groups=65")) > score_timeout_s(many)
+
+
+def test_a_model_is_never_called_with_others() -> None:
+    of = recipe("rewards.functions=[{model: runs/a/model}]")
+    assert stall_timeout_s(of) == stall_timeout_s(recipe("rewards.max_concurrent_groups=1"))
 
 
 def test_what_the_recipe_says_counts() -> None:

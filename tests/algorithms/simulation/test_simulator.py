@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from algorithms.simulation.config import (
+    CriticTimes,
     DecodeConfig,
     FailuresConfig,
     LognormalLengths,
@@ -60,6 +61,23 @@ def test_synchronous_steps_are_the_sum_of_their_parts() -> None:
     assert result.trained == Amount(tokens=6 * 16 * 128, slot_s=6 * 16 * 2.0)
     assert result.bound.rollout == 16 / (4 * 2.0)
     assert result.bound.policy == 4 / train_s
+
+
+@pytest.mark.parametrize(("critic_s", "waited_s"), [(1.0, 0.0), (1.75, 0.0), (4.0, 2.25)])
+def test_the_policy_waits_for_the_critic_before_its_step_and_after_it(critic_s: float, waited_s: float) -> None:
+    """Of two critic workers each has half of the tokens; replicas sample while the policy waits after a step; and the
+    last step counts to the critic's end."""
+    values = TrainConfig(per_step_s=0.25, per_token_s=1 / 1024)
+    critic = CriticTimes(values=values, train=TrainConfig(per_step_s=critic_s, per_token_s=0.0))
+    config = changed(critic=critic, sync=PublishConfig(pause_s=0.0, total_s=0.25), prompt_length=0)
+    result = simulate(config, replace(SETUP, num_critic_workers=2))
+    values_s = 0.25 + 16 * LENGTH / 1024 / 2
+    assert result.policy_s["training"] == 6 * TRAIN_S
+    assert result.policy_s["critic"] == 6 * (values_s + waited_s)
+    decoding_s = DECODE_S if waited_s > DECODE_S else 6 * DECODE_S
+    assert result.time_s == decoding_s + 6 * (values_s + TRAIN_S + 0.25 + waited_s)
+    assert result.bound.policy == 4 / (values_s + max(TRAIN_S, critic_s))
+    assert simulate(config, SETUP).time_s == 6 * (DECODE_S + TRAIN_S + 0.25), "who has no critic waits for none"
 
 
 def test_half_the_slots_take_two_waves() -> None:

@@ -15,7 +15,6 @@ from deploy.doctor.storage import (
     check_shared,
     check_writable,
     free_bytes,
-    probe_file,
 )
 
 
@@ -95,9 +94,3 @@ def test_a_node_that_does_not_see_the_folder_is_named() -> None:
     found = check_shared(folder, {"a": True, "node-b": False})
     assert found.level == "fail"
     assert "is not what node-b sees" in found.text
-
-
-def test_a_probe_is_there_for_others_to_see_and_then_gone(tmp_path: Path) -> None:
-    with probe_file(tmp_path / "runs") as probe:
-        assert probe.exists()
-    assert list(tmp_path.iterdir()) == []

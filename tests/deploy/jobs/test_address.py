@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.jobs.address import checked_address, show_token, take_address
+from deploy.jobs.address import checked_address, take_address
+from deploy.session import show_token
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -161,6 +162,27 @@ def test_an_answer_that_is_lost_makes_no_second_job(fake: FakeHead) -> None:
     result = submit(fake, "--no-wait")
     assert result.exit_code == 0, result.output
     assert list(fake.jobs) == ["mine"]
+
+
+def test_the_command_that_a_cluster_s_manifest_tells_submits_the_run(
+    fake: FakeHead, project: Path, tmp_path: Path
+) -> None:
+    """With the pools bound to the pods' resources, and the run folder on their volume."""
+    (project / "recipes").mkdir()
+    recipe = RECIPE.replace("rows.jsonl", "recipes/rows.jsonl").replace("run_dir: {folder}/shared/mine\n", "")
+    (project / "recipes" / "mine.yaml").write_text(recipe.format())
+    (project / "rows.jsonl").rename(project / "recipes" / "rows.jsonl")
+    text = give("manifest", "recipes/mine.yaml", "steps=2", "--kind", "cluster", "--image", "i").output
+    (line,) = (line for line in text.splitlines() if "deploy submit" in line)
+    command = shlex.split(line.partition(": ")[2])
+    assert command[:4] == ["python", "-m", "deploy", "submit"]
+    fake.nodes = [NODE | {"resources_total": NODE["resources_total"] | {"paceline-policy": 1.0}}]
+    result = give(*command[3:-1], fake.address, "--no-wait")
+    assert result.exit_code == 0, result.output
+    told = shlex.split(fake.jobs["mine"]["entrypoint"])
+    assert told[-4:] == ["recipes/mine.yaml", "steps=2", "pools.policy.node_resource=paceline-policy",
+                         "run_dir=/app/runs/mine"]  # fmt: skip
+    assert fake.jobs["mine"]["metadata"] == {"paceline_run_dir": "/app/runs/mine"}
 
 
 BAD: dict[str, tuple[Sequence[str], Sequence[str]]] = {

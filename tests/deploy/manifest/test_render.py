@@ -186,7 +186,10 @@ def test_the_text_is_the_manifest() -> None:
     text = manifest_text(load_recipe(LORA), LORA, (), options, "2.60.0")
     assert yaml.safe_load(text) == render(load_recipe(LORA), LORA, (), options, "2.60.0")
     cluster = manifest_text(load_recipe(LORA), LORA, (), ManifestOptions(image="i", kind="cluster"), "2.60.0")
-    assert "ray job submit -- python -m deploy train recipes/qwen2.5_7b_lora.yaml pools.policy.node_resource" in cluster
+    assert "python -m deploy submit recipes/qwen2.5_7b_lora.yaml pools.policy.node_resource=paceline-policy" in cluster
+    assert "run_dir=/app/runs/qwen2-5-7b-lora --address http://127.0.0.1:8265\n" in cluster
+    demo = manifest_text(load_recipe(DEMO), DEMO, (), ManifestOptions(image="i", kind="cluster"), "2.60.0")
+    assert "# first write run_dir: /app/runs/demo-sft into recipes/demo_sft.yaml, which is trained before\n" in demo
 
 
 def deploy(*arguments: str) -> tuple[int, str, str]:
@@ -270,6 +273,11 @@ def test_a_secret_s_value_is_not_repeated() -> None:
     code, out, err = deploy(LORA, "--image", "i", "--secret-env", "HF_TOKEN=hf_very_secret_value")
     assert code == 2
     assert "very_secret" not in out + err
+
+
+def test_a_run_that_samples_nothing_has_no_replicas_to_come_and_go() -> None:
+    with pytest.raises(ValueError, match="--elastic-rollout: a recipe of kind 'dpo' has no rollout replicas; leave it"):
+        rendered("recipes/offline/dpo.yaml", elastic=Elastic(1, 2))
 
 
 def test_the_suggested_names_will_do() -> None:

@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from actors.recipe.file import load_recipe
+from actors.recipe.pools import used_pools
 from deploy.manifest.options import Elastic, ManifestOptions, SecretEnv
 from deploy.manifest.render import render
+from deploy.manifest.rules import broken_rules
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("recipes/**/*.yaml"))
@@ -77,8 +79,11 @@ def test_every_recipe_renders_to_what_the_schema_takes(
     assert problems(rendered(path, monkeypatch, **OPTIONS[options])) == []
 
 
-def test_an_elastic_cluster_is_what_the_schema_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert problems(rendered("recipes/qwen2.5_7b_lora.yaml", monkeypatch, elastic=Elastic(1, 9))) == []
+@pytest.mark.parametrize("path", [path for path in RECIPES if "rollout" in used_pools(load_recipe(ROOT / path))])
+def test_an_elastic_cluster_is_what_the_schema_takes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = rendered(path, monkeypatch, elastic=Elastic(1, 99))
+    assert problems(manifest) == broken_rules(manifest) == []
+    assert manifest["spec"]["rayClusterSpec"]["autoscalerOptions"]["version"] == "v2"
 
 
 def test_labels_of_a_pool_are_what_the_schema_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from actors.model import forward
-from actors.model.forward import PACKED_ATTENTION, alike, row_logprobs
+from actors.model import segments
+from actors.model.forward import PACKED_ATTENTION, row_logprobs
+from actors.model.segments import alike
 from algorithms.packed import pack_row
 from algorithms.types import Rollout
 from placement.memory.footprint import (
@@ -128,7 +129,8 @@ SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8,
 def kept_bytes(model: torch.nn.Module, lengths: list[int]) -> int:
     """Bytes that autograd keeps of the forward pass of one row, besides the parameters."""
     rollouts = [
-        Rollout(np.ones(n, np.int32), np.arange(n) >= n - 4, np.zeros(n, np.float32), (), "stop") for n in lengths
+        Rollout(np.full(n, i + 1, np.int32), np.arange(n) >= n - 4, np.zeros(n, np.float32), (), "stop")
+        for i, n in enumerate(lengths)  # no two begin alike
     ]
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -155,7 +157,7 @@ def kept_bytes(model: torch.nn.Module, lengths: list[int]) -> int:
 def test_a_layer_keeps_what_autograd_keeps(
     kind: Any, dtype: torch.dtype, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "_ONE_BY_ONE", ())  # as on GPUs, where sequences attend together
+    monkeypatch.setattr(segments, "ONE_BY_ONE", ())  # as on GPUs, where sequences attend together
     kept = []
     for num_layers in (2, 4):
         config = kind(**SIZES, num_hidden_layers=num_layers, num_key_value_heads=4, max_position_embeddings=512)
