@@ -1,9 +1,10 @@
 """The plan verb: what a recipe would run and where, told before anything is started."""
 
 import logging
+import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,10 +23,12 @@ from deploy.host_memory import host_lines
 from deploy.memory import estimate
 from deploy.session import refusals
 from deploy.trust import trusted_code
-from placement.cluster import ClusterSpec, from_ray
+from placement.cluster import ClusterSpec, NodeSpec, from_ray, uniform
 from placement.memory.fit import MemoryShortageError
-from placement.plan import PlacementError, PlacementPlan, plan
+from placement.plan import Bundle, PlacementError, PlacementPlan, plan
 from sync.fanout import fanout_of, relative_time
+
+_LABEL = r"[-./\w]+=[-.\w]+"
 
 
 def show(
@@ -37,7 +40,7 @@ def show(
     """
     placed = plan(used_pools(recipe), cluster)
     memory = estimate(recipe, placed, cluster, gpu_memory_gb)
-    lines = [_describe(cluster), f"{path}: {_summarize(recipe)}"]
+    lines = [_describe(cluster, placed), f"{path}: {_summarize(recipe)}"]
     for first_path, first in reversed(trained_before(recipe, path)):
         try:
             estimate(first, plan(used_pools(first), cluster), cluster, gpu_memory_gb)
@@ -60,6 +63,28 @@ def show(
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
+def planned_cluster(num_nodes: int, cpus: float, gpus: int, labels: Sequence[str]) -> ClusterSpec:
+    """A cluster that is not there yet.
+
+    Each of the `labels` is `KEY=VALUE,...` for all nodes, or `COUNT:KEY=VALUE,...` for the next COUNT of them.
+    """
+    each: list[dict[str, str]] = [{} for _ in range(num_nodes)]
+    first = 0
+    for text in labels:
+        found = re.fullmatch(rf"(?:(\d+):)?({_LABEL}(?:,{_LABEL})*)", text)
+        if found is None:
+            raise ValueError(
+                f"--node-labels {text}: write KEY=VALUE, or COUNT:KEY=VALUE for so many nodes, such as 2:tier=train"
+            )
+        nodes = each if found[1] is None else each[first : first + int(found[1])]
+        first += int(found[1] or 0)
+        for node in nodes:
+            node |= dict(pair.split("=") for pair in found[2].split(","))
+    if first > num_nodes:
+        raise ValueError(f"--node-labels: {first} nodes are given labels, and --nodes says {num_nodes}")
+    return uniform(num_nodes, cpus, gpus, each)
+
+
 def live_cluster(address: str) -> ClusterSpec:
     """The nodes of the Ray cluster at the address."""
     import ray  # here, because plans for clusters that are not there must not wait for Ray's import
@@ -73,22 +98,36 @@ def live_cluster(address: str) -> ClusterSpec:
 
 
 def _table(placed: PlacementPlan) -> Table:
-    """One row for each worker, a rule between the pools."""
+    """One row for each worker, a rule between the pools; what binds a pool to its nodes, where anything does."""
     table = Table("pool", "worker", "node")
     table.add_column("CPUs", justify="right")
     table.add_column("GPUs", justify="right")
+    bound = any(_binding(bundle) for bundles in placed.bundles.values() for bundle in bundles)
+    if bound:
+        table.add_column("only on nodes with")
     for bundles in placed.bundles.values():
         for bundle in bundles:
-            table.add_row(bundle.pool, str(bundle.worker), bundle.node, f"{bundle.cpus:g}", str(bundle.gpus))
+            row = (bundle.pool, str(bundle.worker), bundle.node, f"{bundle.cpus:g}", str(bundle.gpus))
+            table.add_row(*row, *([_binding(bundle)] if bound else []))
         table.add_section()
     return table
 
 
-def _describe(cluster: ClusterSpec) -> str:
-    """The cluster that was planned for, equal nodes together."""
-    sizes = Counter((node.cpus, node.gpus) for node in cluster.nodes)
-    nodes = [f"{count} x ({cpus:g} CPUs, {gpus} GPUs)" for (cpus, gpus), count in sizes.items()]
-    return f"cluster: {', '.join(nodes)}"
+def _binding(bundle: Bundle) -> str:
+    labels = [f"{label}={value}" for label, value in bundle.labels.items()]
+    return ", ".join([*labels, *([bundle.resource] if bundle.resource else [])])
+
+
+def _describe(cluster: ClusterSpec, placed: PlacementPlan) -> str:
+    """The cluster that was planned for, equal nodes together; of their labels those that matter to the plan."""
+    matter = {label for bundles in placed.bundles.values() for bundle in bundles for label in bundle.labels}
+    kinds = Counter(_describe_node(node, matter) for node in cluster.nodes)
+    return f"cluster: {', '.join(f'{count} x ({kind})' for kind, count in kinds.items())}"
+
+
+def _describe_node(node: NodeSpec, matter: Collection[str]) -> str:
+    labels = [f"{label}={value}" for label, value in sorted(node.labels.items()) if label in matter]
+    return ", ".join([f"{node.cpus:g} CPUs", f"{node.gpus} GPUs", *labels])
 
 
 def _summarize(recipe: Recipe) -> str:

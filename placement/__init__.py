@@ -4,7 +4,8 @@ config.py   what a recipe says about its pools
 cluster.py  the nodes there are
 memory/     what each GPU must hold: pure
 plan.py     pools onto nodes, or exactly what is missing: pure, so a plan costs nothing
-groups.py   the plan's bundles reserved on the live cluster
-seats.py    bundles that come and go one by one; with groups.py the only file here that imports Ray
+live.py     the plan of a live cluster, where others may hold a part of it
+groups.py   the plan's bundles reserved on the live cluster, each on its node
+seats.py    bundles that come and go one by one; with live.py and groups.py the only file here that imports Ray
 elastic.py  who joins and who leaves, from what is wanted and what the cluster offers: pure
 """

@@ -6,7 +6,6 @@ Amounts are counted as Ray counts them, in whole ten-thousandths, so that fracti
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from placement.cluster import ClusterSpec
 from placement.config import PoolConfig
@@ -32,6 +31,10 @@ class Bundle:
     cpus: float
     gpus: int
     resource: str | None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What the node must bear, wherever the bundle goes when this one is gone."""
+    node_id: str = ""
+    """Ray's id of the node; empty for a node that is not there yet."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,6 @@ class PlacementPlan:
     """Every worker of every pool has one bundle; `bundles[pool][worker]` is that worker's."""
 
     bundles: Mapping[str, tuple[Bundle, ...]]
-    strategies: Mapping[str, Literal["pack", "spread"]]
 
 
 def plan(pools: Mapping[str, PoolConfig], cluster: ClusterSpec) -> PlacementPlan:
@@ -48,15 +50,22 @@ def plan(pools: Mapping[str, PoolConfig], cluster: ClusterSpec) -> PlacementPlan
     nodes = _search(needs, _rooms(cluster, pools))
     if nodes is None:
         raise PlacementError(_shortage(needs, _rooms(cluster, pools)))
+    ids = {node.name: node.node_id for node in cluster.nodes}
     bundles: dict[str, list[Bundle]] = {name: [] for name in pools}
     for need, node in zip(needs, nodes, strict=True):
         pool = need.config
-        bundle = Bundle(need.pool, need.worker, node, pool.cpus_per_worker, pool.gpus_per_worker, pool.node_resource)
+        bundle = Bundle(
+            pool=need.pool,
+            worker=need.worker,
+            node=node,
+            cpus=pool.cpus_per_worker,
+            gpus=pool.gpus_per_worker,
+            resource=pool.node_resource,
+            labels=pool.node_labels,
+            node_id=ids[node],
+        )
         bundles[need.pool].append(bundle)
-    return PlacementPlan(
-        bundles={name: tuple(placed) for name, placed in bundles.items()},
-        strategies={name: pool.strategy for name, pool in pools.items()},
-    )
+    return PlacementPlan({name: tuple(placed) for name, placed in bundles.items()})
 
 
 @dataclass(frozen=True)
@@ -77,10 +86,15 @@ class _Room:
     order: int
     total: Amounts
     free: Amounts
+    labels: Mapping[str, str]
+    open_to: frozenset[str]
+    """Pools whose labels the node bears."""
     workers: Counter[str] = field(default_factory=Counter)
 
-    def capacity(self, amounts: Amounts) -> int:
-        """How many times the amounts still fit."""
+    def capacity(self, pool: str, amounts: Amounts) -> int:
+        """How many workers of the pool, each of these amounts, still fit."""
+        if pool not in self.open_to:
+            return 0
         return min(self.free.get(name, 0) // amount for name, amount in amounts.items())
 
     def take(self, need: _Need) -> None:
@@ -121,7 +135,8 @@ def _rooms(cluster: ClusterSpec, pools: Mapping[str, PoolConfig]) -> list[_Room]
         offered = {name: amount for name, amount in node.resources.items() if name in custom and amount > 0}
         offered |= {"CPU": node.cpus, "GPU": node.gpus}
         total = {name: _ten_thousandths(amount) for name, amount in offered.items()}
-        rooms.append(_Room(node.name, order, total, free=dict(total)))
+        open_to = frozenset(name for name, pool in pools.items() if pool.node_labels.items() <= node.labels.items())
+        rooms.append(_Room(node.name, order, total, dict(total), node.labels, open_to))
     return rooms
 
 
@@ -130,7 +145,7 @@ def _needs(pools: Mapping[str, PoolConfig], rooms: Sequence[_Room]) -> list[_Nee
     amounts = {name: _amounts(name, pool) for name, pool in pools.items()}
 
     def demand(name: str) -> tuple[int, ...]:
-        num_nodes = sum(room.capacity(amounts[name]) > 0 for room in rooms)
+        num_nodes = sum(room.capacity(name, amounts[name]) > 0 for room in rooms)
         return -pools[name].gpus_per_worker, num_nodes, -amounts[name]["CPU"]
 
     return [
@@ -146,14 +161,14 @@ def _choices(need: _Need, rooms: Sequence[_Room]) -> list[_Room]:
 
     def pack(room: _Room) -> tuple[int | bool, ...]:
         # Fill the node that the pool is on; then one that holds what remains of the pool; then the fullest.
-        splits = room.capacity(need.amounts) < remaining
+        splits = room.capacity(need.pool, need.amounts) < remaining
         return -room.workers[need.pool], splits, room.free["GPU"], room.free["CPU"], room.order
 
     def spread(room: _Room) -> tuple[int, ...]:
         free_gpus = room.free["GPU"] if "GPU" in need.amounts else 0
         return room.workers[need.pool], -free_gpus, -room.free["CPU"], room.order
 
-    feasible = [room for room in rooms if room.capacity(need.amounts) > 0]
+    feasible = [room for room in rooms if room.capacity(need.pool, need.amounts) > 0]
     return sorted(feasible, key=pack if need.config.strategy == "pack" else spread)
 
 
@@ -203,7 +218,7 @@ def _exceeds(needs: Sequence[_Need], rooms: Sequence[_Room]) -> bool:
 
 def _state(num_placed: int, rooms: Sequence[_Room]) -> tuple[object, ...]:
     """What decides whether the rest can be placed; equal nodes are interchangeable."""
-    return num_placed, *sorted(tuple(sorted(room.free.items())) for room in rooms)
+    return num_placed, *sorted((tuple(sorted(room.free.items())), tuple(sorted(room.open_to))) for room in rooms)
 
 
 def _shortage(needs: Sequence[_Need], rooms: list[_Room]) -> str:
@@ -219,6 +234,9 @@ def _shortage(needs: Sequence[_Need], rooms: list[_Room]) -> str:
                 f"pool {pool!r} needs nodes with the custom resource {resource!r}, and no node offers it: start Ray on "
                 f"them with --resources='{{\"{resource}\": 1}}', or remove pools.{pool}.node_resource"
             )
+    if not any(pool in room.open_to for room in rooms):
+        return _no_node_bears(need, rooms)
+    rooms = [room for room in rooms if pool in room.open_to]
     # What most nodes lack; GPUs before CPUs where it is the same number.
     kind = max(need.amounts, key=lambda name: sum(room.free.get(name, 0) < need.amounts[name] for room in rooms))
     missing = need.amounts[kind] * (num_workers - need.worker)
@@ -231,6 +249,19 @@ def _shortage(needs: Sequence[_Need], rooms: list[_Room]) -> str:
         f"{_count(missing, kind)} {'is' if missing == _WHOLE else 'are'} missing",
     ]
     return f"{'; '.join(filter(None, parts))}: {', or '.join(_remedies(need, kind, held, rooms))}"
+
+
+def _no_node_bears(need: _Need, rooms: Sequence[_Room]) -> str:
+    """Which labels are on none of the nodes, what they have in their place, and how they are given."""
+    labels, resource, several = need.config.node_labels, need.config.node_resource, len(need.config.node_labels) > 1
+    wanted = ",".join(f"{label}={value}" for label, value in labels.items())
+    others = sorted({f"{label}={room.labels[label]}" for room in rooms for label in labels if label in room.labels})
+    there = f" (there is {', '.join(others)})" if others else ""
+    return (
+        f"pool {need.pool!r} needs nodes with the label{'s' * several} {wanted}, and no node"
+        f"{'' if resource is None else f' with {resource!r}'} has {'all of them' if several else 'it'}{there}: start "
+        f"Ray on them with --labels={wanted}, or remove pools.{need.pool}.node_labels"
+    )
 
 
 def _first_misfit(needs: Sequence[_Need], rooms: list[_Room]) -> tuple[_Need, list[_Room]]:
