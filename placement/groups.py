@@ -15,9 +15,11 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from placement.config import HOST
 from placement.elastic import num_placed
 from placement.plan import PlacementError, PlacementPlan
 from placement.seats import Seats, ask_for, resources_of
+from placement.shared import shared_devices
 
 _RELEASE_TIMEOUT_S = 15.0
 _SETTLE_S = 2.0
@@ -32,14 +34,21 @@ class ReservedPools:
     groups: Mapping[str, PlacementGroup]
     seats: Mapping[str, Seats] = field(default_factory=dict)
     """Of pools whose workers come and go, instead of a placement group; their workers are numbered as the seats."""
+    devices: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """By worker of the policy, the GPUs of its bundle, where others share them; a bundle keeps them for its life."""
 
     def options(self, pool: str, worker: int) -> dict[str, Any]:
         """Options with which a Ray actor fills exactly the bundle of its worker."""
         if pool in self.seats:
             return self.seats[pool].options(worker)
         bundle = self.plan.bundles[pool][worker]
-        strategy = PlacementGroupSchedulingStrategy(self.groups[pool], placement_group_bundle_index=worker)
-        return {"num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "scheduling_strategy": strategy}
+        home, place = (HOST, bundle.on[0]) if bundle.on else (pool, worker)
+        strategy = PlacementGroupSchedulingStrategy(self.groups[home], placement_group_bundle_index=place)
+        options: dict[str, Any] = {"num_cpus": bundle.cpus, "num_gpus": bundle.own_gpus}
+        if bundle.on and bundle.gpus:  # Ray leaves the variable alone where it gives no GPU
+            devices = ",".join(device for host in bundle.on for device in self.devices[host])
+            options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": devices}}
+        return options | {"scheduling_strategy": strategy}
 
     def release(self) -> None:
         """Give all bundles back; Ray kills the actors that are still in them.
@@ -65,7 +74,8 @@ def reserve(plan: PlacementPlan, timeout_s: float, singly: Mapping[str, int] = {
     """
     deadline = time.monotonic() + timeout_s
     # The most demanding pools first, as in the plan: a small one must not split the node that a large one needs.
-    order = sorted(plan.bundles, key=lambda pool: -max(bundle.gpus for bundle in plan.bundles[pool]))
+    placed = [pool for pool, bundles in plan.bundles.items() if not bundles[0].on]
+    order = sorted(placed, key=lambda pool: -max(bundle.gpus for bundle in plan.bundles[pool]))
     with ExitStack() as undo:
         reserved: dict[str, list[PlacementGroup]] = {}
         for pool in order:
@@ -82,11 +92,12 @@ def reserve(plan: PlacementPlan, timeout_s: float, singly: Mapping[str, int] = {
         lacking = [pool for pool in order if not all(waits[pool])]
         if lacking:
             raise PlacementError(_lack(lacking, plan, timeout_s))
+        devices = shared_devices(plan, reserved.get(HOST, ()), timeout_s)
         undo.pop_all()
     seats = {pool: Seats(plan.bundles[pool][0], reserved[pool]) for pool in singly}
     for pool, count in singly.items():
         _ask_for_the_others(seats[pool], count)
-    return ReservedPools(plan, {pool: reserved[pool][0] for pool in order if pool not in singly}, seats)
+    return ReservedPools(plan, {pool: reserved[pool][0] for pool in order if pool not in singly}, seats, devices)
 
 
 def _ask_for_the_others(seats: Seats, count: int) -> None:

@@ -91,8 +91,8 @@ def ask_for(bundle: Bundle) -> PlacementGroup:
 
 
 def resources_of(bundle: Bundle) -> dict[str, float]:
-    """The bundle in Ray's words."""
-    resources = {"CPU": bundle.cpus, "GPU": float(bundle.gpus)}
+    """The bundle in Ray's words, with the room that it makes for others."""
+    resources = {"CPU": bundle.cpus + bundle.room, "GPU": float(bundle.own_gpus)}
     if bundle.resource is not None:
         resources[bundle.resource] = NODE_RESOURCE_SHARE
     return {name: amount for name, amount in resources.items() if amount}

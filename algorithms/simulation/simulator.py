@@ -3,7 +3,7 @@
     produce: slot -> replica -> sequences decode -> scores -> pacer      learn: batch -> training -> publication
 
 Two clocks. World time is the result's. Generation time stands still while an in-flight update pauses all replicas, so a
-pause costs one addition, not a visit to every sequence. Everything that happens at one moment is handled before the
+pause costs one addition, not a visit to every sequence; so does a step on GPUs that the replicas share with the policy. Everything that happens at one moment is handled before the
 pacer is asked what may start.
 """
 
@@ -159,7 +159,7 @@ class _Simulation:
         if alive < self.setup.num_slots:
             idle["failed"] += seconds * (self.setup.num_slots - alive)
         if self.paused_at is not None:
-            idle["publishing"] += seconds * alive
+            idle["publishing" if stage == "swapping" else "turns"] += seconds * alive
         else:
             tally.busy_s += self.busy_s
             idle["publishing"] += self.held_s
@@ -211,6 +211,8 @@ class _Simulation:
         for ordinal in taken.left_out:
             self.tally.left_out(self.groups.pop(ordinal), self.pacer.left_out_cause)
         self.stage, self.changed = "training", True
+        if self.setup.takes_turns:
+            self.paused_at = self.generation_time()
         self.after(train_s(self.config, self.setup, num_tokens), self.trained)
 
     # Groups ------------------------------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ class _Simulation:
         """All replicas go on together under the new version."""
         assert self.paused_at is not None
         self.fleet.swap_all(self.paused_at)
-        if self.config.sync.pause_s:
+        if self.config.sync.pause_s or self.setup.takes_turns:
             self.paused_s = self.now - self.paused_at
         self.paused_at = None
         self.commit()

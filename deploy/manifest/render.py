@@ -66,6 +66,11 @@ def render(
 def _with_range(recipe: Recipe, options: ManifestOptions) -> ManifestOptions:
     """A recipe whose replicas come and go says itself between which numbers."""
     pool = recipe.pools.rollout
+    if options.elastic is not None and pool.colocate_with is not None:
+        raise ValueError(
+            "--elastic-rollout: the replicas lie on the policy's GPUs (pools.rollout.colocate_with), and have no pods "
+            "that could come and go; leave it out"
+        )
     if not isinstance(recipe, GrpoRecipe) or not pool.elastic:
         return options
     asked = Elastic(pool.least, pool.most)
