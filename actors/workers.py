@@ -38,6 +38,7 @@ from actors.settings import (
 from actors.turns import Turns
 from placement.elastic import num_first
 from placement.groups import ReservedPools
+from placement.plan import PlacementError
 
 _CLOSE_TIMEOUT_S = 30.0
 _START_TIMEOUT_S = 600.0
@@ -220,7 +221,10 @@ def _spawn_all(
     settings = rollout_settings(recipe, model)
 
     def spawn(number: int, bundle: int) -> ActorHandle:
-        options = pools.options("rollout", bundle)
+        try:
+            options = pools.options("rollout", bundle)
+        except PlacementError as error:
+            raise RunError(str(error)) from error
         handle: ActorHandle = roles.rollout.options(**options).remote(number, settings, [*rewards], [*references])
         return handle
 

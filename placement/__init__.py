@@ -5,6 +5,7 @@ cluster.py  the nodes there are
 memory/     what each GPU must hold: pure
 plan.py     pools onto nodes, or exactly what is missing: pure, so a plan costs nothing
 groups.py   the plan's bundles reserved on the live cluster
-seats.py    bundles that come and go one by one; with groups.py the only file here that imports Ray
+seats.py    bundles that come and go one by one
+shared.py   which GPUs a worker of the policy has, for those who lie with it; these three alone import Ray
 elastic.py  who joins and who leaves, from what is wanted and what the cluster offers: pure
 """

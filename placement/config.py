@@ -24,9 +24,9 @@ class PoolConfig(BaseModel):
     node_resource: str | None = None
     """Only nodes that offer this custom Ray resource may hold the pool (each worker takes 0.001 of it)."""
     colocate_with: str | None = None
-    """`policy`: the workers take no GPUs of their own and lie on those of the policy's ranks, in order, so that a worker
-    with gpus_per_worker=2 lies on two neighbouring ranks. Rollout replicas stand still, and their engines sleep, while
-    the policy computes; other workers share the memory of their GPU. Without GPUs the pools share CPUs in time."""
+    """`policy`: the workers take no GPUs of their own and lie on those of the policy's ranks, in order; one with
+    gpus_per_worker=2 lies on two neighbouring ranks. Rollout replicas stand still, and their engines sleep, while the
+    policy computes; other workers share the memory of their GPU. Without GPUs the pools share CPUs in time."""
 
 
 class RolloutPoolConfig(PoolConfig):
@@ -116,7 +116,7 @@ def sharing_refusals(pools: Mapping[str, PoolConfig]) -> Iterator[str]:
 def _refusals(name: str, pool: PoolConfig, pools: Mapping[str, PoolConfig]) -> Iterator[str]:
     key = f"{name}.colocate_with"
     if name == HOST:
-        yield f"{key}: the policy's GPUs are those that others may share; leave it out, and name policy in the other pool"
+        yield f"{key}: the policy's GPUs are those that others share; leave it out, and name policy in the other pool"
         return
     if pool.colocate_with != HOST:
         known = "" if pool.colocate_with in pools else f"there is no pool {pool.colocate_with!r}, and "
@@ -151,7 +151,7 @@ def _refusals(name: str, pool: PoolConfig, pools: Mapping[str, PoolConfig]) -> I
         )
     elif pool.num_workers * each > host.num_workers:
         yield (
-            f"{name}.num_workers: {pool.num_workers} workers on {each} of the policy's each need {pool.num_workers * each}, "
-            f"and there are {host.num_workers}; set pools.{name}.num_workers to {host.num_workers // each}, or raise "
-            f"pools.{HOST}.num_workers"
+            f"{name}.num_workers: {pool.num_workers} workers on {each} of the policy's each need "
+            f"{pool.num_workers * each}, and there are {host.num_workers}; set pools.{name}.num_workers to "
+            f"{host.num_workers // each}, or raise pools.{HOST}.num_workers"
         )

@@ -19,7 +19,7 @@ from placement.config import HOST
 from placement.elastic import num_placed
 from placement.plan import PlacementError, PlacementPlan
 from placement.seats import Seats, ask_for, resources_of
-from placement.shared import shared_devices
+from placement.shared import Place, shared_places, visible_devices
 
 _RELEASE_TIMEOUT_S = 15.0
 _SETTLE_S = 2.0
@@ -34,8 +34,8 @@ class ReservedPools:
     groups: Mapping[str, PlacementGroup]
     seats: Mapping[str, Seats] = field(default_factory=dict)
     """Of pools whose workers come and go, instead of a placement group; their workers are numbered as the seats."""
-    devices: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    """By worker of the policy, the GPUs of its bundle, where others share them; a bundle keeps them for its life."""
+    places: Mapping[int, Place] = field(default_factory=dict)
+    """Of the policy's workers with whom others share GPUs."""
 
     def options(self, pool: str, worker: int) -> dict[str, Any]:
         """Options with which a Ray actor fills exactly the bundle of its worker."""
@@ -46,7 +46,7 @@ class ReservedPools:
         strategy = PlacementGroupSchedulingStrategy(self.groups[home], placement_group_bundle_index=place)
         options: dict[str, Any] = {"num_cpus": bundle.cpus, "num_gpus": bundle.own_gpus}
         if bundle.on and bundle.gpus:  # Ray leaves the variable alone where it gives no GPU
-            devices = ",".join(device for host in bundle.on for device in self.devices[host])
+            devices = visible_devices(bundle, self.places, [self.groups[HOST]])
             options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": devices}}
         return options | {"scheduling_strategy": strategy}
 
@@ -92,12 +92,12 @@ def reserve(plan: PlacementPlan, timeout_s: float, singly: Mapping[str, int] = {
         lacking = [pool for pool in order if not all(waits[pool])]
         if lacking:
             raise PlacementError(_lack(lacking, plan, timeout_s))
-        devices = shared_devices(plan, reserved.get(HOST, ()), timeout_s)
+        places = shared_places(plan, reserved.get(HOST, ()), timeout_s)
         undo.pop_all()
     seats = {pool: Seats(plan.bundles[pool][0], reserved[pool]) for pool in singly}
     for pool, count in singly.items():
         _ask_for_the_others(seats[pool], count)
-    return ReservedPools(plan, {pool: reserved[pool][0] for pool in order if pool not in singly}, seats, devices)
+    return ReservedPools(plan, {pool: reserved[pool][0] for pool in order if pool not in singly}, seats, places)
 
 
 def _ask_for_the_others(seats: Seats, count: int) -> None:

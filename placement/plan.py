@@ -283,7 +283,8 @@ def _shortage(needs: Sequence[_Need], rooms: list[_Room]) -> str:
     fit = ", ".join(f"{room.node} {room.workers[pool]}" for room in rooms if room.workers[pool])
     held = _held(need, kind, needs, rooms)
     parts = [
-        f"pool {pool!r}{_with(need)} needs {num_workers} {_who(need, num_workers > 1)} x {_count(need.amounts[kind], kind)}",
+        f"pool {pool!r}{_with(need)} needs {num_workers} {_who(need, num_workers > 1)} x "
+        f"{_count(need.amounts[kind], kind)}",
         f"{need.worker} {_who(need, need.worker > 1)} fit{'s' * (need.worker == 1)} ({fit})"
         if fit
         else f"no {_who(need)} fits",

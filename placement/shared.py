@@ -1,26 +1,38 @@
-"""Whoever shares a GPU is told which it is: those of a bundle are asked for once, and are the same for its whole life."""
+"""Whoever shares a GPU is told which it is: those of a bundle are asked for once, before anybody is on it.
 
-from collections.abc import Sequence
+A bundle keeps its GPUs as long as its machine is there, so whoever is built again finds them. One that Ray has moved to
+another machine has others, which nobody can ask for while somebody is on it: that is an error.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from placement.config import HOST
-from placement.plan import PlacementError, PlacementPlan
+from placement.plan import Bundle, PlacementError, PlacementPlan
 
 
-def shared_devices(plan: PlacementPlan, groups: Sequence[PlacementGroup], timeout_s: float) -> dict[int, tuple[str, ...]]:
-    """By worker of the policy, the GPUs of its bundle as CUDA names them; nothing where nobody shares GPUs.
+@dataclass(frozen=True)
+class Place:
+    """Where a worker of the policy is."""
+
+    node_id: str
+    devices: tuple[str, ...]
+    """Its GPUs, as CUDA names them."""
+
+
+def shared_places(plan: PlacementPlan, groups: Sequence[PlacementGroup], timeout_s: float) -> dict[int, Place]:
+    """Of the policy's workers on whose GPUs others lie, before they are started; nothing where nobody does.
 
     `groups`: of the policy. PlacementError when a worker would lie on two machines.
     """
     guests = [bundle for bundles in plan.bundles.values() for bundle in bundles if bundle.on and bundle.gpus]
     hosts = sorted({host for bundle in guests for host in bundle.on})
-    if not hosts:
-        return {}
-    remote: Any = ray.remote(num_cpus=0, max_retries=3)(_devices)
+    remote: Any = ray.remote(num_cpus=0, max_retries=3)(_place)
     asking = [
         remote.options(
             num_gpus=plan.bundles[HOST][host].gpus,
@@ -28,17 +40,29 @@ def shared_devices(plan: PlacementPlan, groups: Sequence[PlacementGroup], timeou
         ).remote()
         for host in hosts
     ]
-    told = dict(zip(hosts, ray.get(asking, timeout=timeout_s), strict=True))
+    places = dict(zip(hosts, ray.get(asking, timeout=timeout_s), strict=True)) if hosts else {}
     for bundle in guests:
-        if len({told[host][0] for host in bundle.on}) > 1:
+        if len({places[host].node_id for host in bundle.on}) > 1:
             raise PlacementError(
-                f"pool {bundle.pool!r}: worker {bundle.worker} would lie on two machines, those of the policy's workers "
-                f"{bundle.on[0]} to {bundle.on[-1]}; set pools.{bundle.pool}.gpus_per_worker=1, or bind the policy to "
-                "nodes that hold a whole number of them"
+                f"pool {bundle.pool!r}: worker {bundle.worker} would lie on two machines, those of the policy's "
+                f"workers {bundle.on[0]} to {bundle.on[-1]}; set pools.{bundle.pool}.gpus_per_worker=1, or bind the "
+                "policy to nodes that hold a whole number of them"
             )
-    return {host: devices for host, (_, devices) in told.items()}
+    return places
 
 
-def _devices() -> tuple[str, tuple[str, ...]]:
-    """The node that this runs on, and the GPUs that Ray has given it."""
-    return ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
+def visible_devices(bundle: Bundle, places: Mapping[int, Place], groups: Sequence[PlacementGroup]) -> str:
+    """CUDA_VISIBLE_DEVICES of a worker that lies on the policy's GPUs; PlacementError when those are not there any
+    more."""
+    nodes: Mapping[int, str] = placement_group_table(groups[0])["bundles_to_node_id"]
+    moved = [host for host in bundle.on if nodes.get(host) != places[host].node_id]
+    if moved:
+        raise PlacementError(
+            f"pool {bundle.pool!r}: worker {bundle.worker} lies on the GPUs of the policy's worker {moved[0]}, whose "
+            "machine is gone; give the command again, and both are placed anew"
+        )
+    return ",".join(device for host in bundle.on for device in places[host].devices)
+
+
+def _place() -> Place:
+    return Place(ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids())))

@@ -145,8 +145,8 @@ class GrpoRecipe(BaseRecipe):
                 )
         if sync.transport == "nccl" and pools.rollout.colocate_with is not None:
             raise ValueError(
-                "sync.transport: nccl takes no two workers on one GPU, and pools.rollout.colocate_with puts the replicas "
-                "on the policy's; set sync.transport to gloo"
+                "sync.transport: nccl takes no two workers on one GPU, and pools.rollout.colocate_with puts the "
+                "replicas on the policy's; set sync.transport to gloo"
             )
         if sync.delta and sync.staging != "host":
             raise ValueError(

@@ -2,9 +2,9 @@
 
     produce: slot -> replica -> sequences decode -> scores -> pacer      learn: batch -> training -> publication
 
-Two clocks. World time is the result's. Generation time stands still while an in-flight update pauses all replicas, so a
-pause costs one addition, not a visit to every sequence; so does a step on GPUs that the replicas share with the policy. Everything that happens at one moment is handled before the
-pacer is asked what may start.
+Two clocks. World time is the result's. Generation time stands still while an in-flight update pauses all replicas, or
+the policy trains on GPUs that they share, so a pause costs one addition, not a visit to every sequence. Everything that
+happens at one moment is handled before the pacer is asked what may start.
 """
 
 import random

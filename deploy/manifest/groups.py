@@ -84,8 +84,8 @@ def _size(pool: str, pools: Mapping[str, PoolConfig], options: ManifestOptions) 
         )
     if each_cpus > options.cpus_per_node:
         raise ValueError(
-            f"pools.{pool}.cpus_per_worker: {each_cpus:g}{whose}, but a node has {options.cpus_per_node:g} CPUs; lower it, "
-            f"or say --cpus-per-node {each_cpus:g}"
+            f"pools.{pool}.cpus_per_worker: {each_cpus:g}{whose}, but a node has {options.cpus_per_node:g} CPUs; lower "
+            f"it, or say --cpus-per-node {each_cpus:g}"
         )
     room = max(1, int(options.cpus_per_node / each_cpus + 1e-9))
     if each_gpus:

@@ -108,8 +108,10 @@ def _num_steps(recipe: GrpoRecipe) -> int:
 
 
 def _splits(recipe: GrpoRecipe) -> list[Overrides]:
-    """Policy and rollout workers, on as many GPUs (or, without GPUs, workers) as the recipe gives both; where they share
-    them there is nothing to split."""
+    """Policy and rollout workers, on as many GPUs (or, without GPUs, workers) as the recipe gives both.
+
+    Where they share them there is nothing to split.
+    """
     policy, rollout = recipe.pools.policy, recipe.pools.rollout
     if rollout.colocate_with is not None:
         return [{}]

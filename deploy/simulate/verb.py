@@ -165,7 +165,7 @@ def _notes(recipe: GrpoRecipe, result: SimulationResult) -> Iterator[str]:
             "--calibrate RUN_DIR"
         )
     if recipe.pools.rollout.colocate_with is not None:
-        yield "note: the replicas share the policy's GPUs; what waking up and computing KV cache again takes is not simulated"
+        yield "note: replicas and policy take turns; what waking up and computing KV cache again takes is not simulated"
         if recipe.staleness.max_staleness > 0 and not recipe.staleness.in_flight_updates:
             yield "note: without in_flight_updates a step first waits for running groups, which is not simulated either"
     if recipe.staleness.adapt_depth is not None:

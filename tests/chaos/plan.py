@@ -160,9 +160,7 @@ def may_strike(name: str, scene: Scene) -> bool:
     return not kind.damages or scene.num_checkpoints >= 2
 
 
-def plan(
-    count: int, seed: int, *, restarts: int, vllm: bool, only: str = "", colocated: bool = False
-) -> list[str]:
+def plan(count: int, seed: int, *, restarts: int, vllm: bool, only: str = "", colocated: bool = False) -> list[str]:
     """`count` names of classes in random order, `restarts` of them ending the driver, a tenth of the others losing the
     policy, and among their like each as often as the others.
 

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from deploy.session import shut_in
 from tests.deploy.test_train import DIGITS, check_ledger, lines
 from tests.deploy.timed_workers import FOLDER, noted
 
@@ -43,9 +45,11 @@ def test_no_token_is_sampled_while_the_policy_steps(tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(DIGITS)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
     (tmp_path / "times").mkdir()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    shut_in(env)  # before Ray is imported there
     result = subprocess.run(
         [sys.executable, "-m", "tests.deploy.timed_workers", str(tmp_path / "recipe.yaml")],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", FOLDER: str(tmp_path / "times")},
+        env=env | {"HF_HUB_OFFLINE": "1", FOLDER: str(tmp_path / "times")},
         capture_output=True,
         text=True,
         timeout=280,
@@ -56,7 +60,7 @@ def test_no_token_is_sampled_while_the_policy_steps(tmp_path: Path) -> None:
     assert len(steps) == NUM_STEPS
     for since, until in steps:
         assert not [one for one in passes if one[0] < until and one[1] > since]
-    for (_, before), (after, _) in zip(steps, steps[1:], strict=False):
+    for (_, before), (after, _) in pairwise(steps):
         assert [one for one in passes if before < one[0] < after], "and between two steps some are"
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())

@@ -189,9 +189,6 @@ def test_what_shares_a_gpu_is_summed_and_refused_with_a_fix_that_fits(run: Run) 
             "while the policy computes",
             "while replicas sample",
         ]
-    with pytest.raises(MemoryShortageError, match="set no colocate_with, so that they have GPUs of their own"):
-        run("70B", 40, SHARED.replace("{num_workers: 8, gpus_per_worker: 1", "{num_workers: 8, gpus_per_worker: 8"),
-            "pools.policy.num_workers=1024", "groups_per_batch=1024", cluster=uniform(128, 64.0, 8))  # fmt: skip
 
 
 def test_a_reference_that_shares_a_gpu_counts_at_its_worst(run: Run) -> None:

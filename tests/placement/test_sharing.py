@@ -97,7 +97,7 @@ def test_what_is_missing_is_told_of_those_who_share(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "the policy itself": ({"policy": SHARED}, "policy.colocate_with: the policy's GPUs are those that others may share"),
+    "the policy itself": ({"policy": SHARED}, "policy.colocate_with: the policy's GPUs are those that others share"),
     "no such pool": (
         {"rollout": {"colocate_with": "polcy"}},
         "rollout.colocate_with: there is no pool 'polcy', and only the policy's GPUs can be shared; set "

@@ -59,7 +59,14 @@ def sized(path: Path, folder: Path) -> Sized:
 
 def test_there_is_one_of_every_size() -> None:
     names = {path.stem for path in RECIPES}
-    assert names == {"qwen2.5_1.5b", "qwen2.5_1.5b_colocated", "qwen2.5_7b", "qwen2.5_7b_lora", "qwen2.5_32b", "llama3.3_70b_lora"}
+    assert names == {
+        "qwen2.5_1.5b",
+        "qwen2.5_1.5b_colocated",
+        "qwen2.5_7b",
+        "qwen2.5_7b_lora",
+        "qwen2.5_32b",
+        "llama3.3_70b_lora",
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

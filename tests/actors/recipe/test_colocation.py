@@ -24,8 +24,8 @@ def recipe(path: str, *overrides: str) -> GrpoRecipe:
     [
         (
             ("sync.transport=nccl",),
-            "sync.transport: nccl takes no two workers on one GPU, and pools.rollout.colocate_with puts the replicas on "
-            "the policy's; set sync.transport to gloo",
+            "sync.transport: nccl takes no two workers on one GPU, and pools.rollout.colocate_with puts the replicas "
+            "on the policy's; set sync.transport to gloo",
         ),
         (
             ("pools.rollout.max_workers=9",),

@@ -47,7 +47,7 @@ def test_with_an_unknown_gpu_the_cache_is_what_all_sequences_would_fill() -> Non
 def test_engines_that_take_too_much_are_told_how_much_they_may() -> None:
     check_shared(shared(), 80 * GB, 4096)
     greedy = shared(rollout=replace(ENGINE, utilization=0.9))
-    with pytest.raises(MemoryShortageError, match=r"while replicas sample.*set rollout.gpu_memory_utilization=(0.\d+),"):
+    with pytest.raises(MemoryShortageError, match=r"while replicas sample.*set rollout.gpu_memory_utilization=0.\d+,"):
         check_shared(greedy, 80 * GB, 4096)
     lasting = moments(greedy, 80 * GB)[SAMPLE]["policy"]
     share = int(100 * (80 * GB - lasting) / (80 * GB)) / 100
@@ -61,3 +61,8 @@ def test_a_step_that_takes_too_much_is_told_what_makes_it_smaller() -> None:
     needs = sum(moments(wide, 80 * GB)[COMPUTES].values())
     with pytest.raises(MemoryShortageError, match=r"while the policy computes.*policy.gradient_checkpointing=true"):
         check_shared(wide, needs - 1, 4096)
+
+
+def test_where_nothing_helps_they_are_told_to_part() -> None:
+    with pytest.raises(MemoryShortageError, match="set no colocate_with, so that they have GPUs of their own"):
+        check_shared(shared(others={"reference": 100 * GB}), 80 * GB, 4096)
