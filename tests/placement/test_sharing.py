@@ -9,6 +9,7 @@ from placement.cluster import ClusterSpec, uniform
 from placement.config import PoolConfig, PoolsConfig, RolloutPoolConfig
 from placement.plan import PlacementError, PlacementPlan, plan
 from placement.seats import resources_of
+from placement.shared import Place, visible_devices
 from tests.placement.test_plan import layout, nodes
 
 GPU = {"gpus_per_worker": 1}
@@ -143,3 +144,21 @@ def test_pools_that_cannot_share_are_refused(config: dict[str, Any], message: st
     with pytest.raises(ValidationError) as refusal:
         PoolsConfig.model_validate(config)
     assert message in str(refusal.value)
+
+
+def test_who_lies_on_a_machine_that_is_gone_is_not_given_gpus_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray moves the bundle, and which GPUs it has there nobody can ask for."""
+    placed = plan(
+        pools({"num_workers": 4, **GPU}, rollout={"num_workers": 2, "gpus_per_worker": 2, **SHARED}),
+        uniform(1, 32.0, 4),
+    )
+    places = {worker: Place("n0", (str(7 - worker),)) for worker in range(4)}
+    nodes_now = {worker: "n0" if worker < 3 else "n1" for worker in range(4)}
+    monkeypatch.setattr("placement.shared.placement_group_table", lambda group: {"bundles_to_node_id": nodes_now})
+    group: Any = None
+    first, second = placed.bundles["rollout"]
+    assert visible_devices(first, places, [group]) == "7,6"
+    with pytest.raises(
+        PlacementError, match="worker 1 lies on the GPUs of the policy's worker 3, whose machine is gone"
+    ):
+        visible_devices(second, places, [group])
