@@ -119,7 +119,7 @@ class _Request:
 class LightEngine:
     """The calls of vLLM's AsyncLLM that a RolloutActor makes."""
 
-    def __init__(self, seed: int, shares: bool) -> None:
+    def __init__(self, seed: int, shares: bool = False) -> None:
         self.worker = LightWorker()
         self._shares = shares
         self._seed = seed
