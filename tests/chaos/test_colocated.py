@@ -1,4 +1,4 @@
-"""Faults in runs whose replicas lie with the policy: nothing is lost, nobody samples while it steps or is left asleep."""
+"""Faults where replicas lie with the policy: nothing is lost, nobody samples while it steps, nobody is left asleep."""
 
 import pytest
 
