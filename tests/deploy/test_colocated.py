@@ -13,6 +13,7 @@ import pytest
 from deploy.session import shut_in
 from tests.deploy.test_train import DIGITS, check_ledger, lines
 from tests.deploy.timed_workers import FOLDER, noted
+from tests.prove import ONLY_PROVE
 
 NUM_STEPS = 5
 
@@ -30,6 +31,7 @@ optimizer: {{learning_rate: 1.0e-12}}
 staleness: {{max_staleness: 1}}
 generation: {{max_prompt_length: 16, max_completion_length: 400}}
 rollout: {{num_threads: 1}}
+logging: {{completions_every: 1, num_completions: 4}}
 pools:
   policy: {{cpus_per_worker: 0.5}}
   rollout: {{cpus_per_worker: 0.5, colocate_with: policy}}
@@ -37,6 +39,7 @@ pools:
 """
 
 
+@ONLY_PROVE
 @pytest.mark.cluster
 def test_no_token_is_sampled_while_the_policy_steps(tmp_path: Path) -> None:
     """Requests that run when a step begins go on after it: the weights stand still, so a cache that was not computed
