@@ -81,6 +81,10 @@ def plan(
     ] = None,
     cpus_per_node: Annotated[float | None, typer.Option(min=0.0, help="CPUs of each of those nodes [32].")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of each of those nodes [0].")] = None,
+    node_labels: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[COUNT:]KEY=VALUE", help="Labels of those nodes, or of the next COUNT (repeatable)."),
+    ] = None,
     gpu_memory_gb: Annotated[
         float | None, typer.Option(min=1.0, help="Memory of each GPU; a live cluster tells it for most kinds.")
     ] = None,
@@ -88,19 +92,23 @@ def plan(
 ) -> None:
     """Show what the recipe would run, and where, without starting anything."""
     from actors.recipe.file import load_recipe
-    from deploy.plan import live_cluster, show
-    from placement.cluster import this_machine, uniform
+    from deploy.plan import live_cluster, planned_cluster, show
+    from placement.cluster import this_machine
 
     with _user_errors():
         loaded = load_recipe(recipe, overrides or ())
-        if nodes is None and (cpus_per_node is not None or gpus_per_node is not None):
-            raise ValueError("--cpus-per-node and --gpus-per-node describe the nodes of --nodes; add --nodes 1 or more")
+        if nodes is None and (cpus_per_node is not None or gpus_per_node is not None or node_labels):
+            raise ValueError(
+                "--cpus-per-node, --gpus-per-node and --node-labels describe the nodes of --nodes; add --nodes 1 or "
+                "more"
+            )
         if nodes is not None and address is not None:
             raise ValueError(
                 "--nodes plans for a cluster that is not there, --address for one that is; give one of them"
             )
         if nodes is not None:
-            cluster = uniform(nodes, 32.0 if cpus_per_node is None else cpus_per_node, gpus_per_node or 0)
+            cpus = 32.0 if cpus_per_node is None else cpus_per_node
+            cluster = planned_cluster(nodes, cpus, gpus_per_node or 0, node_labels or ())
         else:
             cluster = this_machine() if address is None else live_cluster(address)
         show(loaded, cluster, recipe, overrides or (), gpu_memory_gb)

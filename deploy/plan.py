@@ -1,10 +1,11 @@
 """The plan verb: what a recipe would run and where, told before anything is started."""
 
 import logging
+import re
 import shlex
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,13 +23,14 @@ from actors.run.lineage import trained_before
 from deploy.host_memory import host_lines
 from deploy.memory import estimate
 from deploy.trust import trusted_code
-from placement.cluster import ClusterSpec, from_ray
+from placement.cluster import ClusterSpec, NodeSpec, from_ray, uniform
 from placement.config import HOST
 from placement.memory.fit import MemoryShortageError
 from placement.plan import Bundle, PlacementError, PlacementPlan, plan
 from sync.fanout import fanout_of, relative_time
 
 _KNOCK_TIMEOUT_S = 10.0
+_LABEL = r"[-./\w]+=[-.\w]+"
 
 
 def show(
@@ -40,7 +42,7 @@ def show(
     """
     placed = plan(used_pools(recipe), cluster)
     memory = estimate(recipe, placed, cluster, gpu_memory_gb)
-    lines = [_describe(cluster), f"{path}: {_summarize(recipe)}"]
+    lines = [_describe(cluster, placed), f"{path}: {_summarize(recipe)}"]
     for first_path, first in reversed(trained_before(recipe, path)):
         try:
             estimate(first, plan(used_pools(first), cluster), cluster, gpu_memory_gb)
@@ -63,6 +65,28 @@ def show(
     for line in lines:
         # A line that is to be copied must not be wrapped at the width of the terminal.
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def planned_cluster(num_nodes: int, cpus: float, gpus: int, labels: Sequence[str]) -> ClusterSpec:
+    """A cluster that is not there yet.
+
+    Each of the `labels` is `KEY=VALUE,...` for all nodes, or `COUNT:KEY=VALUE,...` for the next COUNT of them.
+    """
+    each: list[dict[str, str]] = [{} for _ in range(num_nodes)]
+    first = 0
+    for text in labels:
+        found = re.fullmatch(rf"(?:(\d+):)?({_LABEL}(?:,{_LABEL})*)", text)
+        if found is None:
+            raise ValueError(
+                f"--node-labels {text}: write KEY=VALUE, or COUNT:KEY=VALUE for so many nodes, such as 2:tier=train"
+            )
+        nodes = each if found[1] is None else each[first : first + int(found[1])]
+        first += int(found[1] or 0)
+        for node in nodes:
+            node |= dict(pair.split("=") for pair in found[2].split(","))
+    if first > num_nodes:
+        raise ValueError(f"--node-labels: {first} nodes are given labels, and --nodes says {num_nodes}")
+    return uniform(num_nodes, cpus, gpus, each)
 
 
 def live_cluster(address: str) -> ClusterSpec:
@@ -89,13 +113,17 @@ def _knock(address: str) -> None:
 
 
 def _table(placed: PlacementPlan) -> Table:
-    """One row for each worker, a rule between the pools."""
+    """One row for each worker, a rule between the pools; what binds a pool to its nodes, where anything does."""
     table = Table("pool", "worker", "node")
     table.add_column("CPUs", justify="right")
     table.add_column("GPUs", justify="right")
+    bound = any(_binding(bundle) for bundles in placed.bundles.values() for bundle in bundles)
+    if bound:
+        table.add_column("only on nodes with")
     for bundles in placed.bundles.values():
         for bundle in bundles:
-            table.add_row(bundle.pool, str(bundle.worker), bundle.node, f"{bundle.cpus:g}", _gpus(bundle))
+            row = (bundle.pool, str(bundle.worker), bundle.node, f"{bundle.cpus:g}", _gpus(bundle))
+            table.add_row(*row, *([_binding(bundle)] if bound else []))
         table.add_section()
     return table
 
@@ -126,11 +154,21 @@ def _describe_sharing(recipe: GrpoRecipe, placed: PlacementPlan) -> list[str]:
     return [line]
 
 
-def _describe(cluster: ClusterSpec) -> str:
-    """The cluster that was planned for, equal nodes together."""
-    sizes = Counter((node.cpus, node.gpus) for node in cluster.nodes)
-    nodes = [f"{count} x ({cpus:g} CPUs, {gpus} GPUs)" for (cpus, gpus), count in sizes.items()]
-    return f"cluster: {', '.join(nodes)}"
+def _binding(bundle: Bundle) -> str:
+    labels = [f"{label}={value}" for label, value in bundle.labels.items()]
+    return ", ".join([*labels, *([bundle.resource] if bundle.resource else [])])
+
+
+def _describe(cluster: ClusterSpec, placed: PlacementPlan) -> str:
+    """The cluster that was planned for, equal nodes together; of their labels those that matter to the plan."""
+    matter = {label for bundles in placed.bundles.values() for bundle in bundles for label in bundle.labels}
+    kinds = Counter(_describe_node(node, matter) for node in cluster.nodes)
+    return f"cluster: {', '.join(f'{count} x ({kind})' for kind, count in kinds.items())}"
+
+
+def _describe_node(node: NodeSpec, matter: Collection[str]) -> str:
+    labels = [f"{label}={value}" for label, value in sorted(node.labels.items()) if label in matter]
+    return ", ".join([f"{node.cpus:g} CPUs", f"{node.gpus} GPUs", *labels])
 
 
 def _summarize(recipe: Recipe) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
-import ray
 from ray.exceptions import RayError
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,8 +43,9 @@ from deploy.columns import example_stream, needed_columns
 from deploy.session import ray_session
 from deploy.stopping import listen, nothing_left
 from deploy.trust import trusted_code
-from placement.cluster import from_ray, this_machine
+from placement.cluster import this_machine
 from placement.groups import ReservedPools, reserve
+from placement.live import plan_now
 from placement.plan import PlacementError, plan
 
 _RESERVE_TIMEOUT_S = 120.0
@@ -150,8 +150,12 @@ def _run(job: Job, console: Console) -> None:
                 f"run_dir: another process has trained in {job.folder.path} meanwhile; give the command again"
             )
         pools = _reserved(job.recipe)
+        for stray in pools.strays:
+            console.print(f"warning: {stray}", highlight=False, soft_wrap=True, markup=False)
         try:
             _begin(job, console)
+            placed = pools.plan.bundles.items()
+            job.folder.write_placement({pool: [bundle.node for bundle in bundles] for pool, bundles in placed})
             _train(job, pools, console)
         except (BaseExceptionGroup, OSError, RayError) as errors:
             raise _told(first_cause(errors), job.folder) from None
@@ -165,7 +169,7 @@ def _reserved(recipe: Recipe) -> ReservedPools:
     try:
         rollout = recipe.pools.rollout
         singly = {"rollout": rollout.num_workers} if isinstance(recipe, GrpoRecipe) and rollout.elastic else {}
-        return reserve(plan(first_pools(recipe), from_ray(ray.nodes())), _RESERVE_TIMEOUT_S, singly)
+        return reserve(plan_now(first_pools(recipe)), _RESERVE_TIMEOUT_S, singly)
     except PlacementError as error:
         raise RunError(str(error)) from None
 

@@ -4,8 +4,9 @@ config.py   what a recipe says about its pools
 cluster.py  the nodes there are
 memory/     what each GPU must hold: pure
 plan.py     pools onto nodes, or exactly what is missing: pure, so a plan costs nothing
-groups.py   the plan's bundles reserved on the live cluster
+live.py     the plan of a live cluster, where others may hold a part of it
+groups.py   the plan's bundles reserved on the live cluster, each on its node
 seats.py    bundles that come and go one by one
-shared.py   which GPUs a worker of the policy has, for those who lie with it; these three alone import Ray
+shared.py   which GPUs a worker of the policy has, for those who lie with it; these four alone import Ray
 elastic.py  who joins and who leaves, from what is wanted and what the cluster offers: pure
 """

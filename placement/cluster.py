@@ -21,6 +21,10 @@ class NodeSpec:
     gpus: int
     resources: Mapping[str, float] = field(default_factory=dict)
     """Custom Ray resources."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Ray's node labels."""
+    node_id: str = ""
+    """Ray's id of it; empty for a node that is not there yet."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,16 @@ def _node(node: Mapping[str, Any], unique: bool) -> NodeSpec:
         cpus=offered.get("CPU", 0.0),
         gpus=int(offered.get("GPU", 0)),
         resources={name: amount for name, amount in offered.items() if name not in ("CPU", "GPU", *_MEMORY)},
+        labels=dict(node.get("Labels", {})),
+        node_id=node["NodeID"],
     )
 
 
-def uniform(num_nodes: int, cpus: float, gpus: int) -> ClusterSpec:
-    """A cluster of equal nodes, for plans of clusters that are not there yet."""
-    return ClusterSpec(tuple(NodeSpec(f"node-{index}", cpus, gpus) for index in range(num_nodes)))
+def uniform(num_nodes: int, cpus: float, gpus: int, labels: Sequence[Mapping[str, str]] = ()) -> ClusterSpec:
+    """A cluster of equal nodes, for plans of clusters that are not there yet; the first ones bear the labels."""
+    assert len(labels) <= num_nodes, "there is a node for each of the labels"
+    each = [*labels, *([{}] * (num_nodes - len(labels)))]
+    return ClusterSpec(tuple(NodeSpec(f"node-{index}", cpus, gpus, labels=each[index]) for index in range(num_nodes)))
 
 
 def this_machine() -> ClusterSpec:

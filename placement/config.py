@@ -1,11 +1,16 @@
 """What a recipe may say about hardware: one pool per role, each a number of equal workers on whole GPUs."""
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+# As Ray and Kubernetes take labels: a key may have a domain in front, such as ray.io/accelerator-type.
+_VALUE = r"[a-zA-Z0-9]([-a-zA-Z0-9_.]{0,61}[a-zA-Z0-9])?"
+_LABEL = re.compile(rf"([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_VALUE}={_VALUE}")
 
 
 class PoolConfig(BaseModel):
@@ -23,10 +28,25 @@ class PoolConfig(BaseModel):
     """Fill one node before the next, or spread the workers over the nodes."""
     node_resource: str | None = None
     """Only nodes that offer this custom Ray resource may hold the pool (each worker takes 0.001 of it)."""
+    node_labels: dict[str, str] = {}
+    """Only nodes that bear all these labels may hold the pool (`ray start --labels KEY=VALUE`)."""
     colocate_with: str | None = None
     """`policy`: the workers take no GPUs of their own and lie on those of the policy's ranks, in order; one with
     gpus_per_worker=2 lies on two neighbouring ranks. Rollout replicas stand still, and their engines sleep, while the
     policy computes; other workers share the memory of their GPU. Without GPUs the pools share CPUs in time."""
+
+    @field_validator("node_labels", mode="before")
+    @classmethod
+    def _are_labels(cls, labels: Any) -> Any:
+        for key, value in labels.items() if isinstance(labels, dict) else ():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise ValueError(f"label {key}: {value!r} is not text; write it in quotes")
+            if not _LABEL.fullmatch(f"{key}={value}"):
+                raise ValueError(
+                    f"label {key}: {value!r} is none that Ray takes; write letters and digits, with dashes, dots and "
+                    "underscores between them, 63 at most"
+                )
+        return labels
 
 
 class RolloutPoolConfig(PoolConfig):
@@ -127,7 +147,7 @@ def _refusals(name: str, pool: PoolConfig, pools: Mapping[str, PoolConfig]) -> I
         yield (
             f"{key}: replicas that come and go need places of their own; leave it out, or min_workers and max_workers"
         )
-    for setting, usual in (("node_resource", None), ("strategy", "pack")):
+    for setting, usual in (("node_resource", None), ("node_labels", {}), ("strategy", "pack")):
         if getattr(pool, setting) != usual:
             yield f"{name}.{setting}: its workers lie where the policy's do; set pools.{HOST}.{setting} instead"
     if host.gpus_per_worker and not pool.gpus_per_worker:

@@ -1,6 +1,7 @@
-"""All pools of a plan are reserved on the live cluster, or none is: then whatever was reserved is given back.
+"""All pools of a plan are reserved on the live cluster where the plan puts them, or none is.
 
-The plan proves that the pools fit; which node a bundle gets is Ray's decision.
+Each bundle has a placement group of its own, with its planned node as the target: Ray puts it there iff there is room
+when it is asked for, and live.py plans on what is free.
 """
 
 import math
@@ -8,17 +9,18 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from placement.cluster import from_ray
 from placement.config import HOST
 from placement.elastic import num_placed
-from placement.plan import PlacementError, PlacementPlan
-from placement.seats import Seats, ask_for, resources_of
+from placement.plan import Bundle, PlacementError, PlacementPlan
+from placement.seats import Seats, ask_for
 from placement.shared import Place, shared_places, visible_devices
 
 _RELEASE_TIMEOUT_S = 15.0
@@ -28,12 +30,15 @@ _SETTLE_S = 2.0
 
 @dataclass(frozen=True)
 class ReservedPools:
-    """One placement group for each pool; bundle i of a group belongs to worker i of the pool."""
+    """One placement group for each worker of each pool."""
 
     plan: PlacementPlan
-    groups: Mapping[str, PlacementGroup]
+    """As Ray has placed it."""
+    groups: Mapping[str, tuple[PlacementGroup, ...]]
     seats: Mapping[str, Seats] = field(default_factory=dict)
-    """Of pools whose workers come and go, instead of a placement group; their workers are numbered as the seats."""
+    """Of pools whose workers come and go, instead of such groups; their workers are numbered as the seats."""
+    strays: tuple[str, ...] = ()
+    """Which workers lie elsewhere than they were planned: a sentence for each."""
     places: Mapping[int, Place] = field(default_factory=dict)
     """Of the policy's workers with whom others share GPUs."""
 
@@ -43,10 +48,10 @@ class ReservedPools:
             return self.seats[pool].options(worker)
         bundle = self.plan.bundles[pool][worker]
         home, place = (HOST, bundle.on[0]) if bundle.on else (pool, worker)
-        strategy = PlacementGroupSchedulingStrategy(self.groups[home], placement_group_bundle_index=place)
+        strategy = PlacementGroupSchedulingStrategy(self.groups[home][place], placement_group_bundle_index=0)
         options: dict[str, Any] = {"num_cpus": bundle.cpus, "num_gpus": bundle.own_gpus}
         if bundle.on and bundle.gpus:  # Ray leaves the variable alone where it gives no GPU
-            devices = visible_devices(bundle, self.places, [self.groups[HOST]])
+            devices = visible_devices(bundle, self.places, self.groups[HOST])
             options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": devices}}
         return options | {"scheduling_strategy": strategy}
 
@@ -60,44 +65,74 @@ class ReservedPools:
         giving.join(_RELEASE_TIMEOUT_S)
 
     def _release(self) -> None:
-        for group in self.groups.values():
-            remove_placement_group(group)
+        for groups in self.groups.values():
+            for group in groups:
+                remove_placement_group(group)
         for seats in self.seats.values():
             seats.release()
 
 
-def reserve(plan: PlacementPlan, timeout_s: float, singly: Mapping[str, int] = {}) -> ReservedPools:
-    """Reserve all pools within the deadline, or none and raise a PlacementError that names those that did not fit.
+def reserve(planned: PlacementPlan, timeout_s: float, singly: Mapping[str, int] = {}) -> ReservedPools:
+    """Reserve all pools within the deadline, or none and raise a PlacementError that names what did not fit.
 
     `singly`: pools whose workers come and go, and how many are wanted. As many as the plan has must fit; the others are
     asked for, and may be granted later.
     """
     deadline = time.monotonic() + timeout_s
-    # The most demanding pools first, as in the plan: a small one must not split the node that a large one needs.
-    placed = [pool for pool, bundles in plan.bundles.items() if not bundles[0].on]
-    order = sorted(placed, key=lambda pool: -max(bundle.gpus for bundle in plan.bundles[pool]))
+    # The most demanding pools first, as in the plan: where a node has no room any more, a small one must not take the
+    # place of a large one.
+    own = [pool for pool, bundles in planned.bundles.items() if not bundles[0].on]
+    order = sorted(own, key=lambda pool: -max(bundle.gpus for bundle in planned.bundles[pool]))
     with ExitStack() as undo:
-        reserved: dict[str, list[PlacementGroup]] = {}
+        groups: dict[str, list[PlacementGroup]] = {pool: [] for pool in order}
         for pool in order:
-            bundles = plan.bundles[pool]
-            if pool in singly:
-                reserved[pool] = [ask_for(bundle) for bundle in bundles]
-            else:
-                resources = [resources_of(bundle) for bundle in bundles]
-                group = placement_group(resources, strategy=plan.strategies[pool].upper(), name=f"paceline-{pool}")
-                reserved[pool] = [group]
-            for group in reserved[pool]:
-                undo.callback(remove_placement_group, group)
-        waits = {pool: [g.wait(_whole_seconds_until(deadline)) for g in reserved[pool]] for pool in order}
-        lacking = [pool for pool in order if not all(waits[pool])]
+            for bundle in planned.bundles[pool]:
+                groups[pool].append(ask_for(bundle))
+                undo.callback(remove_placement_group, groups[pool][-1])
+        lacking = [
+            bundle
+            for pool in order
+            for bundle, group in zip(planned.bundles[pool], groups[pool], strict=True)
+            if not group.wait(_whole_seconds_until(deadline))
+        ]
         if lacking:
-            raise PlacementError(_lack(lacking, plan, timeout_s))
-        places = shared_places(plan, reserved.get(HOST, ()), timeout_s)
+            raise PlacementError(_lack(lacking, timeout_s))
+        granted = _as_granted(planned, groups)
+        places = shared_places(granted, groups.get(HOST, ()), timeout_s)
         undo.pop_all()
-    seats = {pool: Seats(plan.bundles[pool][0], reserved[pool]) for pool in singly}
+    seats = {pool: Seats(granted.bundles[pool][0], groups[pool]) for pool in singly}
     for pool, count in singly.items():
         _ask_for_the_others(seats[pool], count)
-    return ReservedPools(plan, {pool: reserved[pool][0] for pool in order if pool not in singly}, seats, places)
+    fixed = {pool: tuple(groups[pool]) for pool in order if pool not in singly}
+    return ReservedPools(granted, fixed, seats, tuple(_strays(planned, granted)), places)
+
+
+def _as_granted(planned: PlacementPlan, groups: Mapping[str, list[PlacementGroup]]) -> PlacementPlan:
+    """The plan with the nodes on which the bundles are."""
+    names = {node.node_id: node.name for node in from_ray(ray.nodes()).nodes}
+
+    def placed(bundle: Bundle, group: PlacementGroup) -> Bundle:
+        node_id = next(iter(placement_group_table(group)["bundles_to_node_id"].values()), "")
+        # A machine that is lost at this moment has no name; the bundle will be placed again.
+        return replace(bundle, node=names[node_id], node_id=node_id) if node_id in names else bundle
+
+    def beside(bundle: Bundle) -> Bundle:
+        first = granted[HOST][bundle.on[0]]
+        return replace(bundle, node=first.node, node_id=first.node_id)
+
+    granted = {pool: tuple(map(placed, planned.bundles[pool], groups[pool])) for pool in groups}
+    return PlacementPlan(
+        {pool: granted.get(pool) or tuple(map(beside, bundles)) for pool, bundles in planned.bundles.items()}
+    )
+
+
+def _strays(planned: PlacementPlan, granted: PlacementPlan) -> list[str]:
+    return [
+        f"{ours.pool} worker {ours.worker} lies on {theirs.node}: {ours.node}, where it was planned, had no room for it"
+        for pool in planned.bundles
+        for ours, theirs in zip(planned.bundles[pool], granted.bundles[pool], strict=True)
+        if ours.node_id != theirs.node_id and not ours.on
+    ]
 
 
 def _ask_for_the_others(seats: Seats, count: int) -> None:
@@ -114,15 +149,17 @@ def _whole_seconds_until(deadline: float) -> int:
     return max(0, math.ceil(deadline - time.monotonic()))
 
 
-def _lack(pools: list[str], plan: PlacementPlan, timeout_s: float) -> str:
-    """Which pools wait, and what of the cluster is left for them."""
+def _lack(lacking: list[Bundle], timeout_s: float) -> str:
+    """Which workers wait, and what of the cluster is left for them."""
     free, total = ray.available_resources(), ray.cluster_resources()
     left = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("GPU", "CPU"))
     waits = []
-    for pool in pools:
-        bundles = plan.bundles[pool]
+    for pool in dict.fromkeys(bundle.pool for bundle in lacking):
+        bundles = [bundle for bundle in lacking if bundle.pool == pool]
         first = bundles[0]
-        on = f" on nodes with {first.resource!r}" if first.resource else ""
+        bound = [f"{label}={value}" for label, value in first.labels.items()]
+        bound += [repr(first.resource)] if first.resource else []
+        on = f" on nodes with {', '.join(bound)}" if bound else ""
         waits.append(f"pool {pool!r} ({len(bundles)} x {first.gpus} GPUs and {first.cpus:g} CPUs{on})")
     return (
         f"not reserved within {timeout_s:g} s: {', '.join(waits)}; {left} are free: stop the jobs that hold the rest "

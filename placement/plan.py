@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
-from typing import Literal
 
 from placement.cluster import ClusterSpec
 from placement.config import HOST, PoolConfig, hosts_of, hosts_per_worker
@@ -37,6 +36,10 @@ class Bundle:
     gpus: int
     """On which it computes."""
     resource: str | None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What the node must bear, wherever the bundle goes when this one is gone."""
+    node_id: str = ""
+    """Ray's id of the node; empty for a node that is not there yet."""
     on: tuple[int, ...] = ()
     """The policy's workers with whom it lies, on their GPUs; it has none of its own then."""
     room: float = 0.0
@@ -52,7 +55,6 @@ class PlacementPlan:
     """Every worker of every pool has one bundle; `bundles[pool][worker]` is that worker's."""
 
     bundles: Mapping[str, tuple[Bundle, ...]]
-    strategies: Mapping[str, Literal["pack", "spread"]]
 
 
 def plan(pools: Mapping[str, PoolConfig], cluster: ClusterSpec) -> PlacementPlan:
@@ -61,18 +63,25 @@ def plan(pools: Mapping[str, PoolConfig], cluster: ClusterSpec) -> PlacementPlan
     nodes = _search(needs, _rooms(cluster, pools))
     if nodes is None:
         raise PlacementError(_shortage(needs, _rooms(cluster, pools)))
+    ids = {node.name: node.node_id for node in cluster.nodes}
     bundles: dict[str, list[Bundle]] = {name: [] for name in pools}
     for need, node in zip(needs, nodes, strict=True):
         pool = need.config
         for worker in range(need.worker * need.size, (need.worker + 1) * need.size):
-            bundle = Bundle(need.pool, worker, node, pool.cpus_per_worker, pool.gpus_per_worker, pool.node_resource)
+            bundle = Bundle(
+                pool=need.pool,
+                worker=worker,
+                node=node,
+                cpus=pool.cpus_per_worker,
+                gpus=pool.gpus_per_worker,
+                resource=pool.node_resource,
+                labels=pool.node_labels,
+                node_id=ids[node],
+            )
             bundles[need.pool].append(bundle)
     for name, pool in guests_of(pools).items():
         bundles[name] = list(_beside(name, pool, pools[HOST], bundles[HOST]))
-    return PlacementPlan(
-        bundles={name: tuple(placed) for name, placed in bundles.items()},
-        strategies={name: pool.strategy for name, pool in pools.items()},
-    )
+    return PlacementPlan({name: tuple(placed) for name, placed in bundles.items()})
 
 
 def guests_of(pools: Mapping[str, PoolConfig]) -> dict[str, PoolConfig]:
@@ -97,7 +106,16 @@ def _beside(name: str, pool: PoolConfig, host: PoolConfig, hosts: list[Bundle]) 
         on = hosts_of(worker, pool, host)
         first = hosts[on[0]]
         hosts[on[0]] = replace(first, room=first.room + pool.cpus_per_worker)
-        yield Bundle(name, worker, first.node, pool.cpus_per_worker, pool.gpus_per_worker, None, on)
+        yield Bundle(
+            pool=name,
+            worker=worker,
+            node=first.node,
+            cpus=pool.cpus_per_worker,
+            gpus=pool.gpus_per_worker,
+            resource=None,
+            node_id=first.node_id,
+            on=on,
+        )
 
 
 @dataclass(frozen=True)
@@ -127,10 +145,15 @@ class _Room:
     order: int
     total: Amounts
     free: Amounts
+    labels: Mapping[str, str]
+    open_to: frozenset[str]
+    """Pools whose labels the node bears."""
     workers: Counter[str] = field(default_factory=Counter)
 
-    def capacity(self, amounts: Amounts) -> int:
-        """How many times the amounts still fit."""
+    def capacity(self, pool: str, amounts: Amounts) -> int:
+        """How many workers of the pool, each of these amounts, still fit."""
+        if pool not in self.open_to:
+            return 0
         return min(self.free.get(name, 0) // amount for name, amount in amounts.items())
 
     def take(self, need: _Need) -> None:
@@ -175,7 +198,8 @@ def _rooms(cluster: ClusterSpec, pools: Mapping[str, PoolConfig]) -> list[_Room]
         offered = {name: amount for name, amount in node.resources.items() if name in custom and amount > 0}
         offered |= {"CPU": node.cpus, "GPU": node.gpus}
         total = {name: _ten_thousandths(amount) for name, amount in offered.items()}
-        rooms.append(_Room(node.name, order, total, free=dict(total)))
+        open_to = frozenset(name for name, pool in pools.items() if pool.node_labels.items() <= node.labels.items())
+        rooms.append(_Room(node.name, order, total, dict(total), node.labels, open_to))
     return rooms
 
 
@@ -189,7 +213,7 @@ def _needs(pools: Mapping[str, PoolConfig], rooms: Sequence[_Room]) -> list[_Nee
         amounts[HOST] = _amounts(HOST, placed[HOST], size, guests_cpus)
 
     def demand(name: str) -> tuple[int, ...]:
-        num_nodes = sum(room.capacity(amounts[name]) > 0 for room in rooms)
+        num_nodes = sum(room.capacity(name, amounts[name]) > 0 for room in rooms)
         return -amounts[name].get("GPU", 0), num_nodes, -amounts[name]["CPU"]
 
     return [
@@ -204,14 +228,14 @@ def _choices(need: _Need, rooms: Sequence[_Room]) -> list[_Room]:
 
     def pack(room: _Room) -> tuple[int | bool, ...]:
         # Fill the node that the pool is on; then one that holds what remains of the pool; then the fullest.
-        splits = room.capacity(need.amounts) < need.remaining
+        splits = room.capacity(need.pool, need.amounts) < need.remaining
         return -room.workers[need.pool], splits, room.free["GPU"], room.free["CPU"], room.order
 
     def spread(room: _Room) -> tuple[int, ...]:
         free_gpus = room.free["GPU"] if "GPU" in need.amounts else 0
         return room.workers[need.pool], -free_gpus, -room.free["CPU"], room.order
 
-    feasible = [room for room in rooms if room.capacity(need.amounts) > 0]
+    feasible = [room for room in rooms if room.capacity(need.pool, need.amounts) > 0]
     return sorted(feasible, key=pack if need.config.strategy == "pack" else spread)
 
 
@@ -261,7 +285,7 @@ def _exceeds(needs: Sequence[_Need], rooms: Sequence[_Room]) -> bool:
 
 def _state(num_placed: int, rooms: Sequence[_Room]) -> tuple[object, ...]:
     """What decides whether the rest can be placed; equal nodes are interchangeable."""
-    return num_placed, *sorted(tuple(sorted(room.free.items())) for room in rooms)
+    return num_placed, *sorted((tuple(sorted(room.free.items())), tuple(sorted(room.open_to))) for room in rooms)
 
 
 def _shortage(needs: Sequence[_Need], rooms: list[_Room]) -> str:
@@ -277,6 +301,9 @@ def _shortage(needs: Sequence[_Need], rooms: list[_Room]) -> str:
                 f"pool {pool!r} needs nodes with the custom resource {resource!r}, and no node offers it: start Ray on "
                 f"them with --resources='{{\"{resource}\": 1}}', or remove pools.{pool}.node_resource"
             )
+    if not any(pool in room.open_to for room in rooms):
+        return _no_node_bears(need, rooms)
+    rooms = [room for room in rooms if pool in room.open_to]
     # What most nodes lack; GPUs before CPUs where it is the same number.
     kind = max(need.amounts, key=lambda name: sum(room.free.get(name, 0) < need.amounts[name] for room in rooms))
     missing = need.amounts[kind] * need.remaining
@@ -302,6 +329,19 @@ def _who(need: _Need, many: bool = False) -> str:
 def _with(need: _Need) -> str:
     """Whom a shortage is about besides."""
     return f", with {' and '.join(map(repr, need.guests))} on its workers," if need.guests else ""
+
+
+def _no_node_bears(need: _Need, rooms: Sequence[_Room]) -> str:
+    """Which labels are on none of the nodes, what they have in their place, and how they are given."""
+    labels, resource, several = need.config.node_labels, need.config.node_resource, len(need.config.node_labels) > 1
+    wanted = ",".join(f"{label}={value}" for label, value in labels.items())
+    others = sorted({f"{label}={room.labels[label]}" for room in rooms for label in labels if label in room.labels})
+    there = f" (there is {', '.join(others)})" if others else ""
+    return (
+        f"pool {need.pool!r} needs nodes with the label{'s' * several} {wanted}, and no node"
+        f"{'' if resource is None else f' with {resource!r}'} has {'all of them' if several else 'it'}{there}: start "
+        f"Ray on them with --labels={wanted}, or remove pools.{need.pool}.node_labels"
+    )
 
 
 def _first_misfit(needs: Sequence[_Need], rooms: list[_Room]) -> tuple[_Need, list[_Room]]:

@@ -1,4 +1,4 @@
-"""Bundles of one pool that come and go one by one: each has a placement group of its own.
+"""Bundles of one pool that come and go one by one: each has a placement group of its own, as every bundle has.
 
 Nothing here waits: a seat is asked for, looked at now and then, and given back. What cannot be granted yet stays asked
 for, and is what Ray's autoscaler adds machines for.
@@ -6,6 +6,7 @@ for, and is what Ray's autoscaler adds machines for.
 
 import secrets
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -36,9 +37,9 @@ class Seats:
         return tuple(self._groups)
 
     def ask(self) -> int:
-        """One seat more; its number."""
+        """One seat more, wherever there is room for it; its number."""
         number = next(self._numbers)
-        self._groups[number] = ask_for(self._bundle)
+        self._groups[number] = ask_for(replace(self._bundle, worker=number, node="", node_id=""))
         return number
 
     def give_back(self, number: int) -> None:
@@ -86,8 +87,17 @@ class Seats:
 
 
 def ask_for(bundle: Bundle) -> PlacementGroup:
-    """A placement group of this bundle alone; Ray takes a name once."""
-    return placement_group([resources_of(bundle)], name=f"paceline-{bundle.pool}-{secrets.token_hex(4)}")
+    """A placement group of this bundle alone: on its node, or where that has no room, on another that bears its labels.
+
+    Ray places it again, by the same rule, when its machine is lost: a label with the node's id would hold it there.
+    """
+    return placement_group(
+        [resources_of(bundle)],
+        strategy="STRICT_PACK",  # one bundle lies on one node in any case, and only this one takes a target
+        name=f"paceline-{bundle.pool}-{bundle.worker}-{secrets.token_hex(4)}",  # Ray takes a name once
+        _soft_target_node_id=bundle.node_id or None,
+        bundle_label_selector=[dict(bundle.labels)] if bundle.labels else None,
+    )
 
 
 def resources_of(bundle: Bundle) -> dict[str, float]:

@@ -28,7 +28,7 @@ class Place:
 def shared_places(plan: PlacementPlan, groups: Sequence[PlacementGroup], timeout_s: float) -> dict[int, Place]:
     """Of the policy's workers on whose GPUs others lie, before they are started; nothing where nobody does.
 
-    `groups`: of the policy. PlacementError when a worker would lie on two machines.
+    `groups`: of the policy, one for each worker. PlacementError when a worker would lie on two machines.
     """
     guests = [bundle for bundles in plan.bundles.values() for bundle in bundles if bundle.on and bundle.gpus]
     hosts = sorted({host for bundle in guests for host in bundle.on})
@@ -36,7 +36,7 @@ def shared_places(plan: PlacementPlan, groups: Sequence[PlacementGroup], timeout
     asking = [
         remote.options(
             num_gpus=plan.bundles[HOST][host].gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(groups[0], placement_group_bundle_index=host),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(groups[host], placement_group_bundle_index=0),
         ).remote()
         for host in hosts
     ]
@@ -54,8 +54,8 @@ def shared_places(plan: PlacementPlan, groups: Sequence[PlacementGroup], timeout
 def visible_devices(bundle: Bundle, places: Mapping[int, Place], groups: Sequence[PlacementGroup]) -> str:
     """CUDA_VISIBLE_DEVICES of a worker that lies on the policy's GPUs; PlacementError when those are not there any
     more."""
-    nodes: Mapping[int, str] = placement_group_table(groups[0])["bundles_to_node_id"]
-    moved = [host for host in bundle.on if nodes.get(host) != places[host].node_id]
+    nodes = {host: placement_group_table(groups[host])["bundles_to_node_id"].get(0) for host in bundle.on}
+    moved = [host for host in bundle.on if nodes[host] != places[host].node_id]
     if moved:
         raise PlacementError(
             f"pool {bundle.pool!r}: worker {bundle.worker} lies on the GPUs of the policy's worker {moved[0]}, whose "

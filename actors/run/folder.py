@@ -1,6 +1,7 @@
 """Everything that a run leaves behind is in one folder, and the recipe that made it is written there first.
 
 recipe.yaml       the resolved recipe: `python -m deploy train recipe.yaml` makes the run again
+placement.json    on which node each worker was when the run began, or last went on
 metrics.jsonl     one JSON object per step, under TRL's metric names
 ledger.jsonl      what became of every prompt group
 completions/      samples of what the policy said, one file per sampled step
@@ -117,6 +118,12 @@ class RunFolder:
         staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         staged.rename(self.path / "metrics.jsonl")
         self._write_recipe(recipe)
+
+    def write_placement(self, nodes: Mapping[str, Sequence[str]]) -> None:
+        """The node of each worker, by pool."""
+        staged = self.path / "placement.json.staged"
+        staged.write_text(json.dumps(nodes, indent=2) + "\n", encoding="utf-8")
+        staged.rename(self.path / "placement.json")
 
     def _write_recipe(self, recipe: Recipe) -> None:
         staged = self.path / "recipe.yaml.staged"

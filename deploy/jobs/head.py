@@ -171,6 +171,7 @@ def _as_ray_tells(node: Any) -> dict[str, Any]:
         "NodeManagerHostname": node["node_name"],
         "NodeID": node["node_id"],
         "Resources": node["resources_total"],
+        "Labels": node["labels"],
     }
 
 

@@ -1,7 +1,7 @@
 """A pool is one group of equal pods, and the planner proves that the pods together hold every pool.
 
-A worker never spans pods. Which pods a pool gets is bound by a custom Ray resource that its group alone offers. A pool
-that shares the policy's GPUs lies in the policy's pods.
+A worker never spans pods. Which pods a pool gets is bound by a custom Ray resource that its group alone offers; labels
+that the recipe asks for are given to the pods of its group. A pool that shares the policy's GPUs lies in the policy's.
 """
 
 import math
@@ -28,6 +28,16 @@ class PodGroup:
     """The custom Ray resource that binds the pool to these pods."""
     least: int
     most: int
+    labels: Mapping[str, str]
+    """What the pool asks of its nodes."""
+
+    @property
+    def given_labels(self) -> dict[str, str]:
+        """Those that the pods are given; Ray and KubeRay themselves find out their own, from the machine."""
+        return {label: value for label, value in self.labels.items() if not label.startswith(_RAYS_OWN)}
+
+
+_RAYS_OWN = "ray.io/"
 
 
 def pod_groups(recipes: Sequence[Recipe], options: ManifestOptions) -> tuple[PodGroup, ...]:
@@ -116,6 +126,7 @@ def _group(pool: str, config: PoolConfig, sizes: Sequence[_Size], options: Manif
         resource=config.node_resource or f"paceline-{pool}",
         least=least,
         most=most,
+        labels=config.node_labels,
     )
 
 
@@ -123,7 +134,7 @@ def _cluster(groups: Sequence[PodGroup]) -> ClusterSpec:
     """The nodes that Ray will see; its head offers nothing."""
     return ClusterSpec(
         tuple(
-            NodeSpec(f"{group.pool}-{index}", float(group.cpus), group.gpus, _offered(group))
+            NodeSpec(f"{group.pool}-{index}", float(group.cpus), group.gpus, _offered(group), group.labels)
             for group in groups
             for index in range(group.num_pods)
         )

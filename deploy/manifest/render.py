@@ -152,5 +152,6 @@ def _worker_group(group: PodGroup, options: ManifestOptions) -> dict[str, Any]:
         "maxReplicas": group.most,
         "rayStartParams": {},  # CPUs, GPUs and memory are the container's; said twice, the two could disagree
         "resources": {group.resource: "1"},
+        **({"labels": group.given_labels} if group.given_labels else {}),
         "template": worker_pod(group, options),
     }

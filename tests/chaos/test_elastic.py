@@ -19,7 +19,7 @@ from tests.chaos.audit import audit
 from tests.chaos.faults import FOLDER, prepare, set_pace
 from tests.chaos.recipe import ROOT, write_recipe
 from tests.chaos.run import GROUPS_PER_BATCH
-from tests.chaos.test_node_loss import Machines, holds, until
+from tests.chaos.test_node_loss import Machines, holds, on_head, until
 from tests.deploy.test_job_submit import BIN
 from tests.prove import ONLY_PROVE
 
@@ -136,6 +136,7 @@ def test_who_is_on_a_machine_that_goes_leaves_and_another_machine_gets_one(
     run = start(
         200, cluster.env, "pools.rollout.num_workers=2", "pools.rollout.min_workers=1", "rollout.leave_grace_s=2",
         "pools.rollout.cpus_per_worker=1", "pools.rollout.node_resource=rollouts", "--address", cluster.address,
+        *on_head("policy", "reference", "reward"),
     )  # fmt: skip
     run.until(lambda: run.replicas() == 2, 150)
     drain(cluster, next(node for node in nodes if holds(node, "LightRollout")))
@@ -163,6 +164,7 @@ def test_a_run_without_machines_enough_ends_with_the_name_of_the_pool(
     run = start(
         200, cluster.env, "pools.rollout.max_workers=2", "rollout.capacity_timeout_s=5",
         "pools.rollout.cpus_per_worker=1", "pools.rollout.node_resource=rollouts", "--address", cluster.address,
+        *on_head("policy", "reference", "reward"),
     )  # fmt: skip
     run.until(lambda: run.trained() >= 2, 150)
     cluster.lose(node)

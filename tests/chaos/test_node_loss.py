@@ -38,18 +38,20 @@ class Machines:
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._path = log
         self._log = log.open("ab")
-        self._nodes: list[psutil.Popen] = []
+        self.nodes: list[psutil.Popen] = []
 
     def start(self, *arguments: str) -> psutil.Popen:
-        command = [str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", *arguments]
+        return self.started([str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", *arguments])
+
+    def started(self, command: list[str]) -> psutil.Popen:
         node = psutil.Popen(command, env=self.env, stdout=self._log, stderr=self._log, start_new_session=True)
-        self._nodes.append(node)
-        until(node, lambda: self._path.read_text().count("Ray runtime started") == len(self._nodes), 90)
+        self.nodes.append(node)
+        until(node, lambda: self._path.read_text().count("Ray runtime started") == len(self.nodes), 90)
         return node
 
     def head(self) -> psutil.Popen:
         port = self.address.partition(":")[2]
-        return self.start("--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false")
+        return self.start("--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--labels=tier=head")
 
     def rollout_node(self) -> psutil.Popen:
         """With room for one replica."""
@@ -66,7 +68,7 @@ class Machines:
                 process.send_signal(signal.SIGKILL)
 
     def close(self) -> None:
-        for node in self._nodes:
+        for node in self.nodes:
             self.lose(node)
         self._log.close()
 
@@ -85,6 +87,7 @@ def test_a_lost_machine_costs_its_replica_alone(machines: Machines, tmp_path: Pa
     # All of them now: on one machine, a node that starts clears away what the others have unpacked for the job.
     nodes = [machines.rollout_node() for _ in range(3)]
     on_nodes = ["pools.rollout.cpus_per_worker=1", "pools.rollout.node_resource=rollouts"]
+    on_nodes += on_head("policy", "reference", "reward")
     train_and_lose(machines, tmp_path, 2, on_nodes, lambda: next(node for node in nodes if holds(node, "LightRollout")))
     replicas = {event["replica"] for event in read(tmp_path / "run" / "ledger.jsonl") if event["event"] == "dispatched"}
     assert len(replicas) == 3, "the spare machine's replica has served"
@@ -98,10 +101,27 @@ def test_a_lost_machine_with_a_scorer_costs_time_alone(machines: Machines, tmp_p
     machines.head()
     nodes = [machines.start(f"--address={machines.address}", "--num-cpus=1", SCORERS) for _ in range(2)]
     on_nodes = ["pools.reward.num_workers=1", f"pools.{pool}.node_resource=scorers"]
+    on_nodes += on_head("policy", "rollout", {"reward": "reference", "reference": "reward"}[pool])
     actor = {"reward": "ChaosReward", "reference": "LightReference"}[pool]
     train_and_lose(machines, tmp_path, 2, on_nodes, lambda: next(node for node in nodes if holds(node, actor)))
     said = (tmp_path / "log").read_text()
     assert f"warning: {pool} worker 0 had died and was started again" in said
+
+
+@ONLY_PROVE
+@pytest.mark.cluster
+def test_a_lost_machine_with_the_policy_costs_steps_alone(machines: Machines, tmp_path: Path) -> None:
+    """The rank is built again on the other machine that bears the label, and goes on from the newest cut."""
+    machines.head()
+    nodes = [machines.start(f"--address={machines.address}", "--num-cpus=1", "--labels=tier=train") for _ in range(2)]
+    on_nodes = ["pools.policy.node_labels={tier: train}", *on_head("reference", "reward", "rollout")]
+    train_and_lose(machines, tmp_path, 2, on_nodes, lambda: next(node for node in nodes if holds(node, "LightPolicy")))
+    assert "; the policy is built again and goes on from step" in (tmp_path / "log").read_text()
+
+
+def on_head(*pools: str) -> list[str]:
+    """They are not on the machines that come and go."""
+    return [f"pools.{pool}.node_labels={{tier: head}}" for pool in pools]
 
 
 def train_and_lose(

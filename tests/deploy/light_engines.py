@@ -1,6 +1,7 @@
 """Runs of `python -m deploy train` one after another on one Ray, all real but for engines that need no model.
 
-On standard input: a JSON list of recipes, each a list of its path and its overrides.
+On standard input: a JSON list of recipes, each a list of its path and its overrides. The argument is the address of a
+Ray cluster; without one the runs start their own.
 """
 
 import json
@@ -20,9 +21,10 @@ from tests.chaos.replica import LightRollout
 if __name__ == "__main__":
     here: Any = deploy.train
     here.run_grpo = partial(run_grpo, roles=Roles(rollout=ray.remote(LightRollout)))
+    address = sys.argv[1] if len(sys.argv) > 1 else None
     jobs = [
         job
         for path, *overrides in json.load(sys.stdin)
-        for job in here.prepare(load_recipe(path, overrides), path, None, False)
+        for job in here.prepare(load_recipe(path, overrides), path, address, False)
     ]
-    here.execute(jobs, None, Console())
+    here.execute(jobs, address, Console())

@@ -61,6 +61,22 @@ def test_a_plan_shows_pools_figures_and_the_submit_line(tmp_path: Path) -> None:
     ) in out
 
 
+def test_a_plan_for_nodes_with_labels_shows_what_binds_a_pool() -> None:
+    bound = ("pools.policy.node_labels={tier: train}", "pools.rollout.node_labels={tier: serve}")
+    nodes = ("1:tier=serve", "2:tier=train,rack=7", "dc=x")
+    given = [word for labels in nodes for word in ("--node-labels", labels)]
+    code, out, err = deploy("plan", "recipes/demo.yaml", "model={kind: tiny}", *bound, "--nodes", "3", *given)
+    assert (code, err) == (0, "")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert [(row[0], row[2], row[5]) for row in rows] == [
+        ("policy", "node-1", "tier=train"),
+        ("reward", "node-0", ""),
+        ("rollout", "node-0", "tier=serve"),
+    ]
+    assert "cluster: 1 x (32 CPUs, 0 GPUs, tier=serve), 2 x (32 CPUs, 0 GPUs, tier=train)\n" in out
+    assert "only on nodes with" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -84,7 +100,31 @@ def test_a_plan_shows_pools_figures_and_the_submit_line(tmp_path: Path) -> None:
             ["plan", "recipes/demo.yaml", "--address", "127.0.0.1:9"],
             "error: --address 127.0.0.1:9: ",  # what the system calls a closed port
         ),
-        (["plan", "recipes/demo.yaml", "--cpus-per-node", "4"], "error: --cpus-per-node and --gpus-per-node describe"),
+        (["plan", "recipes/demo.yaml", "--cpus-per-node", "4"], "error: --cpus-per-node, --gpus-per-node and --node-"),
+        (["plan", "recipes/demo.yaml", "--node-labels", "a=b"], "error: --cpus-per-node, --gpus-per-node and --node-"),
+        (
+            ["plan", "recipes/demo.yaml", "--nodes", "2", "--node-labels", "train"],
+            "error: --node-labels train: write KEY=VALUE, or COUNT:KEY=VALUE for so many nodes, such as 2:tier=train",
+        ),
+        (
+            ["plan", "recipes/demo.yaml", "--nodes", "2", "--node-labels", "3:tier=train"],
+            "error: --node-labels: 3 nodes are given labels, and --nodes says 2",
+        ),
+        (
+            ["plan", "recipes/demo.yaml", "pools.reward.node_labels={tier: cheap}", "--nodes", "2"],
+            "error: pool 'reward' needs nodes with the label tier=cheap, and no node has it: start Ray on them with "
+            "--labels=tier=cheap, or remove pools.reward.node_labels",
+        ),
+        (
+            ["plan", "recipes/demo.yaml", "pools.reward.node_labels={tier: '!cheap'}"],
+            "error: override \"pools.reward.node_labels={tier: '!cheap'}\": pools.reward.node_labels: label tier: "
+            "'!cheap' is none that Ray takes; write letters and digits",
+        ),
+        (
+            ["plan", "recipes/demo.yaml", "pools.reward.node_labels={rack: 5}"],
+            "error: override 'pools.reward.node_labels={rack: 5}': pools.reward.node_labels: label rack: 5 is not "
+            "text; write it in quotes",
+        ),
         (
             ["plan", "recipes/demo.yaml", "model.recipe=recipes/demo.yaml", "--nodes", "1"],
             "error: recipes/demo.yaml: model.recipe: recipes/demo.yaml would be trained before itself",

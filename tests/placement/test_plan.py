@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -11,15 +12,26 @@ from placement.plan import PlacementError, PlacementPlan, plan
 
 
 def pool(
-    num_workers: int = 1, gpus: int = 0, cpus: float = 1.0, spread: bool = False, on: str | None = None
+    num_workers: int = 1,
+    gpus: int = 0,
+    cpus: float = 1.0,
+    spread: bool = False,
+    on: str | None = None,
+    bears: str = "",
 ) -> PoolConfig:
+    """`bears`: labels, as `tier=train,rack=1`."""
     return PoolConfig(
         num_workers=num_workers,
         gpus_per_worker=gpus,
         cpus_per_worker=cpus,
         strategy="spread" if spread else "pack",
         node_resource=on,
+        node_labels=labels(bears),
     )
+
+
+def labels(text: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in text.split(",") if pair)
 
 
 def nodes(*sizes: tuple[float, int], **resources: str) -> ClusterSpec:
@@ -31,6 +43,12 @@ def nodes(*sizes: tuple[float, int], **resources: str) -> ClusterSpec:
             for name, (cpus, gpus) in zip(names, sizes, strict=True)
         )
     )
+
+
+def labelled(cluster: ClusterSpec, *texts: str) -> ClusterSpec:
+    """The same nodes with these labels."""
+    each = zip(cluster.nodes, texts, strict=True)
+    return ClusterSpec(tuple(replace(node, labels=labels(text)) for node, text in each))
 
 
 def layout(placed: PlacementPlan) -> dict[str, str]:
@@ -93,6 +111,31 @@ FITS = {
         {"policy": pool(4, 1, cpus=4.0)},
         {"policy": "bbbb"},
     ),
+    "a label binds": (
+        labelled(nodes((8, 4), (8, 4), (8, 4)), "tier=serve", "tier=train", ""),
+        {"policy": pool(2, 1, bears="tier=train"), "rollout": pool(2, 1, bears="tier=serve")},
+        {"policy": "bb", "rollout": "aa"},
+    ),
+    "of several labels a node bears all": (
+        labelled(nodes((8, 4), (8, 4), (8, 4)), "tier=train", "rack=1", "rack=1,tier=train,zone=x"),
+        {"policy": pool(2, 1, bears="tier=train,rack=1")},
+        {"policy": "cc"},
+    ),
+    "a label and a resource bind together": (
+        labelled(nodes((8, 4), (8, 4), (8, 4), h="ab"), "tier=serve", "tier=train", "tier=train"),
+        {"policy": pool(2, 1, on="h", bears="tier=train")},
+        {"policy": "bb"},
+    ),
+    "whoever is bound by a label chooses before those that are not": (
+        labelled(nodes((8, 1), (8, 1)), "tier=train", ""),
+        {"rollout": pool(1, 1), "policy": pool(1, 1, bears="tier=train")},
+        {"rollout": "b", "policy": "a"},
+    ),
+    "nodes that differ in labels alone are not interchangeable": (
+        labelled(nodes((8, 2), (8, 2), (8, 2)), "", "", "tier=train"),
+        {"policy": pool(2, 2), "rollout": pool(2, 1, bears="tier=train")},
+        {"policy": "ab", "rollout": "cc"},
+    ),
     "no pools": (nodes((1, 0)), {}, {}),
     "all GPUs in use": (
         nodes((8, 8), (8, 8)),
@@ -119,7 +162,6 @@ def check(placed: PlacementPlan, pools: dict[str, PoolConfig], cluster: ClusterS
     ten_thousandths: Counter[str] = Counter()
     for name, bundles in placed.bundles.items():
         assert [bundle.worker for bundle in bundles] == list(range(pools[name].num_workers))
-        assert placed.strategies[name] == pools[name].strategy
         for bundle in bundles:
             assert (bundle.pool, bundle.gpus, bundle.cpus) == (
                 name,
@@ -198,6 +240,27 @@ LACKS = {
         {"policy": pool(3, 1, on="h")},
         "pool 'policy' needs 3 workers x 1 GPU; 2 workers fit (a 2); 1 GPU is missing",
     ),
+    "nobody bears the label": (
+        labelled(nodes((8, 4), (8, 4)), "", "tier=serve"),
+        {"policy": pool(1, 1, bears="tier=train")},
+        "pool 'policy' needs nodes with the label tier=train, and no node has it (there is tier=serve): start Ray on "
+        "them with --labels=tier=train, or remove pools.policy.node_labels",
+    ),
+    "nobody bears all labels": (
+        labelled(nodes((8, 4), (8, 4)), "tier=train", "rack=1"),
+        {"policy": pool(1, 1, bears="tier=train,rack=1")},
+        "with the labels tier=train,rack=1, and no node has all of them (there is rack=1, tier=train): start Ray",
+    ),
+    "the label is on nodes without the resource": (
+        labelled(nodes((8, 4), (8, 4), h="a"), "", "tier=train"),
+        {"policy": pool(1, 1, on="h", bears="tier=train")},
+        "with the label tier=train, and no node with 'h' has it: start Ray",
+    ),
+    "the nodes with the label are full": (
+        labelled(nodes((8, 2), (8, 8)), "tier=train", ""),
+        {"policy": pool(3, 1, bears="tier=train")},
+        "pool 'policy' needs 3 workers x 1 GPU; 2 workers fit (a 2); 1 GPU is missing",
+    ),
     "GPUs are not custom": (nodes((8, 2)), {"policy": pool(on="GPU")}, "set pools.policy.gpus_per_worker"),
     "no nodes": (ClusterSpec(()), {"policy": pool()}, "pool 'policy' needs a node, and the cluster has none"),
     "the total fits, the pieces do not": (
@@ -224,6 +287,7 @@ def test_a_plan_is_found_iff_one_exists() -> None:
         cluster = nodes(
             *((rng.randint(1, 4), rng.randint(0, 4)) for _ in range(rng.randint(1, 3))), h=rng.choice(["a", "ab", "c"])
         )
+        cluster = labelled(cluster, *(rng.choice(["", "tier=x", "tier=y"]) for _ in cluster.nodes))
         pools = {
             name: pool(
                 rng.randint(1, 2),
@@ -231,6 +295,7 @@ def test_a_plan_is_found_iff_one_exists() -> None:
                 rng.choice([0.5, 1.0, 2.0]),
                 rng.random() < 0.5,
                 rng.choice([None, None, "h"]),
+                rng.choice(["", "", "tier=x"]),
             )
             for name in ("policy", "reward", "rollout")
         }
@@ -253,6 +318,7 @@ def exists(pools: dict[str, PoolConfig], cluster: ClusterSpec) -> bool:
         config = workers[index]
         for at, (node, (cpus, gpus)) in enumerate(zip(cluster.nodes, left, strict=True)):
             offered = config.node_resource is None or config.node_resource in node.resources
+            offered = offered and config.node_labels.items() <= node.labels.items()
             if offered and cpus >= config.cpus_per_worker and gpus >= config.gpus_per_worker:
                 rest = (cpus - config.cpus_per_worker, gpus - config.gpus_per_worker)
                 if place(index + 1, (*left[:at], rest, *left[at + 1 :])):
@@ -272,8 +338,11 @@ def test_large_clusters_are_planned_at_once() -> None:
         plan({"policy": pool(65, 6), "reward": pool(100, spread=True)}, uniform(64, 64, 10))
 
 
-def ray_node(host: str, node_id: str, resources: dict[str, float], alive: bool = True) -> dict[str, object]:
-    return {"Alive": alive, "NodeID": node_id, "NodeManagerHostname": host, "Resources": resources}
+def ray_node(
+    host: str, node_id: str, resources: dict[str, float], alive: bool = True, bears: str = ""
+) -> dict[str, object]:
+    known = {"Alive": alive, "NodeID": node_id, "NodeManagerHostname": host, "Resources": resources}
+    return {**known, "Labels": labels(bears)}
 
 
 def test_a_ray_cluster_is_its_living_nodes() -> None:
@@ -282,15 +351,15 @@ def test_a_ray_cluster_is_its_living_nodes() -> None:
             ray_node(
                 "head", "aaaaaaaaaa", {"CPU": 8.0, "memory": 1e9, "object_store_memory": 1e9, "node:10.0.0.1": 1.0}
             ),
-            ray_node("gpu", "bbbbbbbbbb", {"CPU": 64.0, "GPU": 8.0, "h100": 1.0}),
+            ray_node("gpu", "bbbbbbbbbb", {"CPU": 64.0, "GPU": 8.0, "h100": 1.0}, bears="tier=train"),
             ray_node("gpu", "cccccccccc", {"GPU": 8.0}),
             ray_node("gone", "dddddddddd", {}, alive=False),
         ]
     )
     assert cluster.nodes == (
-        NodeSpec("head", 8.0, 0, {"node:10.0.0.1": 1.0}),
-        NodeSpec("gpu-bbbbbbbb", 64.0, 8, {"h100": 1.0}),
-        NodeSpec("gpu-cccccccc", 0.0, 8, {}),
+        NodeSpec("head", 8.0, 0, {"node:10.0.0.1": 1.0}, {}, "aaaaaaaaaa"),
+        NodeSpec("gpu-bbbbbbbb", 64.0, 8, {"h100": 1.0}, {"tier": "train"}, "bbbbbbbbbb"),
+        NodeSpec("gpu-cccccccc", 0.0, 8, {}, {}, "cccccccccc"),
     )
 
 

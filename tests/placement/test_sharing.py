@@ -154,11 +154,13 @@ def test_who_lies_on_a_machine_that_is_gone_is_not_given_gpus_of_another(monkeyp
     )
     places = {worker: Place("n0", (str(7 - worker),)) for worker in range(4)}
     nodes_now = {worker: "n0" if worker < 3 else "n1" for worker in range(4)}
-    monkeypatch.setattr("placement.shared.placement_group_table", lambda group: {"bundles_to_node_id": nodes_now})
-    group: Any = None
+    monkeypatch.setattr(
+        "placement.shared.placement_group_table", lambda group: {"bundles_to_node_id": {0: nodes_now[group]}}
+    )
+    groups: Any = range(4)
     first, second = placed.bundles["rollout"]
-    assert visible_devices(first, places, [group]) == "7,6"
+    assert visible_devices(first, places, groups) == "7,6"
     with pytest.raises(
         PlacementError, match="worker 1 lies on the GPUs of the policy's worker 3, whose machine is gone"
     ):
-        visible_devices(second, places, [group])
+        visible_devices(second, places, groups)

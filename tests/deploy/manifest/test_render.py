@@ -54,7 +54,7 @@ def ray_nodes(manifest: dict[str, Any]) -> ClusterSpec:
         custom = {resource: float(amount) for resource, amount in group["resources"].items()}
         for index in range(group["replicas"]):
             gpus = int(limits.get("nvidia.com/gpu", 0))
-            nodes.append(NodeSpec(f"{name}-{index}", float(limits["cpu"]), gpus, custom))
+            nodes.append(NodeSpec(f"{name}-{index}", float(limits["cpu"]), gpus, custom, group.get("labels", {})))
     return ClusterSpec(tuple(nodes))
 
 
@@ -129,6 +129,18 @@ def test_a_pool_that_the_recipe_binds_keeps_its_resource() -> None:
     assert groups(manifest)["policy"]["resources"] == {"h100": "1"}
     assert "node_resource=paceline-policy" not in manifest["spec"]["entrypoint"]
     assert "pools.rollout.node_resource=paceline-rollout" in manifest["spec"]["entrypoint"]
+
+
+def test_labels_that_the_recipe_asks_for_are_given_to_the_pods_of_the_pool() -> None:
+    bound = "pools.policy.node_labels={tier: train, ray.io/accelerator-type: H100}"
+    manifest = rendered(LORA, bound)
+    assert groups(manifest)["policy"]["labels"] == {"tier": "train"}, "Ray's own are found out by Ray"
+    assert not [name for name, group in groups(manifest).items() if "labels" in group and name != "policy"]
+    assert broken_rules(manifest) == []
+    simple = rendered(LORA, "pools.policy.node_labels={tier: train}")
+    recipe = load_recipe(LORA, shlex.split(simple["spec"]["entrypoint"])[5:])
+    assert recipe.pools.policy.node_labels == {"tier": "train"}
+    assert {bundle.node for bundle in plan(used_pools(recipe), ray_nodes(simple)).bundles["policy"]} == {"policy-0"}
 
 
 def test_the_head_works_for_nobody_and_stops_the_run_before_it_ends() -> None:

@@ -81,6 +81,14 @@ def test_an_elastic_cluster_is_what_the_schema_takes(monkeypatch: pytest.MonkeyP
     assert problems(rendered("recipes/qwen2.5_7b_lora.yaml", monkeypatch, elastic=Elastic(1, 9))) == []
 
 
+def test_labels_of_a_pool_are_what_the_schema_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path, bound = "recipes/demo.yaml", ["pools.policy.node_labels={tier: train}"]
+    manifest = render(load_recipe(path, bound), path, bound, ManifestOptions("i"), "2.60.0")
+    assert {"tier": "train"} in [g.get("labels") for g in manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
+    assert problems(manifest) == []
+
+
 def test_the_schema_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = rendered("recipes/demo.yaml", monkeypatch)
     cluster = manifest["spec"]["rayClusterSpec"]
