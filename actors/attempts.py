@@ -79,10 +79,11 @@ class Attempts:
             return
         partial = self._partial.pop(slot.ordinal, None)
         dispatching = self.router.dispatch(prompt, slot, partial)
-        sent = await within(timeout_s + self.limits.start_timeout_s, dispatching, f"{name}: finding a replica")
+        finding_s, clock = timeout_s + self.limits.start_timeout_s, self.fleet.clock
+        sent = await clock.within(finding_s, dispatching, f"{name}: finding a replica")
         self.ledger.dispatched(slot, sent.replica)
         try:
-            answer = await within(timeout_s, sent.answer, name)
+            answer = await clock.within(timeout_s, sent.answer, name)
             group = await self._kept(name, sent.group)
         except asyncio.CancelledError:
             sent.forsake()

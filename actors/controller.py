@@ -81,7 +81,8 @@ class Controller:
                 raise StoppedError.after(version, self.num_steps, newest, self.pacer.why_stopped)
             self.attempts.discard(taken)
             judged = await self._judged(taken.batch)
-            async with self.publisher.exclusive:  # nobody is admitted between a step and its publication
+            # Nobody is admitted between a step and its publication, and who shares the policy's GPUs rests.
+            async with self.publisher.exclusive, self.publisher.resting():
                 lesson = await self._lesson(taken.batch, judged)
                 update = await self._step(lesson, judged)
             batch = lesson.batch

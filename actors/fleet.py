@@ -7,6 +7,9 @@
     LEAVING   it is not wanted any more, or its machine goes: no group goes to it, and nobody takes its place
 
 A replica's number is never used again, so nothing that an old engine says can be taken for its successor's word.
+
+Replicas that share the policy's GPUs rest while it computes, and are built while it does not. A new one is at rest;
+the next version, or its first, wakes it up.
 """
 
 import asyncio
@@ -21,13 +24,15 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from actors.deadline import DeadlineError, within
+from actors.deadline import Clock, DeadlineError, within
 from actors.errors import RunError, last_line
 from actors.recipe.upkeep import LivenessConfig
 from actors.router import Router
+from actors.turns import Turns
 
 _CLOSE_TIMEOUT_S = 10.0
 _FORGET_TIMEOUT_S = 100.0
+_END_TIMEOUT_S = 3 * _CLOSE_TIMEOUT_S
 _HAND_BACK_S = 30.0
 """A replica that leaves has so long to hand back what it was told to interrupt; the rest is sampled again."""
 
@@ -50,6 +55,8 @@ class Replica:
     state: State = State.STARTING
     node: str = ""
     """Address of its machine, once it has started."""
+    ended: bool = False
+    """Its processes were ended."""
 
 
 class Fleet:
@@ -64,11 +71,13 @@ class Fleet:
         start_timeout_s: float,
         max_rebuilds: int,
         say: Callable[[str], None],
+        turns: Turns | None = None,
     ) -> None:
         """Args:
         spawn: makes the actor of replica `number` on bundle `bundle`.
         max_rebuilds: how many failed replicas are replaced in a run; one more stops it.
         say: tells the user what happened.
+        turns: where the replicas share the policy's GPUs.
         """
         self._spawn = spawn
         self._num_bundles = num_bundles
@@ -76,6 +85,9 @@ class Fleet:
         self._start_timeout_s = start_timeout_s
         self._max_rebuilds = max_rebuilds
         self._say = say
+        self._turns = turns
+        self.clock = Clock()
+        """By which groups have their deadlines: it stands still while the replicas rest."""
         self._numbers = count()
         self._replicas: dict[int, Replica] = {}
         self._to_rebuild: asyncio.Queue[tuple[Replica, str]] = asyncio.Queue()
@@ -94,6 +106,11 @@ class Fleet:
     @property
     def pending(self) -> list[Replica]:
         return [replica for replica in self._replicas.values() if replica.state is State.PENDING]
+
+    @property
+    def shares(self) -> bool:
+        """Whether the replicas lie on the policy's GPUs."""
+        return self._turns is not None
 
     @property
     def num_serving(self) -> int:
@@ -192,6 +209,28 @@ class Fleet:
         await self._each(members, "forget", _FORGET_TIMEOUT_S)
 
     @contextlib.asynccontextmanager
+    async def resting(self, timeout_s: float = _FORGET_TIMEOUT_S) -> AsyncIterator[None]:
+        """Whoever shares the policy's GPUs leaves them to it until it has computed, and samples from the next version
+        on; nothing where nobody does. A replica that does not come to rest in time is fenced."""
+        if self._turns is None:
+            yield
+            return
+        async with self._turns.computing():
+            await self._each(self.members, "rest", timeout_s)
+            gone = self.wait_for(lambda: all(r.ended for r in self._replicas.values() if r.state is State.FENCED))
+            await within(_END_TIMEOUT_S, gone, "ending engines that share the policy's GPUs")
+            self.clock.stop()
+            try:
+                yield
+            finally:
+                self.clock.start()
+
+    def computed(self) -> None:
+        """The policy is done with the GPUs that it shares: engines may be built on them again."""
+        if self._turns is not None:
+            self._turns.computed()
+
+    @contextlib.asynccontextmanager
     async def supervised(self, liveness: LivenessConfig | None = None) -> AsyncIterator[None]:
         """Fenced replicas, and those that give no sign of life, are replaced while the context is open."""
         async with asyncio.TaskGroup() as tasks:
@@ -264,10 +303,11 @@ class Fleet:
 
     async def _build(self, replica: Replica) -> None:
         what = f"rollout replica {replica.number}"
-        try:
-            replica.node = await within(self._start_timeout_s, replica.handle.start.remote(), f"starting {what}")
-        except RayError as error:
-            raise RunError(f"{what} could not start: {last_line(error)}") from error
+        async with contextlib.nullcontext() if self._turns is None else self._turns.building():
+            try:
+                replica.node = await within(self._start_timeout_s, replica.handle.start.remote(), f"starting {what}")
+            except RayError as error:
+                raise RunError(f"{what} could not start: {last_line(error)}") from error
         if replica.state is State.STARTING:
             replica.state = State.PENDING
             self._wake()
@@ -277,6 +317,8 @@ class Fleet:
         with contextlib.suppress(RayError, RunError):
             await within(_CLOSE_TIMEOUT_S, replica.handle.close.remote(), f"closing replica {replica.number}")
         ray.kill(replica.handle)
+        replica.ended = True
+        self._wake()
 
     def _wake(self) -> None:
         self._changed.set()

@@ -138,6 +138,12 @@ class PolicyActor:
             size = settings.policy.sequence_parallel_size
             self._teacher = load_teacher(settings.teacher, settings.policy.dtype, size).to(self.engine.device)
         self._parameters: dict[str, Any] = trained_parameters(self.engine.module)
+        self._leave_room()
+
+    def _leave_room(self) -> None:
+        """What torch keeps for the next step is there for whoever shares the GPU."""
+        if self.settings.shares_gpu:
+            torch.cuda.empty_cache()
 
     def _meet(self, host: str, port: int, backend: str) -> None:
         """All ranks are one process group when this returns."""
@@ -162,6 +168,7 @@ class PolicyActor:
         for _ in range(num_iterations - len(done)):
             self.engine.lr_scheduler.step()  # a completed batch has its place in the schedule
         self.version += 1
+        self._leave_room()
         counted = done or passes
         return RankUpdate(
             version=self.version,
@@ -349,6 +356,7 @@ class PolicyActor:
         keep = self.rank == 0
         state = collect(self.engine, self._parameters, self.version, keep, self._base, spare)
         self._snapshot = state and replace(state, learning_rate_factor=self._learning_rate_factor)
+        self._leave_room()
 
     def write_snapshot(self, folder: Path) -> str | None:
         """Rank 0 writes the snapshot, while training goes on: its weights are a model that others load as it is.
@@ -384,6 +392,7 @@ class PolicyActor:
             raise RunError(f"{folder}: {error}") from error
         self.version = state.version
         self._learning_rate_factor = state.learning_rate_factor
+        self._leave_room()
 
     def save(self, folder: Path) -> None:
         """Leave the weights in Hugging Face layout (safetensors) in `folder`; every rank is called, rank 0 writes.

@@ -37,6 +37,8 @@ class PolicySettings:
     """Where the model will be saved; rank 0's node must see it."""
     teacher: ModelSource | None = None
     """The model that the objective compares with, of which each rank holds a copy."""
+    shares_gpu: bool = False
+    """Others live on the rank's GPU: what a step needs and no longer holds goes back to it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,8 +72,13 @@ class Publisher:
     async def publish(self, version: int) -> None:
         """Every serving replica holds `version` when this returns, and at least one serves; `exclusive` is held."""
         assert self.committed is None or version == self.committed + 1, "versions are published one by one"
+        self.fleet.computed()
         await self._publish(version, lambda: self.fleet.members)
         self.committed = version
+
+    def resting(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """The policy may compute: whoever shares its GPUs rests until the version that is published inside."""
+        return self.fleet.resting(self.config.timeout_s + self.drain_timeout_s)
 
     @contextlib.asynccontextmanager
     async def admitting(self) -> AsyncIterator[None]:
@@ -265,6 +270,7 @@ class Publisher:
             "sync/stream_s": streamed - started,
             "sync/pause_s": max(s.pause_s for s in swapped),
             "sync/swap_s": max(s.swap_s for s in swapped),
+            **({"sync/rest_s": rest_s} if (rest_s := max(s.rest_s for s in swapped)) else {}),
             "sync/total_s": time.perf_counter() - started,
             "sync/replicas": float(len(swapped)),
             "sync/rebuilt": float(self.fleet.num_rebuilt),

@@ -4,6 +4,9 @@ One RolloutActor owns one vLLM engine. The G rollouts of a prompt are one reques
 once. Scoring is chained here, behind the generation, so that a group costs the controller a single call: what returns
 to it is a summary; the tokens stay in this node's object store until a policy rank asks for them. A group that is
 interrupted returns what it has sampled instead, and any replica can go on from there.
+
+One that shares the policy's GPUs is at rest from its start, and while the policy computes: it samples nothing, its
+engine sleeps, and the next version wakes it up. Running requests are kept, their KV cache is computed again.
 """
 
 import asyncio
@@ -18,7 +21,7 @@ from typing import Any
 
 import ray
 
-from actors.deadline import within
+from actors.deadline import Clock, within
 from actors.errors import ReplicaDeadError
 from actors.orphans import leave_none
 from actors.policy import node_ip
@@ -33,6 +36,8 @@ from sync.member import Membership
 _READY_FIRST_S, _READY_LAST_S, _READY_GROWTH = 0.005, 0.1, 1.5
 # An abort is a message to the engine, which answers nothing; only a dead engine keeps it waiting.
 _ABORT_TIMEOUT_S = 30.0
+_WEIGHTS, _KV_CACHE = "weights", "kv_cache"
+"""The parts in which vLLM's engines wake up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ class RolloutSettings:
     recompute_kv_cache: bool
     lora: LoraConfig | None = None
     """The adapter that versions are of; None when they are of the whole model."""
+    shares: bool = False
+    """Whether it lies where the policy does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,8 @@ class Swapped:
     """From the pause to the resumption; running requests that are let finish first do not count."""
     swap_s: float
     """The loading of the weights, inside the pause."""
+    rest_s: float = 0.0
+    """Before it, the time for which the replica left its GPUs to the policy."""
 
 
 @dataclass(slots=True)
@@ -116,6 +125,10 @@ class RolloutActor:
         self._is_staged = True
         self._stopped: float | None = None  # since when generation is paused
         self._swap_s = 0.0  # what the last swap took
+        self._resting: float | None = None  # since when
+        self._rest_s = 0.0  # what the last rest took
+        self._has_cache = True  # False: the KV cache's memory is given up
+        self._clock = Clock()
         self._dead_engine: tuple[type[Exception], ...] = ()  # what an engine raises that is dead
 
     async def start(self) -> str:
@@ -143,7 +156,9 @@ class RolloutActor:
         self._stop_token_ids = stop_token_ids(settings.model_path, self._tokenizer, settings.revision)
         generation = settings.generation
         arguments: dict[str, Any] = (
-            {"gpu_memory_utilization": rollout.gpu_memory_utilization} if settings.use_gpu else {}
+            {"gpu_memory_utilization": rollout.gpu_memory_utilization, "enable_sleep_mode": settings.shares}
+            if settings.use_gpu
+            else {}  # where engines cannot sleep they only stand still
         )
         if settings.lora is not None:
             skeleton = load_skeleton(settings.model_path, settings.revision, settings.trust_remote_code)
@@ -169,7 +184,13 @@ class RolloutActor:
                 **arguments,
             )
         )
+        await self._come_to_rest()
         return node_ip()
+
+    async def _come_to_rest(self) -> None:
+        """A new engine on the policy's GPUs waits for its first version asleep."""
+        if self.settings.shares:
+            await within(_ABORT_TIMEOUT_S, self.rest(), "coming to rest")
 
     # Groups ------------------------------------------------------------------------------------------------------
 
@@ -185,7 +206,7 @@ class RolloutActor:
         started = time.perf_counter()
         rollouts = partial.rollouts if partial else (unsampled(prompt),) * self.settings.num_generations
         generating = self._generate(prompt, attempt, rollouts)
-        group = await within(self.settings.generation.timeout_s, generating, "generating a group")
+        group = await self._clock.within(self.settings.generation.timeout_s, generating, "generating a group")
         generated = time.perf_counter()
         if any(rollout.finish_reason == INTERRUPTED for rollout in group.rollouts):
             return interrupted(group, generated - started), group
@@ -348,15 +369,45 @@ class RolloutActor:
 
     async def resume_generation(self) -> Swapped:
         """Go on sampling after a swap."""
-        await self.engine.resume_generation()
+        if self._has_cache:
+            await self.engine.resume_generation()
+        else:
+            resumed = await self.engine.wake_up([_KV_CACHE])
+            assert resumed, "vLLM goes on by itself when all of its memory is there again"
+            self._has_cache = True
+        self._clock.start()
         stopped, self._stopped = self._stopped, None
         assert stopped is not None, "it was paused"
-        return Swapped(pause_s=time.perf_counter() - stopped, swap_s=self._swap_s)
+        rest_s, self._rest_s = self._rest_s, 0.0
+        return Swapped(pause_s=time.perf_counter() - stopped, swap_s=self._swap_s, rest_s=rest_s)
+
+    async def rest(self) -> None:
+        """From here on no token is sampled, and the GPUs are the policy's, until a version is swapped in.
+
+        Running requests are kept, or finish first without in-flight updates. Of weights that every version brings
+        nothing is kept; those below an adapter wait in the host's memory.
+        """
+        async with self._swapping:
+            if self._resting is not None:
+                return
+            settings = self.settings
+            level = 2 if settings.lora is None else 1
+            await self.engine.sleep(level=level, mode="keep" if settings.in_flight_updates else "wait")
+            self._clock.stop()
+            self._resting, self._stopped, self._has_cache = time.perf_counter(), None, False
+
+    async def _rise(self, since: float) -> None:
+        """Make room for weights again; the KV cache comes when they are there, and sampling with it."""
+        await self.engine.wake_up([_WEIGHTS])
+        self._stopped, self._resting = time.perf_counter(), None
+        self._rest_s = self._stopped - since
 
     async def _pause(self) -> None:
         """No token is sampled from here on; running requests are kept, or finish first without in-flight updates."""
+        if self._resting is not None:
+            await self._rise(self._resting)
         if self._stopped is not None:
-            return  # for a version that did not come whole
+            return  # for a version that did not come whole, or since the policy computes
         settings = self.settings
         started = time.perf_counter()
         await self.engine.pause_generation(

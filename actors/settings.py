@@ -9,12 +9,14 @@ from actors.recipe.critic import CriticConfig
 from actors.recipe.deadlines import score_timeout_s
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel
+from actors.recipe.pools import used_pools
 from actors.recipe.preference import PreferenceRecipe, RewardRecipe
 from actors.recipe.rewards import RewardConfig
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.reference import ReferenceSettings
 from actors.rollout import RolloutSettings
 from actors.run.folder import RunFolder
+from placement.plan import guests_of
 
 
 def source_of(model: PretrainedModel | RecipeModel) -> ModelSource:
@@ -51,6 +53,7 @@ def policy_settings(recipe: Recipe, model: ModelSource, run_dir: Path) -> Policy
         objective=_objective(recipe),
         run_dir=str(run_dir),
         teacher=_teacher(recipe),
+        shares_gpu=recipe.pools.policy.gpus_per_worker > 0 and bool(guests_of(used_pools(recipe))),
     )
 
 
@@ -100,6 +103,7 @@ def rollout_settings(recipe: GrpoRecipe, model: ModelSource) -> RolloutSettings:
         in_flight_updates=recipe.staleness.in_flight_updates and recipe.staleness.max_staleness > 0,
         recompute_kv_cache=recipe.staleness.kv_cache == "recompute",
         lora=recipe.policy.lora,
+        shares=pool.colocate_with is not None,
     )
 
 

@@ -35,8 +35,10 @@ from actors.settings import (
     reward_functions,
     rollout_settings,
 )
+from actors.turns import Turns
 from placement.elastic import num_first
 from placement.groups import ReservedPools
+from placement.plan import PlacementError
 
 _ON_HOST = {"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}}
 """Options of workers that compute on the CPU with several threads. A thread that waits for the others of its process
@@ -129,7 +131,7 @@ class Workers:
 
     async def learners(self) -> Learners:
         """New ranks of whoever learns, side by side; the first that fails stops the start of the others."""
-        async with asyncio.TaskGroup() as starts:
+        async with self.fleet.resting(), asyncio.TaskGroup() as starts:
             policy = starts.create_task(self.ranks.start())
             critic = None if self.critic_ranks is None else starts.create_task(self.critic_ranks.start())
         return Learners(policy.result(), None if critic is None else critic.result())
@@ -169,16 +171,22 @@ async def grpo_workers(
     say: Callable[[str], None],
     roles: Roles,
 ) -> AsyncIterator[tuple[Workers, Learners]]:
-    """All workers of the run, started side by side; the first that fails stops the start of the others."""
+    """All workers of the run, started side by side but for engines that share the policy's GPUs, which come last.
+
+    The first that fails stops the start of the others.
+    """
     workers = _spawn_all(recipe, model, pools, run_dir, router, say, roles)
     try:
         async with asyncio.TaskGroup() as starts:
             learners = starts.create_task(workers.learners())
-            starts.create_task(workers.fleet.start())
+            if not workers.fleet.shares:
+                starts.create_task(workers.fleet.start())
             for index, reference in enumerate(workers.references):
                 starts.create_task(_started(reference.start, f"reference worker {index}"))
             for index, reward in enumerate(workers.rewards):
                 starts.create_task(_started(reward.check, f"reward worker {index}"))
+        if workers.fleet.shares:  # an engine measures at its start what memory the others have left
+            await workers.fleet.start()
         yield workers, learners.result()
     finally:
         await workers.fleet.close()
@@ -219,7 +227,10 @@ def _spawn_all(
     settings = rollout_settings(recipe, model)
 
     def spawn(number: int, bundle: int) -> ActorHandle:
-        options = pools.options("rollout", bundle)
+        try:
+            options = pools.options("rollout", bundle)
+        except PlacementError as error:
+            raise RunError(str(error)) from error
         handle: ActorHandle = roles.rollout.options(**options).remote(number, settings, [*rewards], [*references])
         return handle
 
@@ -231,6 +242,7 @@ def _spawn_all(
         start_timeout_s=recipe.rollout.start_timeout_s,
         max_rebuilds=recipe.rollout.max_rebuilds,
         say=say,
+        turns=None if pool.colocate_with is None else Turns(),
     )
     elastic = None
     if seats is not None:

@@ -159,6 +159,9 @@ class SleepingPolicy:
     def admitting(self) -> contextlib.AbstractAsyncContextManager[None]:
         return contextlib.nullcontext()
 
+    def resting(self) -> contextlib.AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext()
+
     async def settled(self, version: int) -> None:
         """There are no checkpoints."""
 

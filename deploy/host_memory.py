@@ -8,12 +8,13 @@ from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe
 from deploy.manifest.groups import PodGroup
 from deploy.manifest.options import ManifestOptions
-from deploy.memory import critic_load, policy_load, reference_load, version_bytes
+from deploy.memory import BYTES, critic_load, policy_load, reference_load, version_bytes
 from deploy.shapes import critic_shape, model_shape, reference_shape
+from placement.config import HOST
 from placement.memory.footprint import GB
 from placement.memory.host import policy_host_bytes, reference_host_bytes
 from placement.memory.shape import ModelShape
-from placement.plan import PlacementPlan
+from placement.plan import PlacementPlan, guests_of
 
 
 def host_lines(recipe: Recipe, placed: PlacementPlan) -> list[str]:
@@ -43,8 +44,10 @@ def check_pods(recipe: Recipe, groups: Sequence[PodGroup], options: ManifestOpti
     if shape is None:
         return
     for group in groups:
-        workers = -(-used_pools(recipe)[group.pool].num_workers // group.num_pods)
-        needs = host_bytes(recipe, shape, group.pool, workers, holds_first=True) / GB
+        pools = used_pools(recipe)
+        here = {group.pool} | (guests_of(pools).keys() if group.pool == HOST else set())
+        workers = {pool: -(-pools[pool].num_workers // group.num_pods) for pool in here}
+        needs = sum(host_bytes(recipe, shape, pool, count, holds_first=True) for pool, count in workers.items()) / GB
         has = group.gpus * options.memory_per_gpu_gb or options.memory_gb
         if needs > has:
             each = -(-needs // max(1, group.gpus))
@@ -66,8 +69,13 @@ def host_bytes(recipe: Recipe, shape: ModelShape, pool: str, workers: int, holds
         case "reference" if isinstance(recipe, GrpoRecipe):
             with contextlib.suppress(ValueError):  # a teacher that is not here
                 return reference_host_bytes(reference_shape(recipe, shape), reference_load(recipe), workers)
-        case "rollout" if isinstance(recipe, GrpoRecipe) and recipe.sync.staging == "host":
-            return version_bytes(recipe, shape) * workers * max(1, recipe.pools.rollout.gpus_per_worker)
+        case "rollout" if isinstance(recipe, GrpoRecipe):
+            parallel, staged, asleep = max(1, recipe.pools.rollout.gpus_per_worker), 0.0, 0.0
+            if recipe.sync.staging == "host":
+                staged = version_bytes(recipe, shape) * parallel
+            if recipe.pools.rollout.colocate_with is not None and recipe.policy.lora is not None:
+                asleep = BYTES[recipe.rollout.dtype] * shape.num_parameters  # below the adapter, of all its GPUs
+            return workers * (staged + asleep)
     return 0.0
 
 

@@ -29,9 +29,10 @@ from placement.memory.footprint import (
     rollout_footprint,
 )
 from placement.memory.shape import ModelShape
+from placement.memory.shared import SharedLoad, check_shared, moments
 from placement.plan import PlacementPlan
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2}
 _PARTS = ("weights", "gradients", "optimizer", "activations", "output head", "KV cache", "buffers")
 
 
@@ -41,6 +42,8 @@ class Estimate:
 
     lines: list[str]
     table: Table | None = None
+    shared: Table | None = None
+    """Of a GPU that pools share."""
 
 
 def estimate(recipe: Recipe, placed: PlacementPlan, cluster: ClusterSpec, gpu_gb: float | None) -> Estimate:
@@ -67,7 +70,31 @@ def estimate(recipe: Recipe, placed: PlacementPlan, cluster: ClusterSpec, gpu_gb
     footprints = {pool: _footprint(recipe, shapes[pool], pool, has and has * GB) for pool, has in memory.items()}
     lines += _unknown_teacher(recipe, shape)
     lines.insert(0, f"memory: estimated for {shape.num_parameters / 1e9:.3g} B parameters{_unknown(memory)}")
-    return Estimate(lines + _waiting(recipe, shape, memory.get("rollout")), _table(footprints, memory))
+    shared = _shared(recipe, shape, placed, footprints, memory.get("policy"))
+    return Estimate(lines + _waiting(recipe, shape, memory.get("rollout")), _table(footprints, memory), shared)
+
+
+def _shared(
+    recipe: Recipe, shape: ModelShape, placed: PlacementPlan, footprints: Mapping[str, Footprint], has: float | None
+) -> Table | None:
+    """What is together on a GPU of the policy; MemoryShortageError when that cannot be."""
+    guests = [pool for pool, bundles in placed.bundles.items() if bundles[0].on and pool in footprints]
+    if not guests or not isinstance(recipe, GrpoRecipe):
+        return None
+    rollout = rollout_load(recipe, shape) if "rollout" in guests else None
+    others = {pool: total(footprints[pool]) for pool in guests if pool != "rollout"}
+    load = SharedLoad(shape, policy_load(recipe, shape), rollout, others)
+    if has is not None:
+        check_shared(load, has * GB, _longest(recipe))
+    table = Table("GB on a shared GPU")
+    found = moments(load, has and has * GB)
+    for moment in found:
+        table.add_column(f"while {moment}", justify="right")
+    for pool in ("policy", *guests):
+        table.add_row(pool, *(f"{pools[pool] / GB:.1f}" for pools in found.values()))
+    table.add_section()
+    table.add_row("together", *(f"{sum(pools.values()) / GB:.1f}" for pools in found.values()))
+    return table
 
 
 def _shapes(recipe: Recipe, shape: ModelShape, pools: Iterable[str]) -> tuple[dict[str, ModelShape], list[str]]:
@@ -98,7 +125,7 @@ def _teacher_bytes(recipe: Recipe, shape: ModelShape) -> float:
     """Of the teacher on each policy rank; ValueError when its shape is not known."""
     if not isinstance(recipe, GrpoRecipe) or recipe.distillation is None:
         return 0.0
-    return float(_BYTES[recipe.policy.dtype] * reference_shape(recipe, shape).num_parameters)
+    return float(BYTES[recipe.policy.dtype] * reference_shape(recipe, shape).num_parameters)
 
 
 def _table(footprints: Mapping[str, Footprint], memory: Mapping[str, float | None]) -> Table:
@@ -185,7 +212,7 @@ def policy_load(recipe: Recipe, shape: ModelShape) -> PolicyLoad:
     return PolicyLoad(
         num_ranks=recipe.pools.policy.num_workers,
         zero_stage=policy.zero_stage,
-        bytes_per_weight=_BYTES[policy.dtype],
+        bytes_per_weight=BYTES[policy.dtype],
         tokens=_tokens(recipe, _per_team(recipe)),
         gradient_checkpointing=policy.gradient_checkpointing,
         sequence_parallel=policy.sequence_parallel_size,
@@ -207,7 +234,7 @@ def critic_load(recipe: GrpoRecipe) -> PolicyLoad:
     return PolicyLoad(
         num_ranks=num_ranks,
         zero_stage=like.zero_stage,
-        bytes_per_weight=_BYTES[like.dtype],
+        bytes_per_weight=BYTES[like.dtype],
         tokens=_tokens(recipe, num_sequences),
         gradient_checkpointing=like.gradient_checkpointing,
         has_vocabulary=False,
@@ -219,14 +246,14 @@ def critic_load(recipe: GrpoRecipe) -> PolicyLoad:
 
 def reference_load(recipe: GrpoRecipe) -> ReferenceLoad:
     """Of one reference worker, which scores one group at a time."""
-    return ReferenceLoad(_BYTES[recipe.policy.dtype], _tokens(recipe, recipe.algorithm.num_generations))
+    return ReferenceLoad(BYTES[recipe.policy.dtype], _tokens(recipe, recipe.algorithm.num_generations))
 
 
 def rollout_load(recipe: GrpoRecipe, shape: ModelShape) -> RolloutLoad:
     """Of one GPU of a replica, with the version that is staged on the device."""
     return RolloutLoad(
         tensor_parallel=max(1, recipe.pools.rollout.gpus_per_worker),
-        bytes_per_weight=_BYTES[recipe.rollout.dtype],
+        bytes_per_weight=BYTES[recipe.rollout.dtype],
         utilization=recipe.rollout.gpu_memory_utilization,
         max_num_seqs=recipe.rollout.max_num_seqs,
         context=_longest(recipe),
@@ -237,7 +264,7 @@ def rollout_load(recipe: GrpoRecipe, shape: ModelShape) -> RolloutLoad:
 def version_bytes(recipe: GrpoRecipe, shape: ModelShape) -> float:
     """Of a version as it travels: the whole model, or the adapters."""
     adapted = _adapted(recipe, shape)
-    return float(_BYTES[recipe.rollout.dtype] * (shape.num_parameters if adapted is None else adapted))
+    return float(BYTES[recipe.rollout.dtype] * (shape.num_parameters if adapted is None else adapted))
 
 
 def _adapted(recipe: Recipe, shape: ModelShape) -> int | None:

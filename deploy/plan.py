@@ -24,6 +24,7 @@ from deploy.memory import estimate
 from deploy.session import refusals
 from deploy.trust import trusted_code
 from placement.cluster import ClusterSpec, NodeSpec, from_ray, uniform
+from placement.config import HOST
 from placement.memory.fit import MemoryShortageError
 from placement.plan import Bundle, PlacementError, PlacementPlan, plan
 from sync.fanout import fanout_of, relative_time
@@ -51,13 +52,15 @@ def show(
         lines.append(_describe_fanout(recipe, placed))
         lines.append(_describe_stall(recipe))
         lines += _describe_range(recipe)
+        lines += _describe_sharing(recipe, placed)
     lines += [*memory.lines, *host_lines(recipe, placed)]
     lines += trusted_code([recipe, *(first for _, first in trained_before(recipe, path))])
     lines.append(f"submit: {_submit_line(recipe, path, overrides)}")
     console = Console()
     console.print(_table(placed))
-    if memory.table is not None:
-        console.print(memory.table)
+    for table in (memory.table, memory.shared):
+        if table is not None:
+            console.print(table)
     for line in lines:
         # A line that is to be copied must not be wrapped at the width of the terminal.
         console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -107,10 +110,36 @@ def _table(placed: PlacementPlan) -> Table:
         table.add_column("only on nodes with")
     for bundles in placed.bundles.values():
         for bundle in bundles:
-            row = (bundle.pool, str(bundle.worker), bundle.node, f"{bundle.cpus:g}", str(bundle.gpus))
+            row = (bundle.pool, str(bundle.worker), bundle.node, f"{bundle.cpus:g}", _gpus(bundle))
             table.add_row(*row, *([_binding(bundle)] if bound else []))
         table.add_section()
     return table
+
+
+def _gpus(bundle: Bundle) -> str:
+    """How many, and whose they are."""
+    if not bundle.on:
+        return str(bundle.gpus)
+    first, last = bundle.on[0], bundle.on[-1]
+    whose = f"with {HOST} {first if first == last else f'{first}-{last}'}"
+    return f"{bundle.gpus}, {whose}" if bundle.gpus else whose
+
+
+def _describe_sharing(recipe: GrpoRecipe, placed: PlacementPlan) -> list[str]:
+    """Who lies on the policy's GPUs, and what becomes of generation."""
+    guests = [pool for pool, bundles in placed.bundles.items() if bundles[0].on]
+    if not guests:
+        return []
+    who = " and ".join(guests)
+    what = "GPUs" if placed.bundles[HOST][0].gpus else "CPUs"
+    line = f"shared: {who} on the {what} of the {HOST}"
+    if "rollout" not in guests:
+        return [line]
+    line += "; while it computes no token is sampled"
+    if what == "GPUs":
+        kept = "weights in the host's memory" if recipe.policy.lora is not None else "no weights"
+        line += f", the engines sleep ({kept}, no KV cache), and running requests are computed again afterwards"
+    return [line]
 
 
 def _binding(bundle: Bundle) -> str:

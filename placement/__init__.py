@@ -6,6 +6,7 @@ memory/     what each GPU must hold: pure
 plan.py     pools onto nodes, or exactly what is missing: pure, so a plan costs nothing
 live.py     the plan of a live cluster, where others may hold a part of it
 groups.py   the plan's bundles reserved on the live cluster, each on its node
-seats.py    bundles that come and go one by one; with live.py and groups.py the only file here that imports Ray
+seats.py    bundles that come and go one by one
+shared.py   which GPUs a worker of the policy has, for those who lie with it; these four alone import Ray
 elastic.py  who joins and who leaves, from what is wanted and what the cluster offers: pure
 """

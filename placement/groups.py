@@ -17,9 +17,11 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from placement.cluster import from_ray
+from placement.config import HOST
 from placement.elastic import num_placed
 from placement.plan import Bundle, PlacementError, PlacementPlan
 from placement.seats import Seats, ask_for
+from placement.shared import Place, shared_places, visible_devices
 
 _RELEASE_TIMEOUT_S = 15.0
 _SETTLE_S = 2.0
@@ -37,14 +39,21 @@ class ReservedPools:
     """Of pools whose workers come and go, instead of such groups; their workers are numbered as the seats."""
     strays: tuple[str, ...] = ()
     """Which workers lie elsewhere than they were planned: a sentence for each."""
+    places: Mapping[int, Place] = field(default_factory=dict)
+    """Of the policy's workers with whom others share GPUs."""
 
     def options(self, pool: str, worker: int) -> dict[str, Any]:
         """Options with which a Ray actor fills exactly the bundle of its worker."""
         if pool in self.seats:
             return self.seats[pool].options(worker)
         bundle = self.plan.bundles[pool][worker]
-        strategy = PlacementGroupSchedulingStrategy(self.groups[pool][worker], placement_group_bundle_index=0)
-        return {"num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "scheduling_strategy": strategy}
+        home, place = (HOST, bundle.on[0]) if bundle.on else (pool, worker)
+        strategy = PlacementGroupSchedulingStrategy(self.groups[home][place], placement_group_bundle_index=0)
+        options: dict[str, Any] = {"num_cpus": bundle.cpus, "num_gpus": bundle.own_gpus}
+        if bundle.on and bundle.gpus:  # Ray leaves the variable alone where it gives no GPU
+            devices = visible_devices(bundle, self.places, self.groups[HOST])
+            options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": devices}}
+        return options | {"scheduling_strategy": strategy}
 
     def release(self) -> None:
         """Give all bundles back; Ray kills the actors that are still in them.
@@ -72,7 +81,8 @@ def reserve(planned: PlacementPlan, timeout_s: float, singly: Mapping[str, int] 
     deadline = time.monotonic() + timeout_s
     # The most demanding pools first, as in the plan: where a node has no room any more, a small one must not take the
     # place of a large one.
-    order = sorted(planned.bundles, key=lambda pool: -max(bundle.gpus for bundle in planned.bundles[pool]))
+    own = [pool for pool, bundles in planned.bundles.items() if not bundles[0].on]
+    order = sorted(own, key=lambda pool: -max(bundle.gpus for bundle in planned.bundles[pool]))
     with ExitStack() as undo:
         groups: dict[str, list[PlacementGroup]] = {pool: [] for pool in order}
         for pool in order:
@@ -88,12 +98,13 @@ def reserve(planned: PlacementPlan, timeout_s: float, singly: Mapping[str, int] 
         if lacking:
             raise PlacementError(_lack(lacking, timeout_s))
         granted = _as_granted(planned, groups)
+        places = shared_places(granted, groups.get(HOST, ()), timeout_s)
         undo.pop_all()
     seats = {pool: Seats(granted.bundles[pool][0], groups[pool]) for pool in singly}
     for pool, count in singly.items():
         _ask_for_the_others(seats[pool], count)
     fixed = {pool: tuple(groups[pool]) for pool in order if pool not in singly}
-    return ReservedPools(granted, fixed, seats, tuple(_strays(planned, granted)))
+    return ReservedPools(granted, fixed, seats, tuple(_strays(planned, granted)), places)
 
 
 def _as_granted(planned: PlacementPlan, groups: Mapping[str, list[PlacementGroup]]) -> PlacementPlan:
@@ -105,7 +116,14 @@ def _as_granted(planned: PlacementPlan, groups: Mapping[str, list[PlacementGroup
         # A machine that is lost at this moment has no name; the bundle will be placed again.
         return replace(bundle, node=names[node_id], node_id=node_id) if node_id in names else bundle
 
-    return PlacementPlan({pool: tuple(map(placed, bundles, groups[pool])) for pool, bundles in planned.bundles.items()})
+    def beside(bundle: Bundle) -> Bundle:
+        first = granted[HOST][bundle.on[0]]
+        return replace(bundle, node=first.node, node_id=first.node_id)
+
+    granted = {pool: tuple(map(placed, planned.bundles[pool], groups[pool])) for pool in groups}
+    return PlacementPlan(
+        {pool: granted.get(pool) or tuple(map(beside, bundles)) for pool, bundles in planned.bundles.items()}
+    )
 
 
 def _strays(planned: PlacementPlan, granted: PlacementPlan) -> list[str]:
@@ -113,7 +131,7 @@ def _strays(planned: PlacementPlan, granted: PlacementPlan) -> list[str]:
         f"{ours.pool} worker {ours.worker} lies on {theirs.node}: {ours.node}, where it was planned, had no room for it"
         for pool in planned.bundles
         for ours, theirs in zip(planned.bundles[pool], granted.bundles[pool], strict=True)
-        if ours.node_id != theirs.node_id
+        if ours.node_id != theirs.node_id and not ours.on
     ]
 
 

@@ -1,14 +1,18 @@
 """Each GPU has one owner, each worker lies on one node, equal inputs give equal plans; or it is said what is missing.
 
+A pool that shares the policy's GPUs is not placed itself: its workers lie where the policy's do, so those on whose GPUs
+one of them lies are placed as one.
+
 Amounts are counted as Ray counts them, in whole ten-thousandths, so that fractional CPUs add up exactly.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import lcm
 
 from placement.cluster import ClusterSpec
-from placement.config import PoolConfig
+from placement.config import HOST, PoolConfig, hosts_of, hosts_per_worker
 
 NODE_RESOURCE_SHARE = 0.001
 """What each worker takes of its pool's `node_resource`: enough to be bound to the node, too little to fill it."""
@@ -30,11 +34,20 @@ class Bundle:
     node: str
     cpus: float
     gpus: int
+    """On which it computes."""
     resource: str | None
     labels: Mapping[str, str] = field(default_factory=dict)
     """What the node must bear, wherever the bundle goes when this one is gone."""
     node_id: str = ""
     """Ray's id of the node; empty for a node that is not there yet."""
+    on: tuple[int, ...] = ()
+    """The policy's workers with whom it lies, on their GPUs; it has none of its own then."""
+    room: float = 0.0
+    """CPUs beside its own, for those who lie with it."""
+
+    @property
+    def own_gpus(self) -> int:
+        return 0 if self.on else self.gpus
 
 
 @dataclass(frozen=True)
@@ -54,28 +67,74 @@ def plan(pools: Mapping[str, PoolConfig], cluster: ClusterSpec) -> PlacementPlan
     bundles: dict[str, list[Bundle]] = {name: [] for name in pools}
     for need, node in zip(needs, nodes, strict=True):
         pool = need.config
-        bundle = Bundle(
-            pool=need.pool,
-            worker=need.worker,
-            node=node,
+        for worker in range(need.worker * need.size, (need.worker + 1) * need.size):
+            bundle = Bundle(
+                pool=need.pool,
+                worker=worker,
+                node=node,
+                cpus=pool.cpus_per_worker,
+                gpus=pool.gpus_per_worker,
+                resource=pool.node_resource,
+                labels=pool.node_labels,
+                node_id=ids[node],
+            )
+            bundles[need.pool].append(bundle)
+    for name, pool in guests_of(pools).items():
+        bundles[name] = list(_beside(name, pool, pools[HOST], bundles[HOST]))
+    return PlacementPlan({name: tuple(placed) for name, placed in bundles.items()})
+
+
+def guests_of(pools: Mapping[str, PoolConfig]) -> dict[str, PoolConfig]:
+    """The pools that lie on the policy's GPUs."""
+    return {name: pool for name, pool in pools.items() if pool.colocate_with is not None}
+
+
+def in_one_place(pools: Mapping[str, PoolConfig]) -> tuple[int, float]:
+    """How many of the policy's workers must lie on one node, and the CPUs of those who lie with so many."""
+    guests, host = guests_of(pools), pools[HOST]
+    size = lcm(*(hosts_per_worker(pool, host) for pool in guests.values()))
+    cpus = 0.0
+    for pool in guests.values():
+        on_each = Counter(place for worker in range(pool.num_workers) for place in hosts_of(worker, pool, host))
+        cpus += pool.cpus_per_worker * max(on_each.values()) * (size // hosts_per_worker(pool, host))
+    return size, cpus
+
+
+def _beside(name: str, pool: PoolConfig, host: PoolConfig, hosts: list[Bundle]) -> Iterator[Bundle]:
+    """The pool's workers, each with its own of the policy's, of which the first makes room for it."""
+    for worker in range(pool.num_workers):
+        on = hosts_of(worker, pool, host)
+        first = hosts[on[0]]
+        hosts[on[0]] = replace(first, room=first.room + pool.cpus_per_worker)
+        yield Bundle(
+            pool=name,
+            worker=worker,
+            node=first.node,
             cpus=pool.cpus_per_worker,
             gpus=pool.gpus_per_worker,
-            resource=pool.node_resource,
-            labels=pool.node_labels,
-            node_id=ids[node],
+            resource=None,
+            node_id=first.node_id,
+            on=on,
         )
-        bundles[need.pool].append(bundle)
-    return PlacementPlan({name: tuple(placed) for name, placed in bundles.items()})
 
 
 @dataclass(frozen=True)
 class _Need:
-    """One worker to be placed."""
+    """One worker to be placed, or several that must lie on one node."""
 
     pool: str
     worker: int
     config: PoolConfig
     amounts: Amounts
+    size: int = 1
+    """So many workers; the first is `worker * size`."""
+    guests: tuple[str, ...] = ()
+    """The pools that lie on their GPUs, and are in the amounts."""
+
+    @property
+    def remaining(self) -> int:
+        """How many such are still to be placed, itself included."""
+        return self.config.num_workers // self.size - self.worker
 
 
 @dataclass
@@ -114,16 +173,20 @@ def _ten_thousandths(amount: float) -> int:
     return round(amount * _WHOLE)
 
 
-def _amounts(name: str, pool: PoolConfig) -> Amounts:
-    """What one worker takes; nothing is listed that it does not need, and at least the smallest share of a CPU."""
-    amounts = {"GPU": _ten_thousandths(pool.gpus_per_worker), "CPU": max(1, _ten_thousandths(pool.cpus_per_worker))}
+def _amounts(name: str, pool: PoolConfig, size: int = 1, guests_cpus: float = 0.0) -> Amounts:
+    """What one worker takes, or `size` with their guests; nothing that it does not need, and a share of a CPU at least.
+
+    Each reserves as much as one with all its guests: there may be fewer of them than there is room for.
+    """
+    gpus, cpus = size * pool.gpus_per_worker, size * pool.cpus_per_worker + guests_cpus
+    amounts = {"GPU": _ten_thousandths(gpus), "CPU": max(1, _ten_thousandths(cpus))}
     if pool.node_resource in amounts:
         raise PlacementError(
             f"pools.{name}.node_resource: {pool.node_resource} is not a custom resource; "
             f"set pools.{name}.{pool.node_resource.lower()}s_per_worker, and node_resource to null"
         )
     if pool.node_resource is not None:
-        amounts[pool.node_resource] = _ten_thousandths(NODE_RESOURCE_SHARE)
+        amounts[pool.node_resource] = size * _ten_thousandths(NODE_RESOURCE_SHARE)
     return {resource: amount for resource, amount in amounts.items() if amount}
 
 
@@ -142,26 +205,30 @@ def _rooms(cluster: ClusterSpec, pools: Mapping[str, PoolConfig]) -> list[_Room]
 
 def _needs(pools: Mapping[str, PoolConfig], rooms: Sequence[_Room]) -> list[_Need]:
     """All workers in the order in which they choose: most GPUs first, then fewest nodes to choose from, then CPUs."""
-    amounts = {name: _amounts(name, pool) for name, pool in pools.items()}
+    guests = guests_of(pools)
+    size, guests_cpus = in_one_place(pools) if guests else (1, 0.0)
+    placed = {name: pool for name, pool in pools.items() if pool.colocate_with is None}
+    amounts = {name: _amounts(name, pool) for name, pool in placed.items() if name != HOST}
+    if HOST in placed:
+        amounts[HOST] = _amounts(HOST, placed[HOST], size, guests_cpus)
 
     def demand(name: str) -> tuple[int, ...]:
         num_nodes = sum(room.capacity(name, amounts[name]) > 0 for room in rooms)
-        return -pools[name].gpus_per_worker, num_nodes, -amounts[name]["CPU"]
+        return -amounts[name].get("GPU", 0), num_nodes, -amounts[name]["CPU"]
 
     return [
-        _Need(name, worker, pools[name], amounts[name])
-        for name in sorted(pools, key=demand)
-        for worker in range(pools[name].num_workers)
+        _Need(name, worker, placed[name], amounts[name], *((size, tuple(guests)) if name == HOST else ()))
+        for name in sorted(placed, key=demand)
+        for worker in range(placed[name].num_workers // (size if name == HOST else 1))
     ]
 
 
 def _choices(need: _Need, rooms: Sequence[_Room]) -> list[_Room]:
     """The nodes that can hold the worker, the best one first."""
-    remaining = need.config.num_workers - need.worker
 
     def pack(room: _Room) -> tuple[int | bool, ...]:
         # Fill the node that the pool is on; then one that holds what remains of the pool; then the fullest.
-        splits = room.capacity(need.pool, need.amounts) < remaining
+        splits = room.capacity(need.pool, need.amounts) < need.remaining
         return -room.workers[need.pool], splits, room.free["GPU"], room.free["CPU"], room.order
 
     def spread(room: _Room) -> tuple[int, ...]:
@@ -226,7 +293,7 @@ def _shortage(needs: Sequence[_Need], rooms: list[_Room]) -> str:
     if not rooms:
         return f"pool {needs[0].pool!r} needs a node, and the cluster has none: start Ray on at least one machine"
     need, rooms = _first_misfit(needs, rooms)
-    pool, resource, num_workers = need.pool, need.config.node_resource, need.config.num_workers
+    pool, resource, num_workers = need.pool, need.config.node_resource, need.config.num_workers // need.size
     if resource is not None:
         rooms = [room for room in rooms if resource in room.total]
         if not rooms:
@@ -239,16 +306,29 @@ def _shortage(needs: Sequence[_Need], rooms: list[_Room]) -> str:
     rooms = [room for room in rooms if pool in room.open_to]
     # What most nodes lack; GPUs before CPUs where it is the same number.
     kind = max(need.amounts, key=lambda name: sum(room.free.get(name, 0) < need.amounts[name] for room in rooms))
-    missing = need.amounts[kind] * (num_workers - need.worker)
+    missing = need.amounts[kind] * need.remaining
     fit = ", ".join(f"{room.node} {room.workers[pool]}" for room in rooms if room.workers[pool])
     held = _held(need, kind, needs, rooms)
     parts = [
-        f"pool {pool!r} needs {num_workers} worker{'s' * (num_workers > 1)} x {_count(need.amounts[kind], kind)}",
-        f"{need.worker} worker{'s fit' if need.worker > 1 else ' fits'} ({fit})" if fit else "no worker fits",
+        f"pool {pool!r}{_with(need)} needs {num_workers} {_who(need, num_workers > 1)} x "
+        f"{_count(need.amounts[kind], kind)}",
+        f"{need.worker} {_who(need, need.worker > 1)} fit{'s' * (need.worker == 1)} ({fit})"
+        if fit
+        else f"no {_who(need)} fits",
         ", ".join(f"{other!r} holds {_count(amount, kind)}" for other, amount in held.items()),
         f"{_count(missing, kind)} {'is' if missing == _WHOLE else 'are'} missing",
     ]
     return f"{'; '.join(filter(None, parts))}: {', or '.join(_remedies(need, kind, held, rooms))}"
+
+
+def _who(need: _Need, many: bool = False) -> str:
+    """Those who are placed as one, in words."""
+    return f"group{'s' * many} of {need.size} workers on one node" if need.size > 1 else f"worker{'s' * many}"
+
+
+def _with(need: _Need) -> str:
+    """Whom a shortage is about besides."""
+    return f", with {' and '.join(map(repr, need.guests))} on its workers," if need.guests else ""
 
 
 def _no_node_bears(need: _Need, rooms: Sequence[_Room]) -> str:
@@ -283,18 +363,18 @@ def _held(need: _Need, kind: str, needs: Sequence[_Need], rooms: Sequence[_Room]
 
 def _remedies(need: _Need, kind: str, held: Amounts, rooms: Sequence[_Room]) -> Iterator[str]:
     """What to add to the cluster, or what to set in the recipe."""
-    each, num_missing = need.amounts[kind], need.config.num_workers - need.worker
+    each, num_missing = need.amounts[kind], need.remaining
     if num_missing == 1:
         yield f"add a node with {_count(each, 'free ' + kind)}"
     else:
-        share = f"{_count(each, kind)} on one node for each worker"
+        share = f"{_count(each, kind)} on one node for each {'worker' if need.size == 1 else 'of them'}"
         yield f"add nodes with {_count(each * num_missing, 'free ' + kind)} ({share})"
     largest = max(room.total.get(kind, 0) for room in rooms)
-    if kind in ("GPU", "CPU") and 0 < largest < each:
+    if kind in ("GPU", "CPU") and 0 < largest < each and not need.guests:
         yield f"set pools.{need.pool}.{kind.lower()}s_per_worker={largest / _WHOLE:g}, all that the largest node has"
         return
     if need.worker:
-        yield f"set pools.{need.pool}.num_workers={need.worker}"
+        yield f"set pools.{need.pool}.num_workers={need.worker * need.size}"
     elif held:
         yield f"lower pools.{max(held, key=lambda pool: held[pool])}.num_workers"
     if kind == "CPU":

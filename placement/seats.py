@@ -101,8 +101,11 @@ def ask_for(bundle: Bundle) -> PlacementGroup:
 
 
 def resources_of(bundle: Bundle) -> dict[str, float]:
-    """The bundle in Ray's words."""
-    resources = {"CPU": bundle.cpus, "GPU": float(bundle.gpus)}
+    """What the bundle takes of its node, in Ray's words, with the room that it makes for others; nothing where it lies
+    with another."""
+    if bundle.on:
+        return {}
+    resources = {"CPU": bundle.cpus + bundle.room, "GPU": float(bundle.gpus)}
     if bundle.resource is not None:
         resources[bundle.resource] = NODE_RESOURCE_SHARE
     return {name: amount for name, amount in resources.items() if amount}

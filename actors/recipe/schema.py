@@ -151,6 +151,11 @@ class GrpoRecipe(BaseRecipe):
                     f"sync.transport: nccl goes from GPU to GPU, and the {name} pool has none; set sync.transport to "
                     f"gloo, or pools.{name}.gpus_per_worker to 1 or more"
                 )
+        if sync.transport == "nccl" and pools.rollout.colocate_with is not None:
+            raise ValueError(
+                "sync.transport: nccl takes no two workers on one GPU, and pools.rollout.colocate_with puts the "
+                "replicas on the policy's; set sync.transport to gloo"
+            )
         if sync.delta and sync.staging != "host":
             raise ValueError(
                 f"sync.delta: changes are applied to the version before, which staging {sync.staging!r} does not keep "

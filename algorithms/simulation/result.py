@@ -43,9 +43,13 @@ class Bound:
 
     rollout: float
     policy: float
+    takes_turns: bool = False
+    """They have the same GPUs, one after the other."""
 
     @property
     def groups_per_s(self) -> float:
+        if self.takes_turns:
+            return 1.0 / (1.0 / self.rollout + 1.0 / self.policy)
         return min(self.rollout, self.policy)
 
 
@@ -126,6 +130,7 @@ def bound(config: SimulationConfig, setup: Setup, mean_length: float) -> Bound:
     return Bound(
         rollout=setup.num_slots / group_slot_s * (1.0 - config.filtered_share),
         policy=setup.groups_per_batch / step_s if step_s else float("inf"),
+        takes_turns=setup.takes_turns,
     )
 
 

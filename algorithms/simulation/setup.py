@@ -24,6 +24,8 @@ class Setup:
     over_sampling: float = 1.0
     pipeline_depth: int | None = None
     in_flight_updates: bool = True
+    takes_turns: bool = False
+    """The replicas stand still while the policy trains, until they have its version; for in-flight updates alone."""
 
     @property
     def num_slots(self) -> int:

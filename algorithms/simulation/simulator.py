@@ -2,9 +2,9 @@
 
     produce: slot -> replica -> sequences decode -> scores -> pacer      learn: batch -> training -> publication
 
-Two clocks. World time is the result's. Generation time stands still while an in-flight update pauses all replicas, so a
-pause costs one addition, not a visit to every sequence. Everything that happens at one moment is handled before the
-pacer is asked what may start.
+Two clocks. World time is the result's. Generation time stands still while an in-flight update pauses all replicas, or
+the policy trains on GPUs that they share, so a pause costs one addition, not a visit to every sequence. Everything that
+happens at one moment is handled before the pacer is asked what may start.
 """
 
 import random
@@ -167,7 +167,7 @@ class _Simulation:
         if alive < self.setup.num_slots:
             idle["failed"] += seconds * (self.setup.num_slots - alive)
         if self.paused_at is not None:
-            idle["publishing"] += seconds * alive
+            idle["publishing" if stage == "swapping" else "turns"] += seconds * alive
         else:
             tally.busy_s += self.busy_s
             idle["publishing"] += self.held_s
@@ -229,6 +229,8 @@ class _Simulation:
 
     def train(self, num_tokens: int) -> None:
         self.stage = "training"
+        if self.setup.takes_turns:
+            self.paused_at = self.generation_time()
         self.after(train_s(self.config, self.setup, num_tokens), self.trained)
 
     # Groups ------------------------------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ class _Simulation:
         """All replicas go on together under the new version."""
         assert self.paused_at is not None
         self.fleet.swap_all(self.paused_at)
-        if self.config.sync.pause_s:
+        if self.config.sync.pause_s or self.setup.takes_turns:
             self.paused_s = self.now - self.paused_at
         self.paused_at = None
         self.commit()

@@ -99,7 +99,9 @@ def check_placement(recipe: Recipe, cluster: ClusterSpec) -> Finding:
     """PlacementError says what is missing."""
     placed = plan(used_pools(recipe), cluster)
     pools = ", ".join(
-        f"{pool} {len(bundles)} x {bundles[0].gpus} GPUs" if bundles[0].gpus else f"{pool} {len(bundles)} on CPUs"
+        f"{pool} {len(bundles)} x {bundles[0].gpus} GPUs{' of the policy' * bool(bundles[0].on)}"
+        if bundles[0].gpus
+        else f"{pool} {len(bundles)} on CPUs"
         for pool, bundles in placed.bundles.items()
     )
     return passed(f"every worker has its place ({pools}) on {len(cluster.nodes)} node{'s' * (len(cluster.nodes) != 1)}")

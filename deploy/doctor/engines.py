@@ -99,7 +99,7 @@ def engine_logprobs(settings: RolloutSettings, token_ids: Sequence[int], recipe:
 
     pool = recipe.pools.rollout
     takes = {"num_gpus": pool.gpus_per_worker, "num_cpus": pool.cpus_per_worker}
-    actor: Any = ray.remote(RolloutActor).options(**takes).remote(0, settings, [], [])
+    actor: Any = ray.remote(RolloutActor).options(**takes).remote(0, replace(settings, shares=False), [], [])
     try:
         ray.get(actor.start.remote(), timeout=recipe.rollout.start_timeout_s)
         scores: list[float] = ray.get(actor.score_tokens.remote(list(token_ids)), timeout=recipe.generation.timeout_s)

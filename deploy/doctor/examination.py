@@ -187,8 +187,9 @@ class Examination:
 
     def _num_gpus(self) -> int:
         """GPUs of the workers of the run that has most."""
-        each = ([p.num_workers * p.gpus_per_worker for p in used_pools(recipe).values()] for recipe in self._recipes)
-        return max(map(sum, each), default=0)
+        pools = (used_pools(recipe).values() for recipe in self._recipes)
+        own = ([p.num_workers * p.gpus_per_worker for p in each if p.colocate_with is None] for each in pools)
+        return max(map(sum, own), default=0)
 
     def _num_ports(self) -> int:
         workers = (sum(pool.num_workers for pool in used_pools(recipe).values()) for recipe in self._recipes)

@@ -1,7 +1,7 @@
 """A pool is one group of equal pods, and the planner proves that the pods together hold every pool.
 
 A worker never spans pods. Which pods a pool gets is bound by a custom Ray resource that its group alone offers; labels
-that the recipe asks for are given to the pods of its group.
+that the recipe asks for are given to the pods of its group. A pool that shares the policy's GPUs lies in the policy's.
 """
 
 import math
@@ -12,8 +12,8 @@ from actors.recipe.pools import used_pools
 from actors.recipe.schema import Recipe
 from deploy.manifest.options import ManifestOptions
 from placement.cluster import ClusterSpec, NodeSpec
-from placement.config import PoolConfig
-from placement.plan import plan
+from placement.config import HOST, PoolConfig
+from placement.plan import in_one_place, plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,9 @@ def pod_groups(recipes: Sequence[Recipe], options: ManifestOptions) -> tuple[Pod
     last = used_pools(recipes[-1])
     merged = {}
     for pool, config in last.items():
-        sizes = [_size(pool, used_pools(recipe)[pool], options) for recipe in recipes if pool in used_pools(recipe)]
-        merged[pool] = _group(pool, config, sizes, options)
+        if config.colocate_with is None:
+            sizes = [_size(pool, used_pools(recipe), options) for recipe in recipes if pool in used_pools(recipe)]
+            merged[pool] = _group(pool, config, sizes, options)
     groups = tuple(merged.values())
     cluster = _cluster(groups)
     for recipe in recipes[:-1]:
@@ -62,7 +63,7 @@ def bound_pools(recipe: Recipe, groups: Sequence[PodGroup]) -> dict[str, PoolCon
     """The pools as the run will see them, each bound to its group."""
     resources = {group.pool: group.resource for group in groups}
     return {
-        pool: config.model_copy(update={"node_resource": resources[pool]})
+        pool: config.model_copy(update={"node_resource": resources.get(pool)})
         for pool, config in used_pools(recipe).items()
     }
 
@@ -80,26 +81,30 @@ class _Size:
     gpus: int
 
 
-def _size(pool: str, config: PoolConfig, options: ManifestOptions) -> _Size:
-    """As few pods as the workers need, as equally filled as can be."""
-    each_gpus, each_cpus = config.gpus_per_worker, config.cpus_per_worker
+def _size(pool: str, pools: Mapping[str, PoolConfig], options: ManifestOptions) -> _Size:
+    """As few pods as the workers need, as equally filled as can be; those who share GPUs are together in one."""
+    config = pools[pool]
+    together, guests_cpus = in_one_place(pools) if pool == HOST else (1, 0.0)
+    each_gpus, each_cpus = together * config.gpus_per_worker, together * config.cpus_per_worker + guests_cpus
+    whose = "" if not guests_cpus else " with those who share its GPUs"
     if each_gpus > options.gpus_per_node:
         raise ValueError(
-            f"pools.{pool}.gpus_per_worker: {each_gpus}, but a node has {options.gpus_per_node} GPUs; lower it, or say "
-            f"--gpus-per-node {each_gpus}"
+            f"pools.{pool}.gpus_per_worker: {each_gpus}{whose}, but a node has {options.gpus_per_node} GPUs; lower it, "
+            f"or say --gpus-per-node {each_gpus}"
         )
     if each_cpus > options.cpus_per_node:
         raise ValueError(
-            f"pools.{pool}.cpus_per_worker: {each_cpus:g}, but a node has {options.cpus_per_node:g} CPUs; lower it, or "
-            f"say --cpus-per-node {each_cpus:g}"
+            f"pools.{pool}.cpus_per_worker: {each_cpus:g}{whose}, but a node has {options.cpus_per_node:g} CPUs; lower "
+            f"it, or say --cpus-per-node {each_cpus:g}"
         )
     room = max(1, int(options.cpus_per_node / each_cpus + 1e-9))
     if each_gpus:
         room = min(room, options.gpus_per_node // each_gpus)
     if config.strategy == "spread" or (pool == "rollout" and options.elastic is not None):
         room = 1
-    num_pods = math.ceil(config.num_workers / room)
-    workers = math.ceil(config.num_workers / num_pods)
+    count = config.num_workers // together
+    num_pods = math.ceil(count / room)
+    workers = math.ceil(count / num_pods)
     return _Size(num_pods, math.ceil(workers * each_cpus - 1e-9), workers * each_gpus)
 
 

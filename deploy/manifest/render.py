@@ -72,6 +72,11 @@ def _with_range(recipe: Recipe, options: ManifestOptions) -> ManifestOptions:
                 f"--elastic-rollout: a recipe of kind {recipe.kind!r} has no rollout replicas; leave it out"
             )
         return options
+    if options.elastic is not None and pool.colocate_with is not None:
+        raise ValueError(
+            "--elastic-rollout: the replicas lie on the policy's GPUs (pools.rollout.colocate_with), and have no pods "
+            "that could come and go; leave it out"
+        )
     if not pool.elastic:
         return options
     asked = Elastic(pool.least, pool.most)

@@ -89,6 +89,8 @@ def fit_decode(run: RunRecord) -> DecodeConfig:
     recipe = run.recipe
     in_flight = recipe.staleness.in_flight_updates and recipe.staleness.max_staleness > 0
     pauses_s = metric(run, "sync/pause_s") if in_flight else []
+    if in_flight and recipe.pools.rollout.colocate_with is not None:  # the pause follows upon a rest
+        pauses_s = [pause + rest for pause, rest in zip(pauses_s, metric(run, "sync/rest_s"), strict=True)]
     swaps = tuple(zip(run.swapped_s, pauses_s, strict=False))  # a run that was cut off may lack the last of one
     paces: list[Pace] = []
     for replica in {group.replica for group in run.groups}:

@@ -108,8 +108,13 @@ def _num_steps(recipe: GrpoRecipe) -> int:
 
 
 def _splits(recipe: GrpoRecipe) -> list[Overrides]:
-    """Policy and rollout workers, on as many GPUs (or, without GPUs, workers) as the recipe gives both."""
+    """Policy and rollout workers, on as many GPUs (or, without GPUs, workers) as the recipe gives both.
+
+    Where they share them there is nothing to split.
+    """
     policy, rollout = recipe.pools.policy, recipe.pools.rollout
+    if rollout.colocate_with is not None:
+        return [{}]
     each_policy, each_rollout = max(1, policy.gpus_per_worker), max(1, rollout.gpus_per_worker)
     total = policy.num_workers * each_policy + rollout.num_workers * each_rollout
     splits = []

@@ -17,6 +17,7 @@ def simulated(recipe: Recipe) -> GrpoRecipe:
 def setup_of(recipe: GrpoRecipe) -> Setup:
     """The recipe's numbers; whether weights are swapped in flight is decided as in actors/workers.py."""
     staleness = recipe.staleness
+    in_flight = staleness.in_flight_updates and staleness.max_staleness > 0
     return Setup(
         steps=recipe.steps,
         groups_per_batch=recipe.groups_per_batch,
@@ -31,7 +32,8 @@ def setup_of(recipe: GrpoRecipe) -> Setup:
         when_stale=staleness.when_stale,
         over_sampling=staleness.over_sampling,
         pipeline_depth=recipe.pipeline_depth,
-        in_flight_updates=staleness.in_flight_updates and staleness.max_staleness > 0,
+        in_flight_updates=in_flight,
+        takes_turns=in_flight and recipe.pools.rollout.colocate_with is not None,
     )
 
 

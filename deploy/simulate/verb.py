@@ -22,6 +22,7 @@ _REASONS = {
     "bound": "another group could not be trained within max_staleness",
     "done": "the run ends",
     "publishing": "the weights are swapped",
+    "turns": "the policy has the GPUs",
     "failed": "dead replicas",
     "groups": "too few groups are ready",
     "oldest": "the oldest group is not finished",
@@ -164,6 +165,10 @@ def _notes(recipe: GrpoRecipe, result: SimulationResult) -> Iterator[str]:
             "note: the times are placeholders (a 7B model on H100-class GPUs); fit them to a run of yours with "
             "--calibrate RUN_DIR"
         )
+    if recipe.pools.rollout.colocate_with is not None:
+        yield "note: replicas and policy take turns; what waking up and computing KV cache again takes is not simulated"
+        if recipe.staleness.max_staleness > 0 and not recipe.staleness.in_flight_updates:
+            yield "note: without in_flight_updates a step first waits for running groups, which is not simulated either"
     if recipe.staleness.adapt_depth is not None:
         yield "note: staleness.adapt_depth follows what is learned, which is not simulated; the depth stays"
     if result.num_failures:

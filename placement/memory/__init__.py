@@ -4,5 +4,6 @@ shape.py         a model's shape, from its config.json
 footprint.py     bytes on one GPU of each pool, part by part
 host.py          bytes in a node's own memory
 fit.py           whether they fit, and which knob makes them fit
+shared.py        the same of a GPU that pools share
 accelerators.py  the memory of a live cluster's GPUs
 """

@@ -56,7 +56,7 @@ def check_policy(
     if total(footprint) <= gpu_bytes:
         return
     knobs = [
-        knob for knob in _policy_knobs(load, shortest, pool) if total(policy_footprint(shape, knob.load)) <= gpu_bytes
+        knob for knob in policy_knobs(load, shortest, pool) if total(policy_footprint(shape, knob.load)) <= gpu_bytes
     ]
     single = [knob for knob in knobs if " " not in knob.text and knob.load.num_ranks == load.num_ranks]
     last = "policy.lora to train adapters, shorten generation.max_completion_length, or take GPUs with more memory"
@@ -90,7 +90,7 @@ def _in_teams(shape: ModelShape, load: PolicyLoad, pool: str) -> Iterator[Policy
         size *= 2
 
 
-def _policy_knobs(load: PolicyLoad, shortest: int, pool: str) -> Iterator[PolicyKnob]:
+def policy_knobs(load: PolicyLoad, shortest: int, pool: str) -> Iterator[PolicyKnob]:
     """Changes that may help, those with as many ranks first, and the gentlest of them first."""
     ranks = load.num_ranks
     while ranks <= _MAX_RANKS:
@@ -145,20 +145,20 @@ def check_reference(shape: ModelShape, load: ReferenceLoad, gpu_bytes: float, sh
 
 def check_rollout(shape: ModelShape, load: RolloutLoad, gpu_bytes: float) -> None:
     """MemoryShortageError when a replica cannot hold one sequence at its longest, or takes more than there is."""
-    if _is_enough(shape, load, gpu_bytes):
+    if is_enough(shape, load, gpu_bytes):
         return
     footprint = dict(rollout_footprint(shape, load, gpu_bytes))
     least = load.context * kv_bytes(shape, load)
     missing = max(least - footprint["KV cache"], total(footprint) - gpu_bytes)
     footprint["KV cache"] = max(least, footprint["KV cache"])
-    fitting = (knob for knob in _rollout_knobs(shape, load) if _is_enough(shape, knob.load, gpu_bytes))
+    fitting = (knob for knob in _rollout_knobs(shape, load) if is_enough(shape, knob.load, gpu_bytes))
     fixes = _first_of_each(knob.text for knob in fitting)
     last = "shorten generation.max_completion_length, or take GPUs with more memory"
     has = f"which has {gpu_bytes / GB:g}, {load.utilization * gpu_bytes / GB:.1f} of them for vLLM"
     raise MemoryShortageError(_shortage("rollout", footprint, has, missing, fixes or [last]))
 
 
-def _is_enough(shape: ModelShape, load: RolloutLoad, gpu_bytes: float) -> bool:
+def is_enough(shape: ModelShape, load: RolloutLoad, gpu_bytes: float) -> bool:
     footprint = rollout_footprint(shape, load, gpu_bytes)
     return sequences(shape, load, gpu_bytes) >= 1 and total(footprint) <= gpu_bytes
 

@@ -130,6 +130,13 @@ class LightReplica:
     async def ping(self) -> None:
         """It answers."""
 
+    async def rest(self) -> None:
+        """The GPU is the policy's; the weights are gone."""
+        self.sampling, self.model = False, {}
+
+    async def forget(self) -> None:
+        self.version = None
+
     async def join_weights(self, first: Membership) -> None:
         self._strike("join")
         if self._staging is not None:

@@ -206,6 +206,9 @@ class Bench:
     def admitting(self) -> Any:
         return contextlib.nullcontext()
 
+    def resting(self) -> Any:
+        return contextlib.nullcontext()
+
     @property
     def calls(self) -> list[tuple[int, int, Any]]:
         return [call for replica in self.replicas for call in replica.calls]

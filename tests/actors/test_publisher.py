@@ -13,6 +13,7 @@ from actors.policy import CONTROL
 from actors.policy_group import PolicyGroup
 from actors.publisher import Publisher, right_checksum
 from actors.router import Router
+from actors.turns import Turns
 from sync.config import SyncConfig
 from tests.actors.light import BUCKET_MB, SHAPES, Fault, LightPolicy, LightReplica
 from tests.prove import ONLY_PROVE, PROVING
@@ -25,7 +26,9 @@ LAST = len(SHAPES) - 1
 class Bench:
     """One policy rank and some replicas, each with the fault that its number has."""
 
-    def __init__(self, faults: Mapping[int, Fault], num_replicas: int = 3, **sync: Any) -> None:
+    def __init__(
+        self, faults: Mapping[int, Fault], num_replicas: int = 3, turns: Turns | None = None, **sync: Any
+    ) -> None:
         actor: Any = ray.remote(num_cpus=0)(LightReplica)
         self.rank = ray.remote(num_cpus=0, concurrency_groups={CONTROL: 1})(LightPolicy).remote()
         self.handles: list[Any] = []
@@ -37,7 +40,13 @@ class Bench:
         self.said: list[str] = []
         self.router = Router(max_groups_per_replica=4, num_generations=2, max_completion_length=8)
         self.fleet = Fleet(
-            spawn, num_replicas, self.router, start_timeout_s=60.0, max_rebuilds=len(faults) + 1, say=self.said.append
+            spawn,
+            num_replicas,
+            self.router,
+            start_timeout_s=60.0,
+            max_rebuilds=len(faults) + 1,
+            say=self.said.append,
+            turns=turns,
         )
         policy = PolicyGroup((self.rank,), 8, 60.0)
         config = SyncConfig(bucket_mb=BUCKET_MB, timeout_s=TIMEOUT_S, full_every=3, checksum_every=1, **sync)
@@ -192,3 +201,37 @@ def test_the_right_checksum_was_found_before_or_is_that_of_most(
     answers: list[str], known: str | None, right: str | None
 ) -> None:
     assert right_checksum(answers, known) == right
+
+
+@pytest.mark.cluster
+def test_replicas_that_lie_with_the_policy_rest_while_it_steps_whatever_is_lost_meanwhile(close: list[Bench]) -> None:
+    """One is killed at rest, and then the policy: the others have the next version, and nobody is left at rest."""
+    bench = Bench({}, turns=Turns())
+    close.append(bench)
+
+    async def main() -> None:
+        await bench.fleet.start()
+        await bench.publisher.connect()
+        async with bench.fleet.supervised():
+            async with bench.publisher.admitting():
+                await bench.publish(0)
+                async with bench.publisher.exclusive, bench.publisher.resting():
+                    assert [await bench.holds(number) for number in range(3)] == [(0, False)] * 3
+                    ray.kill(bench.handles[1])
+                    await bench.rank.step.remote()
+                    await bench.publisher.publish(1)
+                assert [await bench.holds(number) for number in (0, 2)] == [(1, True)] * 2
+                await bench.serving(3)
+                assert await bench.holds(3) == (1, True), "the newcomer was built after the step"
+                with pytest.raises(ValueError, match="the policy is lost"):
+                    async with bench.publisher.exclusive, bench.publisher.resting():
+                        raise ValueError("the policy is lost")
+            await bench.fleet.forget()
+            async with bench.fleet.resting():  # in which a new one is built
+                assert [await bench.holds(number) for number in (0, 2, 3)] == [(None, True)] * 3
+            bench.publisher.committed = None  # another life
+            await bench.publish(2)
+            assert [await bench.holds(number) for number in (0, 2, 3)] == [(2, True)] * 3
+        assert len(bench.said) == 1, "nobody was fenced but the one that was killed"
+
+    asyncio.run(asyncio.wait_for(main(), 60.0))

@@ -57,12 +57,14 @@ class How:
     work: Path
     """Folder for the runs; those in which all was well are removed."""
     console: Console
+    colocated: bool = False
+    """The replicas lie with the policy, and rest while it steps."""
 
 
 def inject(batch: Batch, how: How) -> Result:
     """Runs until all faults of a batch have struck."""
     restarts, vllm = round(how.restarts * batch.faults), batch.engine == "vllm"
-    names = plan(batch.faults, batch.seed, restarts=restarts, vllm=vllm, only=how.only)
+    names = plan(batch.faults, batch.seed, restarts=restarts, vllm=vllm, only=how.only, colocated=how.colocated)
     result, console, started = Result(), how.console, time.monotonic()
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
@@ -82,7 +84,8 @@ def inject(batch: Batch, how: How) -> Result:
             left_behind(folder / "faults", (), (), timeout_s=0.0)  # of a campaign that was killed here
             shutil.rmtree(folder, ignore_errors=True)
             steps = _STEPS_PER_FAULT * share + 6
-            run = ChaosRun(batch.engine, folder, batch.seed + number, steps, names[:share], tick, how.deadline)
+            seed, first = batch.seed + number, names[:share]
+            run = ChaosRun(batch.engine, folder, seed, steps, first, tick, how.deadline, how.colocated)
             run.drive()
             run.finish()
             names = run.names + names[share:]
@@ -126,7 +129,7 @@ def campaign(todo: list[Batch], how: How, state: State | None) -> Result:
     """All batches that are not done yet, and what those that are have come to."""
     whole = Result()
     for index, batch in enumerate(todo):
-        name = f"{batch.engine} {batch.faults} {batch.seed} {how.restarts:g} {how.only}"
+        name = f"{batch.engine} {batch.faults} {batch.seed} {how.restarts:g} {how.only}{' colocated' * how.colocated}"
         result = None if state is None else state.done(name)
         if result is None:
             if state is not None and time.monotonic() > how.deadline:
@@ -149,6 +152,7 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     parser.add_argument("--vllm", type=int, default=0, help="so many of them with real engines and a real policy [0]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--restarts", type=float, default=0.26, help="share of faults that end the driver [0.26]")
+    parser.add_argument("--colocated", action="store_true", help="the replicas lie with the policy")
     parser.add_argument("--only", default="", help="classes with this in their name [all]")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="nothing new begins after so long: with --state no batch, "
@@ -167,7 +171,7 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     work = given.work.absolute() if given.work else Path(tempfile.mkdtemp(prefix="chaos-"))
     deadline = time.monotonic() + given.seconds
     todo = batches(given.faults, given.vllm, given.seed)
-    result = campaign(todo, How(given.restarts, given.only, deadline, work, console), state)
+    result = campaign(todo, How(given.restarts, given.only, deadline, work, console, given.colocated), state)
     console.print(table(result.outcomes))
     for note in result.notes[:40]:
         console.print(note, highlight=False, soft_wrap=True, markup=False)

@@ -73,6 +73,20 @@ def keep_pace() -> None:
         time.sleep(float(Path(folder, "pace").read_text()))
 
 
+def computes(on: bool) -> None:
+    """The policy says that it computes, or that it does not."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None:
+        mark = Path(folder, "computing")
+        mark.touch() if on else mark.unlink(missing_ok=True)
+
+
+def policy_computes() -> bool:
+    """What it has said last; one that was lost in a step has not taken it back, and its successor does."""
+    folder = os.environ.get(FOLDER)
+    return folder is not None and os.path.exists(f"{folder}/computing")
+
+
 def reward_of(text: str) -> float:
     """What the reward function gives; never 0, so that a 0 is a failure that was made a number.
 

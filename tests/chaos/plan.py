@@ -28,6 +28,8 @@ class Kind:
     """Whether it can be told only while all replicas are well: where most hold what is wrong, nobody knows."""
     late: bool = False
     """Whether its point is come to after the last step alone."""
+    colocated: bool = False
+    """Whether its point is come to only where the replicas lie with the policy."""
 
     @property
     def restarts(self) -> bool:
@@ -70,6 +72,10 @@ CLASSES: dict[str, Kind] = {
     "replica killed at verify": Kind(("rollout", "verify", "kill"), vllm=True),
     "replica killed at swap": Kind(("rollout", "swap", "kill"), vllm=True),
     "replica wedged at swap": Kind(("rollout", "swap", "stop")),
+    "replica killed coming to rest": Kind(("rollout", "sleep", "kill"), colocated=True),
+    "replica wedged coming to rest": Kind(("rollout", "sleep", "stop"), colocated=True),
+    "replica killed at rest": Kind(("rollout", "rest", "kill"), colocated=True),
+    "replica killed waking up": Kind(("rollout", "wake", "kill"), colocated=True),
     "bit flipped in a bucket": Kind(("rollout", "bucket", "flip"), vllm=True),
     "weight spoiled after verify": Kind(("rollout", "swap", "spoil"), alone=True),
     "reward raises": Kind(("function", "call", "raise"), vllm=True),
@@ -154,14 +160,18 @@ def may_strike(name: str, scene: Scene) -> bool:
     return not kind.damages or scene.num_checkpoints >= 2
 
 
-def plan(count: int, seed: int, *, restarts: int, vllm: bool, only: str = "") -> list[str]:
+def plan(count: int, seed: int, *, restarts: int, vllm: bool, only: str = "", colocated: bool = False) -> list[str]:
     """`count` names of classes in random order, `restarts` of them ending the driver, a tenth of the others losing the
     policy, and among their like each as often as the others.
 
     Classes whose name does not contain `only` are left out.
     """
     rng = random.Random(seed)
-    allowed = [name for name, kind in CLASSES.items() if (kind.vllm or not vllm) and only in name]
+    allowed = [
+        name
+        for name, kind in CLASSES.items()
+        if (kind.vllm or not vllm) and only in name and (colocated or not kind.colocated)
+    ]
     if not allowed:
         raise ValueError(f"no class has {only!r} in its name; there are {', '.join(CLASSES)}")
     ending = [name for name in allowed if CLASSES[name].restarts]

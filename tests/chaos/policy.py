@@ -21,7 +21,7 @@ from algorithms.stats import LossStats
 from algorithms.types import Group, ScoredGroup
 from sync.member import Membership
 from sync.sender import Sent
-from tests.chaos.faults import keep_pace, report, reward_of, strike
+from tests.chaos.faults import computes, keep_pace, report, reward_of, strike
 from tests.chaos.tokens import weights_digest, wrong_tokens
 from tests.chaos.wire import ChaosWire
 
@@ -33,6 +33,7 @@ class LightPolicy(PolicyActor):
 
     def start(self, host: str, port: int) -> None:
         strike("policy", "start")
+        computes(False)
         torch.set_num_threads(1)
         generator = torch.Generator().manual_seed(self.settings.seed)
         self._parameters = {
@@ -46,6 +47,14 @@ class LightPolicy(PolicyActor):
             self._meet(host, port, "gloo")
 
     def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
+        if self.rank != 0:
+            return self._step(batch, *groups)
+        computes(True)
+        update = self._step(batch, *groups)
+        computes(False)
+        return update
+
+    def _step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
         strike("policy", "step")
         keep_pace()
         update = {name: torch.zeros_like(value) for name, value in self._parameters.items()}

@@ -22,6 +22,7 @@ def write_recipe(
     num_ranks: int = 1,
     num_rewards: int = 2,
     engine: str = "light",
+    colocated: bool = False,
 ) -> Path:
     """Everything of the run is in `folder`; the path of its recipe."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,5 +73,7 @@ def write_recipe(
         recipe["liveness"] |= {"every_s": 3.0, "timeout_s": 20.0}
         recipe["policy"] |= {"timeout_s": 60.0}
         recipe["generation"] |= {"max_completion_length": 48, "timeout_s": 60.0}
+    if colocated:
+        recipe["pools"]["rollout"] |= {"colocate_with": "policy"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"

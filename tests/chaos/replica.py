@@ -19,7 +19,7 @@ from actors.sampled import Interrupted
 from algorithms.types import Group, GroupSummary, Prompt, ScoredGroup
 from sync.receiver import WeightReceiver
 from sync.staging import CPU
-from tests.chaos.faults import note_start, strike
+from tests.chaos.faults import note_start, policy_computes, report, strike
 from tests.chaos.tokens import next_token, text_of, weights_digest
 from tests.chaos.wire import ChaosWire
 
@@ -119,8 +119,9 @@ class _Request:
 class LightEngine:
     """The calls of vLLM's AsyncLLM that a RolloutActor makes."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, shares: bool = False) -> None:
         self.worker = LightWorker()
+        self._shares = shares
         self._seed = seed
         self._version = -1
         self._requests: set[_Request] = set()
@@ -128,8 +129,10 @@ class LightEngine:
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._one_call = asyncio.Lock()
+        self._asleep: set[str] = set()
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        assert method != "swap" or "weights" not in self._asleep, "there is no memory to load weights into"
         async with self._one_call:  # as vLLM's worker takes them
             return [await asyncio.to_thread(getattr(self.worker, method), *args)]
 
@@ -172,6 +175,8 @@ class LightEngine:
 
     def _sample(self, request: _Request, place: int) -> None:
         tokens = request.sampled[place]
+        if self._shares and policy_computes():
+            report(f"tokens 1 request {request.request_id}: sampled while the policy computes on the same GPUs")
         token, ends = next_token(self.worker.serving.digest, self._seed, [*request.prompt, *tokens], place)
         tokens.append(token)
         request.labels[place].append(self._version)
@@ -197,7 +202,22 @@ class LightEngine:
         self._flowing.clear()
 
     async def resume_generation(self) -> None:
+        assert not self._asleep, "it sleeps"
         self._flowing.set()
+
+    async def sleep(self, level: int, mode: str) -> None:
+        await self.pause_generation(mode, clear_cache=True)
+        self._asleep = {"weights", "kv_cache"}
+        assert level == 2, "every version brings all weights"
+        self.worker.serving.model, self.worker.serving.digest = {}, ""
+
+    async def wake_up(self, tags: list[str]) -> bool:
+        strike("rollout", "wake")
+        assert self._asleep >= {*tags}
+        self._asleep -= {*tags}
+        if not self._asleep:
+            self._flowing.set()
+        return not self._asleep
 
     async def update_weight_version(self, version: str) -> None:
         self._version = int(version)
@@ -223,9 +243,10 @@ class LightRollout(RolloutActor):
     async def start(self) -> str:
         strike("rollout", "start")
         tokenizer: Any = _Words()
-        engine: Any = LightEngine(self.settings.seed)
+        engine: Any = LightEngine(self.settings.seed, self.settings.shares)
         self._tokenizer = tokenizer
         self.engine = engine
+        await self._come_to_rest()
         note_start(self.replica)
         return node_ip()
 
@@ -244,8 +265,13 @@ class LightRollout(RolloutActor):
         return SimpleNamespace(n=num_rollouts, max_tokens=max_tokens)
 
     async def ping(self) -> None:
-        strike("rollout", "idle")
+        strike("rollout", "idle" if self._resting is None else "rest")
         await super().ping()
+
+    async def rest(self) -> None:
+        if self.version is not None:  # else it is new
+            strike("rollout", "sleep")
+        await super().rest()
 
 
 class VllmRollout(RolloutActor):

@@ -78,6 +78,8 @@ class ChaosRun:
     """Told of every fault that has struck."""
     deadline: float = math.inf
     """No fault strikes after this time.monotonic() moment."""
+    colocated: bool = False
+    """The replicas lie with the policy."""
     outcomes: list[Outcome] = field(default_factory=list)
     hangs: int = 0
     untyped: list[str] = field(default_factory=list)
@@ -114,6 +116,7 @@ class ChaosRun:
             num_ranks=self._rng.choice((1, 1, 2)),
             num_rewards=self._rng.choice((1, 1, 2)),
             engine=self.engine,
+            colocated=self.colocated,
         )
         prepare(self.faults)
         journal = Journal(self.folder / "run" / "ledger.jsonl")

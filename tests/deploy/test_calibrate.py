@@ -133,8 +133,9 @@ def test_a_critics_times_are_found_again(run_dir: Path) -> None:
     ]
 
 
-def test_pauses_do_not_count_as_decoding(run_dir: Path) -> None:
-    """The same run on a clock that stood still for a second at each swap."""
+@pytest.mark.parametrize("rest_s", [0.0, 0.75])
+def test_pauses_do_not_count_as_decoding(run_dir: Path, rest_s: float) -> None:
+    """The same run on a clock that stood still for a second at each swap, a part of it because the policy trained."""
     lines = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
 
     def later(at: float) -> float:
@@ -148,14 +149,17 @@ def test_pauses_do_not_count_as_decoding(run_dir: Path) -> None:
             line["t"] = later(end) + line["score_s"]
         elif line["event"] == "trained":
             line["t"] += line["step"] + 1
-    metrics = [json.loads(line) | {"sync/pause_s": 1.0, "sync/total_s": 1.5}
+    if rest_s:
+        shared = load_recipe("recipe.yaml", ["pools.rollout.colocate_with=policy"])
+        dump_recipe(shared, run_dir / "recipe.yaml")
+    metrics = [json.loads(line) | {"sync/pause_s": 1.0 - rest_s, "sync/rest_s": rest_s, "sync/total_s": 1.5}
                for line in (run_dir / "metrics.jsonl").read_text().splitlines()]  # fmt: skip
     write(run_dir / "ledger.jsonl", lines)
     write(run_dir / "metrics.jsonl", metrics)
     config = fit(read_run(run_dir))
     assert config.decode.base_s == pytest.approx(BASE_S, rel=0.05)
     assert config.decode.per_sequence_s == pytest.approx(PER_SEQUENCE_S, rel=0.1)
-    assert config.sync.pause_s == 1.0
+    assert config.sync.pause_s == 1.0 - rest_s
 
 
 def test_the_fit_is_printed_beside_what_it_predicts_and_can_be_pasted(run_dir: Path) -> None:

@@ -57,6 +57,12 @@ def test_replicas_stage_a_version_for_each_gpu(model: str) -> None:
     assert lines(model, *one_node, num_nodes=1)[0].startswith(told((12 + 4 * 2) * P / 2**30))
 
 
+def test_weights_below_an_adapter_wait_there_while_their_engine_sleeps(model: str) -> None:
+    shared = ("pools.rollout.colocate_with=policy", "sync.staging=none")
+    assert lines(model, *shared, num_nodes=1)[0].startswith(told(8 * 2 * P / 2**30))
+    assert lines(model, *shared, "policy.lora={r: 8}", num_nodes=1)[0].startswith(told(2 * 8 * 2 * P / 2**30))
+
+
 def test_nothing_is_told_of_a_model_that_is_not_here() -> None:
     assert lines() == []
 

@@ -171,6 +171,39 @@ def test_what_cannot_fit_is_refused_with_a_fix_that_fits(
             assert not str(error).startswith(f"pool '{pool}'"), alternative  # noqa: PT017
 
 
+SHARED = "pools.rollout={num_workers: 8, gpus_per_worker: 1, colocate_with: policy}"
+
+
+def test_what_shares_a_gpu_is_summed_and_refused_with_a_fix_that_fits(run: Run) -> None:
+    assert run("1.5B", 80, SHARED).shared is not None
+    with pytest.raises(MemoryShortageError) as refused:
+        run("7B", 80, SHARED)
+    message = str(refused.value)
+    assert re.match(
+        r"the GPUs that 'policy' and 'rollout' share need [\d.]+ GB while replicas sample, and have 80: [\d.]+ GB are "
+        r"missing \('policy' [\d.]+, 'rollout' 68.0\); set rollout.gpu_memory_utilization=0.\d\d, or policy.offload=",
+        message,
+    )
+    for fix in message.split("; set ")[1].split(", or "):
+        found = run("7B", 80, SHARED, fix.replace("'", ""))
+        assert found.shared is not None
+        assert [column.header for column in found.shared.columns[1:]] == [
+            "while the policy computes",
+            "while replicas sample",
+        ]
+
+
+def test_a_reference_that_shares_a_gpu_counts_at_its_worst(run: Run) -> None:
+    reference = ("algorithm.beta=0.01", "pools.reference={gpus_per_worker: 1, colocate_with: policy}")
+    alone = run("7B", 80, "algorithm.beta=0.01")
+    assert alone.shared is None
+    found = run("7B", 80, *reference).shared
+    assert found is not None
+    assert len(found.columns) == 2, "no replica shares it, so there is one moment"
+    with pytest.raises(MemoryShortageError, match=r"'policy' and 'reference' share .* while the policy computes"):
+        run("7B", 40, *reference)
+
+
 def test_the_cases_are_as_many_as_they_should_be() -> None:
     assert len(FITS) + len(FAILS) >= 30
 

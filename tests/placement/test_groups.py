@@ -1,5 +1,6 @@
 """Reservation on a real local Ray that believes in eight GPUs."""
 
+import os
 import time
 from collections.abc import Iterator
 
@@ -7,7 +8,7 @@ import pytest
 import ray
 
 from placement.cluster import from_ray
-from placement.config import PoolConfig
+from placement.config import PoolConfig, PoolsConfig, RolloutPoolConfig
 from placement.elastic import Place
 from placement.groups import reserve
 from placement.plan import PlacementError, plan
@@ -63,6 +64,41 @@ def test_each_worker_gets_its_own_gpus_and_release_returns_them() -> None:
     pools.release()
     wait_until_free("GPU", 8.0)
     wait_until_free("CPU", 4.0)
+
+
+@ray.remote
+class Guest:
+    def gpus(self) -> tuple[list[int], str]:
+        return ray.get_gpu_ids(), os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_whoever_shares_the_policys_gpus_sees_them_and_takes_none() -> None:
+    """Also one that is built again, and when the ranks are."""
+    shares = {"cpus_per_worker": 0.25, "colocate_with": "policy"}
+    config = PoolsConfig(
+        policy=PoolConfig(num_workers=4, gpus_per_worker=1, cpus_per_worker=0.25),
+        rollout=RolloutPoolConfig(num_workers=2, gpus_per_worker=2, **shares),
+        reference=PoolConfig(num_workers=1, gpus_per_worker=1, **shares),
+    )
+    used = {"rollout": config.rollout, "policy": config.policy, "reference": config.reference}
+    pools = reserve(plan(used, from_ray(ray.nodes())), timeout_s=30)
+    wait_until_free("GPU", 4.0)
+    assert free("CPU") == 4 - 7 * 0.25
+    ranks: list[list[int]] = []
+    for _ in range(2):
+        workers = [Worker.options(**pools.options("policy", rank)).remote() for rank in range(4)]
+        owned = ray.get([worker.gpus.remote() for worker in workers], timeout=60)
+        guests = [("rollout", 0), ("rollout", 1), ("reference", 0)]
+        actors = [Guest.options(**pools.options(pool, number)).remote() for pool, number in guests]
+        seen = ray.get([actor.gpus.remote() for actor in actors], timeout=60)
+        (first,), (second,), (third,), (fourth,) = owned
+        assert seen == [([], f"{first},{second}"), ([], f"{third},{fourth}"), ([], f"{first}")]
+        assert ranks in ([], owned), "a bundle keeps its GPUs"
+        ranks = owned
+        for actor in (*workers, *actors):
+            ray.kill(actor)
+    pools.release()
+    wait_until_free("GPU", 8.0)
 
 
 def test_a_pool_that_does_not_fit_in_time_is_named_and_nothing_stays_reserved() -> None:

@@ -59,7 +59,14 @@ def sized(path: Path, folder: Path) -> Sized:
 
 def test_there_is_one_of_every_size() -> None:
     names = {path.stem for path in RECIPES}
-    assert names == {"qwen2.5_1.5b", "qwen2.5_7b", "qwen2.5_7b_lora", "qwen2.5_32b", "llama3.3_70b_lora"}
+    assert names == {
+        "qwen2.5_1.5b",
+        "qwen2.5_1.5b_colocated",
+        "qwen2.5_7b",
+        "qwen2.5_7b_lora",
+        "qwen2.5_32b",
+        "llama3.3_70b_lora",
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -70,7 +77,7 @@ def test_it_fits_on_the_gpus_that_it_names_and_leaves_none_idle(path: Path, tmp_
     found = estimate(case.recipe, placed, cluster, case.gpu_gb)
     assert found.table is not None
     assert "beyond them" not in " ".join(found.lines)  # a replica's cache holds all that it decodes
-    used = sum(bundle.gpus for bundles in placed.bundles.values() for bundle in bundles)
+    used = sum(bundle.own_gpus for bundles in placed.bundles.values() for bundle in bundles)
     assert used == case.num_nodes * case.gpus
 
 

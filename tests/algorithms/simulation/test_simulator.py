@@ -109,6 +109,15 @@ def test_a_pause_stops_every_replica_under_its_requests() -> None:
     assert result.staleness[1] > 0.5, "most of a batch is sampled before the version that is published meanwhile"
 
 
+def test_on_shared_gpus_nothing_overlaps() -> None:
+    config = changed(sync=PublishConfig(pause_s=0.25, total_s=0.5))
+    result = simulate(config, replace(SETUP, max_staleness=1, takes_turns=True))
+    assert result.time_s == 6 * (DECODE_S + TRAIN_S + 0.5)
+    assert result.slot_idle_s == {"turns": 16 * 6 * (TRAIN_S + 0.25), "publishing": 16 * 6 * 0.25}
+    assert result.policy_s == {"groups": 6 * DECODE_S, "training": 6 * TRAIN_S, "publishing": 6 * 0.5}
+    assert result.bound.groups_per_s == pytest.approx(4 / (DECODE_S + TRAIN_S))
+
+
 def test_without_in_flight_updates_the_running_requests_finish_first() -> None:
     config = changed(sync=PublishConfig(pause_s=0.25, total_s=0.25))
     result = simulate(config, replace(SETUP, max_staleness=1, in_flight_updates=False))

@@ -70,10 +70,11 @@ def test_the_run_that_the_entrypoint_starts_fits_on_the_pods(path: str) -> None:
     python, dash_m, package, verb, recipe_path, *overrides = shlex.split(manifest["spec"]["entrypoint"])
     assert (python, dash_m, package, verb, recipe_path) == ("python", "-m", "deploy", "train", path)
     recipe = load_recipe(recipe_path, overrides)
-    assert set(groups(manifest)) == set(used_pools(recipe))
+    homes = {pool: config.colocate_with or pool for pool, config in used_pools(recipe).items()}
+    assert set(groups(manifest)) == {*homes.values()}
     placed = plan(used_pools(recipe), ray_nodes(manifest))
     for pool, bundles in placed.bundles.items():
-        assert {bundle.node.rpartition("-")[0] for bundle in bundles} == {pool}
+        assert {bundle.node.rpartition("-")[0] for bundle in bundles} == {homes[pool]}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,16 @@ def test_the_run_that_the_entrypoint_starts_fits_on_the_pods(path: str) -> None:
             ("pools.rollout.gpus_per_worker=4", "pools.policy.num_workers=12"),
             {},
             {"policy": (2, 6, 6), "reward": (1, 1, 0), "rollout": (2, 2, 8)},
+        ),
+        (
+            ("pools.rollout.colocate_with=policy", "pools.rollout.cpus_per_worker=2"),
+            {"gpus_per_node": 2},
+            {"policy": (2, 6, 2), "reward": (1, 1, 0)},
+        ),
+        (
+            ("pools.rollout={num_workers: 3, gpus_per_worker: 2, colocate_with: policy}", "pools.policy.num_workers=6"),
+            {"gpus_per_node": 3},
+            {"policy": (3, 3, 2), "reward": (1, 1, 0)},
         ),
         (
             ("pools.rollout.strategy=spread", "pools.reward.num_workers=40", "pools.reward.cpus_per_worker=2"),
@@ -254,6 +265,10 @@ TOO_LONG = "x" * 48
             "error: --elastic-rollout: the recipe says 4..6",
         ),
         (["pools.rollout.max_workers=6", "--kueue", "a"], "error: --kueue: Kueue admits a job whole"),
+        (
+            ["pools.rollout.colocate_with=policy", "--elastic-rollout", "1..8"],
+            "error: --elastic-rollout: the replicas lie on the policy's GPUs",
+        ),
         (["--elastic-rollout", "8..5"], "error: --elastic-rollout: '8..5' is no range"),
         (["--kind", "service"], "error: --kind: there is no 'service'"),
         (["--node-selector", "gpu"], "error: --node-selector: 'gpu' is no label"),
