@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from actors.recipe.file import load_recipe
 from actors.recipe.named import named
 from actors.recipe.schema import Recipe
+from placement.config import PoolsConfig
 
 WHOLE = """
 kind: grpo
@@ -29,12 +30,12 @@ rewards:
 algorithm: {num_generations: 2, beta: 0.1, advantage: gae, baseline: none, scale_rewards: none}
 pools: {critic: {num_workers: 1}}
 """
+OF_A_POOL = ("node_resource", "node_labels", "colocate_with")
 NO_FILES = {
     "name", "run_dir", "dataset.name", "dataset.split", "dataset.revision", "dataset.task", "dataset.prompt_suffix",
     "model.revision", "reference.revision", "critic.model.revision", "policy.lora.target_modules",
-    "logging.wandb_project", "checkpoint.best.metric", "pools.policy.node_resource", "pools.critic.node_resource",
-    "pools.reference.node_resource", "pools.reward.node_resource", "pools.rollout.node_resource",
-    "simulation.lengths.path",
+    "logging.wandb_project", "checkpoint.best.metric", "simulation.lengths.path",
+    *(f"pools.{pool}.{key}" for pool in PoolsConfig.model_fields for key in OF_A_POOL),
 }  # fmt: skip
 """Texts that name neither a file nor a folder, or one that a run does not read."""
 
