@@ -28,6 +28,7 @@ from algorithms.losses import Normalizer
 from algorithms.packed import PackedRow, pack_row
 from algorithms.stats import LossStats, merge
 from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup, kl_sums
+from placement.shared import check_home
 from sync.gloo import open_store, reach_store
 from sync.layout import parameters_of, plan_layout
 from sync.member import Membership
@@ -88,6 +89,7 @@ class PolicyActor:
     def start(self, host: str, port: int) -> None:
         """Load the model and join the other ranks at `host:port`."""
         settings = self.settings
+        check_home()
         if self.rank == 0 and not Path(settings.run_dir).is_dir():
             raise RunError(
                 f"run_dir: the node of policy rank 0 ({node_ip()}) does not see {settings.run_dir}; "

@@ -13,6 +13,7 @@ from actors.policy import CONTROL
 from algorithms.packed import pack_row
 from algorithms.packing import pack
 from algorithms.types import Group, Rollout
+from placement.shared import check_home
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class ReferenceActor:
         from actors.model.head import put_scoring_head
         from actors.model.load import load_causal_lm
 
+        check_home()
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         settings = self.settings
         model: Any = load_causal_lm(

@@ -30,6 +30,7 @@ from actors.recipe.rollout import GenerationConfig, RolloutConfig
 from actors.sampled import INTERRUPTED, Interrupted, at_limit, continued, interrupted, unsampled
 from actors.scorers import scored_by
 from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, summarize
+from placement.shared import check_home
 from sync.adapters import adapter_request
 from sync.member import Membership
 
@@ -135,6 +136,7 @@ class RolloutActor:
         """Start the engine, which serves nothing before its first committed version; the address of its machine."""
         settings = self.settings
         rollout = settings.rollout
+        check_home()
         leave_none()
         os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
         if not settings.use_gpu:
@@ -338,7 +340,8 @@ class RolloutActor:
                 f"replica {self.replica} holds version {self.version}; versions never go back to {version}"
             )
         if not self._is_staged:
-            await self._pause()
+            async with self._swapping:
+                await self._pause()
         await self.engine.collective_rpc("begin_receive", args=(version,))
 
     async def receive(self, version: int, timeout_s: float) -> None:

@@ -73,7 +73,7 @@ class Ranks:
         """New ones with the initial weights, in place of those that there are."""
         self.end()
         host = {} if self.settings.use_gpu else _ON_HOST
-        options = (self.pools.options(self.pool, rank) | host for rank in range(self.settings.num_ranks))
+        options = (_place_of(self.pools, self.pool, rank) | host for rank in range(self.settings.num_ranks))
         self.handles = tuple(self.actor.options(**o).remote(rank, self.settings) for rank, o in enumerate(options))
         longest = self.settings.objective.max_completion_length
         settings = self.settings
@@ -217,7 +217,7 @@ def _spawn_all(
     restarts = recipe.liveness.max_restarts
 
     def scorers(actor: Any, pool: str, num_workers: int, *arguments: Any) -> tuple[ActorHandle, ...]:
-        options = (pools.options(pool, index) for index in range(num_workers))
+        options = (_place_of(pools, pool, index) for index in range(num_workers))
         return tuple(actor.options(max_restarts=restarts, **option).remote(*arguments) for option in options)
 
     called = reward_functions(recipe), recipe.rewards.timeout_s, recipe.rewards.max_concurrent_groups
@@ -227,10 +227,7 @@ def _spawn_all(
     settings = rollout_settings(recipe, model)
 
     def spawn(number: int, bundle: int) -> ActorHandle:
-        try:
-            options = pools.options("rollout", bundle)
-        except PlacementError as error:
-            raise RunError(str(error)) from error
+        options = _place_of(pools, "rollout", bundle)
         handle: ActorHandle = roles.rollout.options(**options).remote(number, settings, [*rewards], [*references])
         return handle
 
@@ -255,6 +252,14 @@ def _spawn_all(
     if recipe.pools.critic is not None:
         critic = Ranks(roles.critic, critic_settings(recipe, model, run_dir), pools, "critic")
     return Workers(ranks, critic, fleet, Scorers(by_name, recipe.liveness, say), rewards, references, elastic)
+
+
+def _place_of(pools: ReservedPools, pool: str, worker: int) -> dict[str, Any]:
+    """Options with which an actor fills its bundle; RunError when what it shares is not there any more."""
+    try:
+        return pools.options(pool, worker)
+    except PlacementError as error:
+        raise RunError(str(error)) from error
 
 
 async def _close(actors: Sequence[ActorHandle]) -> None:

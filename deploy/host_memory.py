@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe
@@ -10,7 +10,7 @@ from deploy.manifest.groups import PodGroup
 from deploy.manifest.options import ManifestOptions
 from deploy.memory import BYTES, critic_load, policy_load, reference_load, version_bytes
 from deploy.shapes import critic_shape, model_shape, reference_shape
-from placement.config import HOST
+from placement.config import HOST, PoolConfig, hosts_per_worker
 from placement.memory.footprint import GB
 from placement.memory.host import policy_host_bytes, reference_host_bytes
 from placement.memory.shape import ModelShape
@@ -46,7 +46,7 @@ def check_pods(recipe: Recipe, groups: Sequence[PodGroup], options: ManifestOpti
     for group in groups:
         pools = used_pools(recipe)
         here = {group.pool} | (guests_of(pools).keys() if group.pool == HOST else set())
-        workers = {pool: -(-pools[pool].num_workers // group.num_pods) for pool in here}
+        workers = {pool: _in_a_pod(pools, pool, group) for pool in here}
         needs = sum(host_bytes(recipe, shape, pool, count, holds_first=True) for pool, count in workers.items()) / GB
         has = group.gpus * options.memory_per_gpu_gb or options.memory_gb
         if needs > has:
@@ -56,6 +56,16 @@ def check_pods(recipe: Recipe, groups: Sequence[PodGroup], options: ManifestOpti
                 f"pool {group.pool!r}: {needs:.0f} GB of host memory in each pod, which has {has}; say {option} "
                 f"{1.25 * each:.0f}, which leaves a quarter for the processes"
             )
+
+
+def _in_a_pod(pools: Mapping[str, PoolConfig], pool: str, group: PodGroup) -> int:
+    """Most workers of the pool that a pod of the group holds; on GPUs guests lie with the first of the policy's."""
+    most = -(-pools[pool].num_workers // group.num_pods)
+    host = pools[group.pool]
+    if pool == group.pool or not host.gpus_per_worker:
+        return most
+    hosts = -(-host.num_workers // group.num_pods)
+    return min(pools[pool].num_workers, max(1, hosts // hosts_per_worker(pools[pool], host)))
 
 
 def host_bytes(recipe: Recipe, shape: ModelShape, pool: str, workers: int, holds_first: bool) -> float:

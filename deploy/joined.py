@@ -48,7 +48,7 @@ def _check_seen(recipe: Recipe, spec: ClusterSpec, nodes: Mapping[str, Mapping[s
         pools = first_pools(recipe)
         for pool, key, path in opened(recipe, probe):
             keys[str(path)] = key
-            for node in may_hold(pools[pool], spec) if pool in pools else ():
+            for node in may_hold(pools, pool, spec):
                 paths.setdefault(node, set()).add(str(path))
         blind = on_nodes({node: [sorted(each)] for node, each in paths.items()}, unseen, nodes)
     for name, key in keys.items():
@@ -63,9 +63,12 @@ def _told(key: str, path: Path, nodes: Sequence[str]) -> str:
     return f"{key}: {path} is not there on {where}; put it {_SHARED}"
 
 
-def may_hold(pool: PoolConfig, cluster: ClusterSpec) -> Iterator[str]:
-    """The nodes on which Ray may put a worker of the pool."""
-    one = pool.model_copy(update={"num_workers": 1})
+def may_hold(pools: Mapping[str, PoolConfig], pool: str, cluster: ClusterSpec) -> Iterator[str]:
+    """The nodes on which Ray may put a worker of the pool: none of a pool that the recipe has no use for."""
+    if pool not in pools:
+        return
+    home = pools[pools[pool].colocate_with or pool]  # whoever lies with others goes where they go
+    one = home.model_copy(update={"num_workers": 1})
     for node in cluster.nodes:
         try:
             plan({"pool": one}, ClusterSpec((node,)))

@@ -21,7 +21,7 @@ from placement.config import HOST
 from placement.elastic import num_placed
 from placement.plan import Bundle, PlacementError, PlacementPlan
 from placement.seats import Seats, ask_for
-from placement.shared import Place, shared_places, visible_devices
+from placement.shared import Place, environment, shared_places
 
 _RELEASE_TIMEOUT_S = 15.0
 _SETTLE_S = 2.0
@@ -51,8 +51,7 @@ class ReservedPools:
         strategy = PlacementGroupSchedulingStrategy(self.groups[home][place], placement_group_bundle_index=0)
         options: dict[str, Any] = {"num_cpus": bundle.cpus, "num_gpus": bundle.own_gpus}
         if bundle.on and bundle.gpus:  # Ray leaves the variable alone where it gives no GPU
-            devices = visible_devices(bundle, self.places, self.groups[HOST])
-            options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": devices}}
+            options["runtime_env"] = {"env_vars": environment(bundle, self.places, self.groups[HOST])}
         return options | {"scheduling_strategy": strategy}
 
     def release(self) -> None:
@@ -98,7 +97,7 @@ def reserve(planned: PlacementPlan, timeout_s: float, singly: Mapping[str, int] 
         if lacking:
             raise PlacementError(_lack(lacking, timeout_s))
         granted = _as_granted(planned, groups)
-        places = shared_places(granted, groups.get(HOST, ()), timeout_s)
+        places = shared_places(granted, groups.get(HOST, ()), max(1, _whole_seconds_until(deadline)))
         undo.pop_all()
     seats = {pool: Seats(granted.bundles[pool][0], groups[pool]) for pool in singly}
     for pool, count in singly.items():
@@ -160,7 +159,7 @@ def _lack(lacking: list[Bundle], timeout_s: float) -> str:
         bound = [f"{label}={value}" for label, value in first.labels.items()]
         bound += [repr(first.resource)] if first.resource else []
         on = f" on nodes with {', '.join(bound)}" if bound else ""
-        waits.append(f"pool {pool!r} ({len(bundles)} x {first.gpus} GPUs and {first.cpus:g} CPUs{on})")
+        waits.append(f"pool {pool!r} ({len(bundles)} x {first.gpus} GPUs and {first.cpus + first.room:g} CPUs{on})")
     return (
         f"not reserved within {timeout_s:g} s: {', '.join(waits)}; {left} are free: stop the jobs that hold the rest "
         "(`ray status` shows them), or add nodes"

@@ -1,6 +1,7 @@
 """The plan of a live cluster is one that can be granted at once, if there is any.
 
-On a cluster where nothing else runs it is the plan that `python -m deploy plan --address` shows.
+On a cluster where nothing else runs it is the plan that `python -m deploy plan --address` shows, but for replicas that
+come and go: a run is planned with the fewest of them, and the others go where there is room.
 """
 
 import time

@@ -4,16 +4,20 @@ A bundle keeps its GPUs as long as its machine is there, so whoever is built aga
 another machine has others, which nobody can ask for while somebody is on it: that is an error.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from placement.config import HOST
 from placement.plan import Bundle, PlacementError, PlacementPlan
+
+_NODE_ID = "PACELINE_GPUS_OF_NODE"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,10 @@ def shared_places(plan: PlacementPlan, groups: Sequence[PlacementGroup], timeout
         ).remote()
         for host in hosts
     ]
-    places = dict(zip(hosts, ray.get(asking, timeout=timeout_s), strict=True)) if hosts else {}
+    try:
+        places = dict(zip(hosts, ray.get(asking, timeout=timeout_s), strict=True)) if hosts else {}
+    except RayError as error:
+        raise PlacementError(f"which GPUs the policy has was not told within {timeout_s:g} s: {error}") from error
     for bundle in guests:
         if len({places[host].node_id for host in bundle.on}) > 1:
             raise PlacementError(
@@ -62,6 +69,21 @@ def visible_devices(bundle: Bundle, places: Mapping[int, Place], groups: Sequenc
             "machine is gone; give the command again, and both are placed anew"
         )
     return ",".join(device for host in bundle.on for device in places[host].devices)
+
+
+def environment(bundle: Bundle, places: Mapping[int, Place], groups: Sequence[PlacementGroup]) -> dict[str, str]:
+    """What a worker that lies on the policy's GPUs is told of them."""
+    return {
+        "CUDA_VISIBLE_DEVICES": visible_devices(bundle, places, groups),
+        _NODE_ID: places[bundle.on[0]].node_id,
+    }
+
+
+def check_home() -> None:
+    """PlacementError in a worker whose GPUs are not those that it was told of: Ray has built it again elsewhere."""
+    told = os.environ.get(_NODE_ID)
+    if told is not None and told != ray.get_runtime_context().get_node_id():
+        raise PlacementError("the GPUs that it shared are gone with their machine; give the command again")
 
 
 def _place() -> Place:

@@ -90,7 +90,10 @@ def fit_decode(run: RunRecord) -> DecodeConfig:
     in_flight = recipe.staleness.in_flight_updates and recipe.staleness.max_staleness > 0
     pauses_s = metric(run, "sync/pause_s") if in_flight else []
     if in_flight and recipe.pools.rollout.colocate_with is not None:  # the pause follows upon a rest
-        pauses_s = [pause + rest for pause, rest in zip(pauses_s, metric(run, "sync/rest_s"), strict=True)]
+        rests_s = metric(run, "sync/rest_s")
+        if len(rests_s) != len(pauses_s):
+            raise ValueError(f"{run.folder}: replicas were colocated in a part of the run; calibrate with another")
+        pauses_s = [pause + rest for pause, rest in zip(pauses_s, rests_s, strict=True)]
     swaps = tuple(zip(run.swapped_s, pauses_s, strict=False))  # a run that was cut off may lack the last of one
     paces: list[Pace] = []
     for replica in {group.replica for group in run.groups}:

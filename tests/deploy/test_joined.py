@@ -57,8 +57,17 @@ def test_nodes_that_may_hold_a_worker_are_those_that_could_alone(tmp_path: Path)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
     pools = first_pools(load_recipe(tmp_path / "recipe.yaml"))
     cluster = ClusterSpec((NodeSpec("a", 8.0, 0, {"scorers": 1.0}), NodeSpec("b", 8.0, 1), NodeSpec("c", 0.0, 0)))
-    found = {pool: list(may_hold(config, cluster)) for pool, config in pools.items()}
+    found = {pool: list(may_hold(pools, pool, cluster)) for pool in pools}
     assert found == {"policy": ["b"], "reference": ["a", "b"], "reward": ["a"], "rollout": ["a", "b"]}
+
+
+def test_guests_are_where_the_policy_is(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
+    guests = ["pools.rollout={colocate_with: policy, gpus_per_worker: 1}", "rollout.dtype=bfloat16"]
+    pools = first_pools(load_recipe(tmp_path / "recipe.yaml", guests))
+    cluster = ClusterSpec((NodeSpec("a", 8.0, 0, {"scorers": 1.0}), NodeSpec("b", 8.0, 1)))
+    assert list(may_hold(pools, "rollout", cluster)) == ["b"]
+    assert list(may_hold(pools, "critic", cluster)) == [], "the recipe has none"
 
 
 def test_a_probe_is_there_for_others_to_see_and_then_gone(tmp_path: Path) -> None:
