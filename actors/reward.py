@@ -2,8 +2,8 @@
 
 The functions run in a child process (rewards/lane.py), so one that hangs, crashes or changes global state costs its own
 score and nothing else. Async ones are called for many groups at a time, sync ones, which hold their process, for one
-group after another; a recipe that has both has a child for each kind, so that neither waits for the other. The reward
-is the weighted sum over the functions that gave a number, None when none did: TRL's rule.
+group after another; a recipe that has both has a child for each kind, so that what fails in the one costs the other
+nothing. The reward is the weighted sum over the functions that gave a number, None when none did: TRL's rule.
 """
 
 import asyncio
@@ -36,7 +36,9 @@ class RewardActor:
         self._reported: set[tuple[str, str]] = set()
 
     async def ping(self) -> int:
-        """The process answers, with its number, whatever its child does."""
+        """The process answers, with its number, whatever its child does; one that can score no more ends instead."""
+        if not all(lane.lives for lane in (self._first, self._second) if lane is not None):
+            os._exit(1)  # and is started again
         return os.getpid()
 
     async def check(self) -> None:

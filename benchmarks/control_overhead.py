@@ -139,7 +139,7 @@ class SleepingPolicy:
     """Policy, publisher and reporter: what they take is sleep, and one call to each replica."""
 
     fleet: Fleet
-    ranks: tuple[None] = (None,)
+    num_teams: int = 1
     costs: SequenceCosts = field(default_factory=SequenceCosts)
     max_completion_length: int = COMPLETION_TOKENS
     exclusive: asyncio.Lock = field(default_factory=asyncio.Lock)

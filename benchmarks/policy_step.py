@@ -13,7 +13,7 @@ tokens.
                        vocabulary of 32,768
     sequence_memory_share peak memory of a long row's forward and backward pass on each of two ranks that share it out
                        (policy.sequence_parallel_size: 2), over that on one rank
-    balance            heaviest over mean rank, in cost, 8 ranks and 256 rollouts: the worst of 20 batches
+    balance            heaviest over mean rank, in cost, 8 ranks and 32 groups of 8 rollouts: the worst of 20 batches
     loss_difference    between the packed step's GRPO loss and that of padded sequences with full logits
 """
 
@@ -47,7 +47,7 @@ from algorithms.head import head_logprobs_and_entropy
 from algorithms.logprobs import logprobs_and_entropy
 from algorithms.losses import Normalizer, grpo_loss
 from algorithms.packed import PackedRow, pack_row
-from algorithms.packing import pack
+from algorithms.packing import Sequences, pack, pack_sharing
 from algorithms.types import Rollout
 from benchmarks.policy_step_team import NUM_TOKENS, memory_share
 from benchmarks.usage import parser_of
@@ -57,6 +57,8 @@ NUM_SEQUENCES, MEDIAN, MAX_TOKENS = 32, 40, 2048
 NUM_ROUNDS = 5
 MEMORY = {"num_tokens": 4096, "vocabulary": 32_768, "hidden": 256}
 NUM_RANKS, NUM_BATCHES = 8, 20
+GROUP = 8
+"""Rollouts of a prompt, where batches are dealt out."""
 CONFIG = GrpoConfig(old_logprobs="sampled", vllm_importance_sampling_correction=False)
 
 
@@ -253,14 +255,19 @@ def apart(*arguments: Any) -> tuple[int, float]:
 
 
 def balance() -> float:
+    """Of whole batches as they are dealt out: groups whose rollouts share their prompt."""
     with torch.device("meta"):
         costs = costs_of(model())
     worst = 0.0
     for seed in range(NUM_BATCHES):
         prompts, completions = lengths(256, 400, seed)
-        sizes = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        group = [index // GROUP for index in range(256)]
+        prompt = [prompts[GROUP * number] for number in group]
+        sizes = [first + completion for first, completion in zip(prompt, completions, strict=True)]
         each = [costs.of(size, completion) for size, completion in zip(sizes, completions, strict=True)]
-        loads = [sum(each[i] for indices in rank for i in indices) for rank in pack(sizes, NUM_RANKS, 8192, each)]
+        sequences = Sequences(sizes, each, group, [costs.of(first, 0) for first in prompt])
+        ranks = pack_sharing(sequences, NUM_RANKS, 8192)
+        loads = [sum(sequences.cost(micro) for micro in rank) for rank in ranks]
         worst = max(worst, max(loads) / (sum(loads) / NUM_RANKS))
     return worst
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from actors.model.team import uneven_heads
+from actors.model.heads import uneven_heads
 from actors.recipe.base import OfflineRecipe
 from actors.recipe.critic import CriticConfig
 from actors.recipe.preference import PreferenceRecipe

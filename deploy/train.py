@@ -20,11 +20,11 @@ from actors.data.preferences import JudgementStream, PairStream
 from actors.data.prompts import PromptStream
 from actors.errors import RunError, first_cause, last_line
 from actors.journal import check
+from actors.model.heads import check_heads
 from actors.model.kernels import check_kernels
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
 from actors.model.quantize import check_quantizer
-from actors.model.team import check_heads
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
 from actors.recipe.base import OfflineRecipe
 from actors.recipe.file import load_recipe

@@ -9,6 +9,7 @@ forward.py  log-probabilities of a packed row
 segments.py which of its tokens attend to which, and in which calls
 head.py     an output head that scores given tokens
 team.py     ranks that share out a row, and exchange tokens for heads
+heads.py    which teams can share out its heads
 kernels.py  fused kernels of liger-kernel, on GPUs
 optimizer.py AdamW, and how DeepSpeed drives it
 learner.py  what a rank trains: loaded as its objective needs it, adapters on top

@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 from actors.model.files import make_savable
 from actors.model.forward import PACKED_ATTENTION
 from actors.model.head import put_scoring_head
+from actors.model.heads import check_heads
 from actors.model.kernels import put_kernels
 from actors.model.load import disable_dropout, load_causal_lm, load_scorer
 from actors.model.lora import adapt, base_digest
 from actors.model.quantize import quantization
-from actors.model.team import check_heads
 from actors.policy_calls import PolicySettings
 
 

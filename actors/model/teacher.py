@@ -4,8 +4,8 @@ from typing import Any
 
 from actors.model.forward import PACKED_ATTENTION
 from actors.model.head import put_scoring_head
+from actors.model.heads import check_heads
 from actors.model.load import Dtype, load_causal_lm
-from actors.model.team import check_heads
 from actors.policy_calls import ModelSource
 
 

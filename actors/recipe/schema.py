@@ -129,6 +129,11 @@ class GrpoRecipe(BaseRecipe):
             critic = self.critic or CriticConfig()
             check_teams("critic", critic.sequence_parallel_size, self.pools.critic.num_workers)
             offload = self.policy.offload
+            if offload is not None and critic.zero_stage == 0:
+                raise ValueError(
+                    "critic.zero_stage: policy.offload holds for the critic, too, and without ZeRO nothing is kept "
+                    "apart; set critic.zero_stage to 1 or more, or leave policy.offload out"
+                )
             if offload is not None and offload.parameters is not None and critic.zero_stage != 3:
                 raise ValueError(
                     "critic.zero_stage: policy.offload holds for the critic, too, and only ZeRO-3 fetches weights when "

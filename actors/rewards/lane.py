@@ -96,6 +96,11 @@ class Lane:
             os.close(self._wake_reads)
             os.close(self._wake_writes)
 
+    @property
+    def lives(self) -> bool:
+        """Its thread is there, or was ended by `close`."""
+        return self._is_closed or self._thread.is_alive()
+
     def _put(self, one: Visit | Future[tuple[bool, ...]]) -> None:
         self._inbox.put(one)
         if self._is_closed or not self._thread.is_alive():
@@ -150,11 +155,13 @@ class Lane:
         try:
             if not self._process.is_async:
                 self._start()
-        except ChildError as error:
-            for loaded in loads:
+        except BaseException as error:
+            for loaded in loads:  # whoever waits is told, whatever it was
                 with suppress(InvalidStateError):
                     loaded.set_exception(error)
-            return
+            if isinstance(error, ChildError):
+                return
+            raise
         for loaded in loads:
             with suppress(InvalidStateError):
                 loaded.set_result(self._process.is_async)
@@ -190,9 +197,10 @@ class Lane:
 
     def _ask(self, visit: Visit) -> None:
         self._num_calls += 1
-        request = f'{{"id": {self._num_calls}, "functions": {list(visit.step)}, "arguments": {visit.arguments}}}'
-        self._process.post(request.encode())
-        self._asked[self._num_calls] = _Asked(visit, time.monotonic() + self._timeout_s)
+        now = time.monotonic()
+        head = f'"id": {self._num_calls}, "asked_at": {now!r}, "functions": {list(visit.step)}'
+        self._process.post(f'{{{head}, "arguments": {visit.arguments}}}'.encode())
+        self._asked[self._num_calls] = _Asked(visit, now + self._timeout_s)
 
     def _exchange(self) -> None:
         """Send what is to be sent, and take what has come, or wait for it until the next deadline."""

@@ -1,5 +1,6 @@
 """A child that failed is dead with its whole process group; lane.py keeps the deadlines of what it is asked."""
 
+import contextlib
 import json
 import os
 import signal
@@ -61,7 +62,10 @@ class RewardProcess:
         if not self.has_exited:
             return
         self.kill()
-        self._child = child = _spawn(self._functions, self._columns)
+        try:
+            self._child = child = _spawn(self._functions, self._columns)
+        except OSError as error:  # this machine has no process, or no memory, to spare
+            raise ChildError("died", f"no process could be started: {error}") from error
         if self._interrupted:
             raise self.ended("died", "the process was interrupted")
         try:
@@ -95,6 +99,12 @@ class RewardProcess:
             return []
         try:
             writes = [] if child.outbox.flush() else [child.request_fd]
+        except EOFError:  # it has ended; what it had answered before is here
+            with contextlib.suppress(EOFError, ValueError):
+                if messages := child.inbox.read():
+                    return [json.loads(message) for message in messages]
+            raise self.ended("died", CLOSED_PIPE) from None
+        try:
             if child.response_fd in wait_for_any([wake_fd, child.response_fd], writes, timeout_s):
                 return [json.loads(message) for message in child.inbox.read()]
         except EOFError:
@@ -116,7 +126,8 @@ class RewardProcess:
             return
         child, self._child = self._child, None
         _kill_group(child.process)
-        child.process.wait(_KILL_TIMEOUT_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed, and ends when the kernel lets go of it
+            child.process.wait(_KILL_TIMEOUT_S)
         os.close(child.request_fd)
         os.close(child.response_fd)
 
@@ -150,17 +161,23 @@ def _spawn(functions: tuple[str, ...], columns: tuple[str, ...] | None) -> _Chil
     numbers = (str(child_reads), str(child_writes), str(os.getpid()))
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     inherited = {name: value for name, value in os.environ.items() if name not in WITHHELD}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "actors.rewards.child", *numbers, json.dumps(columns), *functions],
-        pass_fds=(child_reads, child_writes),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,  # a function that prints without end must neither block nor fill a disk
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**inherited, "PYTHONPATH": os.pathsep.join(paths)},
-    )
-    os.close(child_reads)
-    os.close(child_writes)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "actors.rewards.child", *numbers, json.dumps(columns), *functions],
+            pass_fds=(child_reads, child_writes),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # a function that prints without end must neither block nor fill a disk
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**inherited, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+    except OSError:
+        os.close(request_fd)
+        os.close(response_fd)
+        raise
+    finally:
+        os.close(child_reads)
+        os.close(child_writes)
     return _Child(process, request_fd, response_fd, Outbox(request_fd), Inbox(response_fd))
 
 

@@ -97,7 +97,9 @@ class Together:
         self._reset()
         functions = [self._functions[index] for index in request["functions"]]
         num_completions = len(request["arguments"]["completions"])
-        call = _Call(request["id"], num_completions, self._held_until_now_s(), functions)
+        # Its time runs since it was asked, and so does the time for which others held the loop.
+        before_s = self._held_until_now_s() - (time.monotonic() - request["asked_at"])
+        call = _Call(request["id"], num_completions, before_s, functions)
         self._calls[call.number] = call
         for function in functions:
             # Every function has arguments of its own, so none sees what another has changed.

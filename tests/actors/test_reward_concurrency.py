@@ -163,6 +163,22 @@ def test_one_that_takes_no_notice_is_killed_and_the_others_are_scored(hasty: Rew
     assert rewards_of(scored) == [1.0, 1.0, None, 1.0]
 
 
+def test_nobody_is_late_by_what_others_did_before_it_was_begun() -> None:
+    """3 s of holding the loop by one; another, of 2 s and with 4 s for it, is asked for in the midst of that."""
+    actor = actor_of("concurrent", timeout_s=4.0)
+
+    async def one_after_another() -> list[ScoredGroup]:
+        await actor.check()
+        holds = asyncio.create_task(actor.score(group(how="holds", hold_s=3.0), ["a", "b"]))
+        await asyncio.sleep(0.5)
+        return [await actor.score(group(how="good", wait_s=2.0), ["a", "b"]), await holds]
+
+    try:
+        assert failures_of(asyncio.run(one_after_another())) == [{}, {}]
+    finally:
+        actor.close()
+
+
 def test_who_is_late_because_others_hold_the_process_is_scored_and_fewer_are_called_together() -> None:
     """Six times 1 s of holding the loop, with 3 s for each."""
     actor = actor_of("concurrent", timeout_s=SHORT_S, width=8)
@@ -284,6 +300,7 @@ def test_who_waits_no_more_is_not_called() -> None:
     actor = actor_of("concurrent", width=1)
 
     async def some_give_up() -> ScoredGroup:
+        await actor.check()
         first = asyncio.create_task(actor.score(group(how="good", wait_s=1.0), ["a", "b"]))
         given_up = [asyncio.create_task(actor.score(group(how="hangs"), ["a", "b"])) for _ in range(5)]
         await asyncio.sleep(0.5)
@@ -292,10 +309,12 @@ def test_who_waits_no_more_is_not_called() -> None:
         await first
         return await actor.score(group(how="good"), ["a", "b"])
 
+    started = time.monotonic()
     try:
         assert asyncio.run(some_give_up()).failures == {}
     finally:
         actor.close()
+    assert time.monotonic() - started < 2 * LONG_S, "five calls that hang would each have been waited for"
 
 
 def children() -> list[int]:

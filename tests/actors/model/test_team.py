@@ -20,7 +20,8 @@ from transformers import (
 from actors.model import segments
 from actors.model.forward import PACKED_ATTENTION, row_divergences, row_logprobs, row_scores, row_values, score_places
 from actors.model.head import put_scoring_head
-from actors.model.team import SOLO, Team, check_heads, uneven_heads
+from actors.model.heads import check_heads, uneven_heads
+from actors.model.team import SOLO, Team
 from algorithms.packed import PackedRow, pack_row
 from algorithms.types import Rollout
 from tests.actors.model.threads import in_a_team

@@ -21,7 +21,8 @@ def attend(rank: int, size: int, port: int) -> list[torch.Tensor]:
     import deepspeed
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
-    from actors.model.forward import Alone, Segments, packed_attention
+    from actors.model.forward import packed_attention
+    from actors.model.segments import Alone
     from actors.model.team import Team
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -31,7 +32,8 @@ def attend(rank: int, size: int, port: int) -> list[torch.Tensor]:
     total = sum(LENGTHS)
     query, key, value = (torch.randn(1, heads, total, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    alone, together = (Segments(tuple(map(Alone, LENGTHS)), None, each) for each in (Team(), team))
+    pieces = tuple((place,) for place in range(len(LENGTHS)))
+    alone, together = (Alone(LENGTHS, pieces, pieces, (0,) * len(LENGTHS), each) for each in (Team(), team))
     theirs = UlyssesSPAttentionHF(
         attn=packed_attention, batch_size=1, attn_head_count=HEADS, attn_head_size=SIZE, kv_head_count=KV_HEADS,
         num_hidden_layers=1, process_group=team.group, seq_length_is_variable=True,
