@@ -28,7 +28,7 @@ from algorithms.losses import Normalizer
 from algorithms.packed import PackedRow, pack_row
 from algorithms.stats import LossStats, merge
 from algorithms.types import Group, MicroBatch, Rollout, ScoredGroup, kl_sums
-from placement.shared import check_home
+from placement.home import check_home
 from sync.gloo import open_store, reach_store
 from sync.layout import parameters_of, plan_layout
 from sync.member import Membership

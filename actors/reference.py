@@ -13,7 +13,7 @@ from actors.policy import CONTROL
 from algorithms.packed import pack_row
 from algorithms.packing import pack
 from algorithms.types import Group, Rollout
-from placement.shared import check_home
+from placement.home import check_home
 
 
 @dataclass(frozen=True, slots=True)

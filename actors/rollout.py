@@ -30,7 +30,7 @@ from actors.recipe.rollout import GenerationConfig, RolloutConfig
 from actors.sampled import INTERRUPTED, Interrupted, at_limit, continued, interrupted, unsampled
 from actors.scorers import scored_by
 from algorithms.types import Group, GroupSummary, Prompt, Rollout, ScoredGroup, summarize
-from placement.shared import check_home
+from placement.home import check_home
 from sync.adapters import adapter_request
 from sync.member import Membership
 

@@ -4,7 +4,6 @@ A bundle keeps its GPUs as long as its machine is there, so whoever is built aga
 another machine has others, which nobody can ask for while somebody is on it: that is an error.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,8 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from placement.config import HOST
+from placement.home import NODE_ID
 from placement.plan import Bundle, PlacementError, PlacementPlan
-
-_NODE_ID = "PACELINE_GPUS_OF_NODE"
 
 
 @dataclass(frozen=True)
@@ -75,15 +73,8 @@ def environment(bundle: Bundle, places: Mapping[int, Place], groups: Sequence[Pl
     """What a worker that lies on the policy's GPUs is told of them."""
     return {
         "CUDA_VISIBLE_DEVICES": visible_devices(bundle, places, groups),
-        _NODE_ID: places[bundle.on[0]].node_id,
+        NODE_ID: places[bundle.on[0]].node_id,
     }
-
-
-def check_home() -> None:
-    """PlacementError in a worker whose GPUs are not those that it was told of: Ray has built it again elsewhere."""
-    told = os.environ.get(_NODE_ID)
-    if told is not None and told != ray.get_runtime_context().get_node_id():
-        raise PlacementError("the GPUs that it shared are gone with their machine; give the command again")
 
 
 def _place() -> Place:

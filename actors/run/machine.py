@@ -6,17 +6,21 @@ deadline of its own. Ray itself ends a process whose head is away for a minute, 
 
 import asyncio
 import contextlib
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
+import psutil
 import ray
+import ray._private.worker
 
 from actors.deadline import DeadlineError, aside, within
 from actors.errors import RunError
 from actors.recipe.upkeep import LivenessConfig
 
+_WITH_IT = ", and with it the workers here; give the same command again"
 _HEAD_AWAY_S = 20.0
 """A head that is away for less may come back; Ray gives it 60 s, after which nothing can be said any more."""
 _KNOCK_EVERY_S = 5.0
@@ -27,14 +31,41 @@ _KNOCK_TIMEOUT_S = 3.0
 async def machine_watched(config: LivenessConfig, say: Callable[[str], None]) -> AsyncIterator[None]:
     """RunError, in a group, when the cluster has lost its head, or given up the machine of this process, meanwhile."""
     context = ray.get_runtime_context()
+    raylet = raylet_pid()
     async with asyncio.TaskGroup() as tasks:
         watches = [
+            *([] if raylet is None else [tasks.create_task(_watch_raylet(raylet, say), name="watch the raylet")]),
             tasks.create_task(_watch_machine(context.get_node_id(), config), name="watch the machine"),
             tasks.create_task(_watch_head(context.gcs_address, config, say), name="watch the head"),
         ]
         yield
         for watch in watches:
             watch.cancel()
+
+
+async def _watch_raylet(pid: int, say: Callable[[str], None]) -> NoReturn:
+    """Told by the kernel, and said at once: the next call of ours to a raylet that is gone may be the end, wordless."""
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    descriptor = os.pidfd_open(pid)
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+    why = f"Ray's own process on this machine (the raylet, process {pid}) has died{_WITH_IT}"
+    say(f"error: {why}")
+    raise RunError(why)
+
+
+def raylet_pid() -> int | None:
+    """Of Ray's own process on this machine; None where it is not to be seen."""
+    node = ray._private.worker.global_worker.node
+    named = None if node is None else f"--raylet_socket_name={node.raylet_socket_name}"
+    for process in psutil.process_iter(["cmdline"]):
+        if named in (process.info["cmdline"] or ()):
+            return int(process.pid)
+    return None
 
 
 async def _watch_machine(node: str, config: LivenessConfig) -> NoReturn:
@@ -44,10 +75,7 @@ async def _watch_machine(node: str, config: LivenessConfig) -> NoReturn:
         with contextlib.suppress(DeadlineError):  # the head is away: that is the other watch's
             nodes = await within(config.timeout_s, aside(ray.nodes), "the list of the machines")
         if is_given_up(node, nodes):
-            raise RunError(
-                f"Ray's own process on this machine (the raylet of node {node[:8]}) has died, and with it the workers "
-                "here; give the same command again"
-            )
+            raise RunError(f"Ray's own process on this machine (the raylet of node {node[:8]}) has died{_WITH_IT}")
 
 
 async def _watch_head(address: str, config: LivenessConfig, say: Callable[[str], None]) -> NoReturn:

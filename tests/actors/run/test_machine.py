@@ -2,6 +2,8 @@
 
 import asyncio
 import socket
+import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -43,6 +45,24 @@ async def test_a_run_ends_when_its_machine_is_given_up(monkeypatch: pytest.Monke
     assert isinstance(error, RunError)
     assert "raylet" in str(error)
     assert answers == []
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+async def test_a_run_ends_as_soon_as_its_raylet_does(sleeper: subprocess.Popen[bytes]) -> None:
+    said: list[str] = []
+    watch = asyncio.create_task(machine._watch_raylet(sleeper.pid, said.append))
+    await asyncio.sleep(0.2)
+    assert not watch.done()
+    sleeper.kill()
+    with pytest.raises(RunError, match=f"the raylet, process {sleeper.pid}"):
+        await asyncio.wait_for(watch, 5.0)
+    assert said == [f"error: {watch.exception()}"]
 
 
 async def test_a_run_ends_when_the_head_is_away_for_long_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
