@@ -33,7 +33,8 @@ $(VENV)/.dev: $(REQUIREMENTS)/dev.txt $(VENV)/.cpu
 	$(PIP) install --no-deps -r $<
 	@touch $@
 
-demo: export HF_HUB_OFFLINE := 1  # everything is made here
+# Everything is made here. (A comment behind the value would be part of it, blanks and all, and `1  ` is no `1`.)
+demo: export HF_HUB_OFFLINE := 1
 demo: $(VENV)/.cpu ## train a tiny model on this CPU: supervised warm-up, then asynchronous GRPO (about 5 minutes)
 	$(PY) -m deploy train recipes/demo_sft.yaml --overwrite
 	$(PY) -m deploy train recipes/demo.yaml --overwrite
@@ -48,14 +49,16 @@ static: $(VENV)/.dev ## ruff, types, architecture, Dockerfiles
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/hadolint deploy/Dockerfile deploy/Dockerfile.cpu
 
-pure: $(VENV)/.dev ## the tests that start no Ray, vLLM or DeepSpeed
-	$(PY) -m pytest -m "not cluster and not gpu"
+# A process for each of two cores, and a thread for each process.
+pure: export OMP_NUM_THREADS := 1
+pure: $(VENV)/.dev ## the tests that start no Ray, vLLM or DeepSpeed, in two processes
+	$(PY) -m pytest -n 2 --dist worksteal -m "not cluster and not gpu"
 
 test: $(VENV)/.dev ## the tests with real Ray, vLLM and DeepSpeed, no GPU needed (about 30 minutes); the pure ones are in make check
 	$(PY) -m pytest -m "(cluster or campaign) and not gpu" --durations=15
 
 prove: $(VENV)/.dev ## the tests that take a minute each: random schedules, faults at every point, methods, whole runs on vLLM
-	PACELINE_PROVE=1 $(PY) -m pytest -s $$(grep -rl 'tests.prove import' tests --include='test_*.py')
+	PACELINE_PROVE=1 $(PY) -m pytest -s $$(grep -rlE '^from (tests.prove|hypothesis) import' tests --include='test_*.py')
 
 chaos: $(VENV)/.dev ## 1,000 faults into real runs, 10,000 bad inputs (hours; goes on where it was stopped)
 	$(PY) -m tests.chaos.bad_inputs --inputs 10000

@@ -1,6 +1,7 @@
 """A local Ray for the tests that need one, and tiny models made once."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -9,8 +10,11 @@ import pytest
 from hypothesis import settings
 
 from actors.recipe.model import TinyModel
+from tests.prove import PROVING
 
-settings.register_profile("paceline", deadline=None)  # a busy machine is no failure
+# A busy machine is no failure. The same examples each time, so that a change is not refused for what it did not touch;
+# `make prove` searches at random.
+settings.register_profile("paceline", deadline=None, derandomize=not PROVING)
 settings.load_profile("paceline")
 
 
@@ -19,6 +23,13 @@ def environment_as_it_was() -> Iterator[None]:
     """What a test's commands leave in the environment, such as the token of a Ray of their own, ends with the test."""
     with patch.dict(os.environ):
         yield
+
+
+@pytest.fixture(autouse=True)
+def draws_of_its_own() -> None:
+    """What a test draws from torch's own generator does not depend on who drew before it in the same process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ Rules are everything that can happen to a run, crashes and resumes from a checkp
 thousands of steps, `make prove` a million.
 """
 
-import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -24,8 +23,8 @@ from hypothesis.stateful import (
 
 from algorithms.pacing import Pacer, WhenStale
 from algorithms.slots import PacerState, Slot, Taken
+from tests.prove import ONLY_PROVE
 
-PROVE = bool(os.environ.get("PACELINE_PROVE"))
 PROVE_STEPS = 1_000_000
 SCHEDULE_LENGTH = 100
 NUM_SCHEDULES = 150
@@ -245,7 +244,7 @@ def test_arbitrary_schedules() -> None:
     run_state_machine_as_test(Schedule, settings=SETTINGS)
 
 
-@pytest.mark.skipif(not PROVE, reason="a million steps take many minutes: make prove")
+@ONLY_PROVE
 @pytest.mark.timeout(7200)
 def test_a_million_steps() -> None:
     before = Schedule.num_steps
