@@ -55,7 +55,7 @@ pure: $(VENV)/.dev ## the tests that start no Ray, vLLM or DeepSpeed, in two pro
 	$(PY) -m pytest -n 2 --dist worksteal -m "not cluster and not gpu"
 
 test: $(VENV)/.dev ## the tests with real Ray, vLLM and DeepSpeed, no GPU needed (about 30 minutes); the pure ones are in make check
-	$(PY) -m pytest -m "(cluster or campaign) and not gpu" --durations=15
+	$(PY) -m pytest -m "(cluster or campaign) and not gpu" --durations=15 $$(grep -rlE 'pytest.mark.(cluster|campaign)' tests --include='test_*.py')
 
 prove: $(VENV)/.dev ## the tests that take a minute each: random schedules, faults at every point, methods, whole runs on vLLM
 	PACELINE_PROVE=1 $(PY) -m pytest -s $$(grep -rlE '^from (tests.prove|hypothesis) import' tests --include='test_*.py')

@@ -52,6 +52,7 @@ def local_ray() -> Iterator[None]:
     root = str(Path(__file__).parents[1])
     env = {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
     os.environ.pop("RAY_ADDRESS", None)
-    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
+    with patch.dict(os.environ, RAY_prestart_worker_first_driver="0"):  # a process for each CPU; few are used here
+        ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
     yield
     ray.shutdown()

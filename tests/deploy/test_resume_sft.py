@@ -40,11 +40,6 @@ def begin(folder: Path) -> psutil.Popen:
     return psutil.Popen(train(folder), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def train_whole(folder: Path) -> None:
-    done = subprocess.run(train(folder), env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -60,16 +55,18 @@ def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path, policy
     for folder in (whole, broken):
         folder.mkdir()
         (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=NUM_STEPS, every=EVERY, policy=policy))
-    train_whole(whole)
     run = broken / "run"
 
-    killed = begin(broken)
+    unbroken, killed = begin(whole), begin(broken)  # beside each other: neither looks at a clock
     wait_for_steps(run, 3 * EVERY, killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=30)
     store = CheckpointStore(run / "checkpoints")
     first = store.versions()[-1]
     check_is_a_model(store.open(first) / "model")
+
+    said, _ = unbroken.communicate(timeout=200)
+    assert unbroken.returncode == 0, said
 
     stopped = begin(broken)
     wait_for_steps(run, len(lines(run)) + EVERY, stopped)  # more than there were before it went back

@@ -152,6 +152,7 @@ def check_model_loads(folder: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(folder).config.tie_word_embeddings
 
 
+@ONLY_PROVE  # test_train_lora.py shows the same of adapters, test_publication.py of whole weights
 @pytest.mark.cluster
 def test_without_staleness_training_is_synchronous_and_on_policy(tmp_path: Path) -> None:
     """`max_staleness: 0`: every token is trained by the weights that sampled it, and no generation is interrupted."""

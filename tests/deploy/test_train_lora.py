@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.deploy.test_train import SFT, deploy, lines
+from tests.deploy.test_train import SFT, check_ledger, deploy, lines
+from tests.prove import ONLY_PROVE
 
 LORA = "\npolicy: {{lora: {{r: 4, lora_alpha: 8}}}}\n"
 GRPO = """
@@ -19,7 +20,7 @@ model: {{kind: recipe, recipe: {folder}/first.yaml}}
 dataset: {{path: "reasoning_gym:spell_backward", size: 100, task: {{min_word_len: 3, max_word_len: 4}}}}
 rewards: {{functions: [{{function: "recipes/rewards/reasoning_gym_score.py:reasoning_gym_score"}}]}}
 algorithm: {{num_generations: 4, beta: 0.0}}
-staleness: {{max_staleness: 1}}
+staleness: {{max_staleness: {max_staleness}}}
 generation: {{max_prompt_length: 80, max_completion_length: 6}}
 rollout: {{num_threads: 1}}
 pools:
@@ -31,15 +32,23 @@ NUM_BYTES = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 256)) * 4
 
 
 @pytest.mark.cluster
-def test_adapters_are_trained_published_and_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_staleness", [0, pytest.param(1, marks=ONLY_PROVE)])
+def test_adapters_are_trained_published_and_left(tmp_path: Path, max_staleness: int) -> None:
+    """Without staleness every token is trained by the weights that sampled it."""
     for name, text in (("first", SFT), ("second", GRPO)):
-        (tmp_path / f"{name}.yaml").write_text((text + LORA).format(folder=tmp_path))
+        (tmp_path / f"{name}.yaml").write_text((text + LORA).format(folder=tmp_path, max_staleness=max_staleness))
     result = deploy("train", str(tmp_path / "second.yaml"))
     assert result.returncode == 0, result.stdout + result.stderr
     metrics = lines(tmp_path / "second" / "metrics.jsonl")
     assert [row["weights/version"] for row in metrics] == [1, 2, 3]
     assert {row["sync/bytes"] for row in metrics} == {NUM_BYTES}
     assert all(row["grad_norm"] >= 0 for row in metrics)
+    summary = json.loads((tmp_path / "second" / "summary.json").read_text())
+    assert summary["max_staleness_seen"] <= summary["max_staleness_allowed"] == max_staleness
+    if max_staleness == 0:
+        assert all(row["staleness/max"] == 0 for row in metrics)
+        assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in metrics), "on-policy at every step"
+        check_ledger(tmp_path / "second" / "ledger.jsonl", 9)
     first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "second"))
     assert first.keys() == second.keys()
     moved = {name for name in first if not first[name].equal(second[name])}
