@@ -66,6 +66,7 @@ def stop_in_order(folder: Path, run: Path, first: int) -> None:
 
 @ONLY_PROVE
 @pytest.mark.cluster
+@pytest.mark.timeout(600)  # four starts, each with an engine
 def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
     (tmp_path / "reward.py").write_text(REWARD)
@@ -161,6 +162,7 @@ def story(run: Path) -> dict[str, Any]:
 
 @ONLY_PROVE
 @pytest.mark.cluster
+@pytest.mark.timeout(600)  # three starts, each with an engine
 def test_a_killed_run_trains_what_the_unbroken_one_trains(tmp_path: Path) -> None:
     for name in ("whole", "broken"):
         (folder := tmp_path / name).mkdir()
