@@ -74,7 +74,9 @@ def of_the_future(lines: Lines) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "place"), [(without_a_fate, 0), (skipped, 0), (twice, 1), (of_the_future, 2)], ids=lambda x: str(x)
+    ("spoil", "place"),
+    [(without_a_fate, 0), (skipped, 0), (twice, 1), (of_the_future, 2)],
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_a_journal_that_is_not_in_order_is_found(
     spoil: Callable[[Lines], None], place: int, folder: Path, capsys: pytest.CaptureFixture[str]
