@@ -151,7 +151,8 @@ def check_is_one_in_bfloat16(model: Any, row: PackedRow, size: int, values: Valu
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_team_in_bfloat16(name: str, size: int) -> None:
-    check_is_one_in_bfloat16(language_model(name, scoring=True), row_of((4, 9), (1, 1), (7, 13), (2, 3)), size, logprobs)
+    row = row_of((4, 9), (1, 1), (7, 13), (2, 3))
+    check_is_one_in_bfloat16(language_model(name, scoring=True), row, size, logprobs)
 
 
 def test_a_team_in_bfloat16_whose_sequences_share_their_prompt() -> None:
