@@ -18,3 +18,11 @@ class SequenceCosts:
 
     def of(self, num_tokens: int, num_loss_tokens: int) -> float:
         return num_tokens * (1.0 + num_tokens / self.even_length) + self.head * num_loss_tokens
+
+    def shared(self, num_tokens: int) -> float:
+        """Of a beginning of so many tokens, what a pass pays once for all sequences that share it: the layers.
+
+        In attention each sequence pays for the whole of it (`actors/model/segments.py`): on GPUs always; on CPUs one
+        that adds less than it shares pays less, which is not counted.
+        """
+        return float(num_tokens)

@@ -33,7 +33,7 @@ class Sequences:
     costs: Sequence[float]
     group: Sequence[int]
     beginning: Sequence[float]
-    """How much of a sequence's cost is its beginning's: the same in all of a group."""
+    """How much of a sequence's cost a pass pays once for all of its group: the same in all of it."""
 
     def cost(self, indices: Sequence[int]) -> float:
         """Of a pass over these."""
@@ -102,7 +102,7 @@ def build_batch(
                 continue
             samples.append(Sample(number, rollout, num_tokens, advantage))
             costs_S.append(costs.of(num_tokens, group.num_loss_tokens_G[rollout]))
-            prompts_S.append(costs.of(group.num_prompt_tokens, 0))
+            prompts_S.append(costs.shared(group.num_prompt_tokens))
             num_loss_tokens += group.num_loss_tokens_G[rollout]
     sequences = Sequences([s.num_tokens for s in samples], costs_S, [s.group for s in samples], prompts_S)
     packed = pack_sharing(sequences, num_ranks, max_tokens)

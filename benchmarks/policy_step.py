@@ -265,7 +265,7 @@ def balance() -> float:
         prompt = [prompts[GROUP * number] for number in group]
         sizes = [first + completion for first, completion in zip(prompt, completions, strict=True)]
         each = [costs.of(size, completion) for size, completion in zip(sizes, completions, strict=True)]
-        sequences = Sequences(sizes, each, group, [costs.of(first, 0) for first in prompt])
+        sequences = Sequences(sizes, each, group, [costs.shared(first) for first in prompt])
         ranks = pack_sharing(sequences, NUM_RANKS, 8192)
         loads = [sum(sequences.cost(micro) for micro in rank) for rank in ranks]
         worst = max(worst, max(loads) / (sum(loads) / NUM_RANKS))

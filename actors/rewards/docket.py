@@ -38,6 +38,8 @@ class Visit:
     answer: Future[dict[int, Outcome]] = field(default_factory=Future)
     num_lost: int = 0
     """Children that ended while it was in flight, and nobody knows that it was its fault."""
+    had_company: bool = False
+    """Another was in flight at some time since it was begun."""
 
     @property
     def step(self) -> tuple[int, ...]:
@@ -77,12 +79,15 @@ class Docket:
             visit = self._waiting.popleft()
         else:
             return None
+        visit.had_company = bool(self.in_flight)
+        for other in self.in_flight:
+            other.had_company = True
         self.in_flight.append(visit)
         return visit
 
     def is_alone(self, visit: Visit) -> bool:
-        """Nobody else can be to blame for what becomes of it."""
-        return self.in_flight == [visit] and (visit is self._alone or self.width == 1)
+        """Nobody else can be to blame for what becomes of it: none was in flight since it was begun."""
+        return not visit.had_company
 
     def done(self, visit: Visit, in_time: bool = True) -> None:
         """It has left, and its child lives."""

@@ -21,7 +21,8 @@ from actors.rewards.docket import Docket, Outcome, Visit
 from actors.rewards.process import WROTE_INTO_PIPE, ChildError, RewardProcess
 
 _HELD_SHARE = 0.1
-"""A call that is late is asked again alone when somebody held the child for this share of its time, or more."""
+"""A call that is late, and was not alone, is asked again alone when somebody held the child for this share of its time,
+or more."""
 _IDLE_S = 60.0
 _CLOSE_TIMEOUT_S = 15.0
 

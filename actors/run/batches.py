@@ -26,7 +26,7 @@ def batch_of(
     ]
     learned = [groups[sample.group].rollouts[sample.rollout].num_loss_tokens for sample in samples]
     costs = [policy.costs.of(sample.num_tokens, count) for sample, count in zip(samples, learned, strict=True)]
-    prompts = [policy.costs.of(_num_alike(groups[sample.group].rollouts), 0) for sample in samples]
+    prompts = [policy.costs.shared(_num_alike(groups[sample.group].rollouts)) for sample in samples]
     sequences = Sequences([s.num_tokens for s in samples], costs, [s.group for s in samples], prompts)
     packed = pack_sharing(sequences, policy.num_teams, max_tokens)
     return Batch(

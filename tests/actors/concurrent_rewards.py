@@ -48,6 +48,10 @@ async def concurrent(completions: list[str], how: list[str], **columns: Any) -> 
             case "holds":
                 _hold(float(columns["hold_s"][0]))
                 return [1.0] * n
+            case "holds and hangs":
+                _note(Path(columns["calls"][0]))
+                _hold(float(columns["hold_s"][0]))
+                await asyncio.sleep(3600)
             case "os._exit":
                 os._exit(7)
             case "segfaults":
@@ -102,6 +106,11 @@ async def concurrent(completions: list[str], how: list[str], **columns: Any) -> 
 
 def _hold(seconds: float) -> None:
     time.sleep(seconds)
+
+
+def _note(calls: Path) -> None:
+    with calls.open("a", encoding="utf-8") as file:
+        file.write("called\n")
 
 
 def _die_once(flag: Path) -> None:

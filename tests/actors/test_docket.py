@@ -80,6 +80,24 @@ def test_the_others_are_innocent_when_it_is_known_who_it_was() -> None:
     assert docket.is_alone(a)
 
 
+def test_nobody_else_is_to_blame_for_one_that_had_no_company() -> None:
+    docket, (a,) = docket_of("a", 4)
+    begun(docket)
+    assert docket.is_alone(a)
+    b, c = visit("b"), visit("c")
+    docket.add(b)
+    begun(docket)
+    assert not docket.is_alone(a)
+    assert not docket.is_alone(b)
+    docket.done(b)
+    assert not docket.is_alone(a), "b may have held the process while it was there"
+    docket.cut_off(a)
+    assert begun(docket) == [a]
+    docket.add(c)
+    assert begun(docket) == []
+    assert docket.is_alone(a), "this time it has none"
+
+
 def test_fewer_are_called_together_when_all_hold_the_process_and_each_is_in_time_alone() -> None:
     docket, (a, b, c, _) = docket_of("abcd", 4)
     begun(docket)

@@ -152,6 +152,16 @@ def test_one_that_hangs_is_cut_off_and_the_child_lives(hasty: RewardActor) -> No
     assert children() == before
 
 
+def test_who_is_late_after_holding_the_process_with_nobody_beside_is_called_once(
+    hasty: RewardActor, tmp_path: Path
+) -> None:
+    calls = tmp_path / "calls"
+    (late,) = scored_by(hasty, {"how": "holds and hangs", "hold_s": 1.0, "calls": str(calls)})
+    assert late.failures == {"timeout": 1}
+    assert "took more than 3 s" in late.details[0]
+    assert calls.read_text() == "called\n"
+
+
 @pytest.mark.parametrize(
     "how",
     ["hangs in C", pytest.param("loops", marks=ONLY_PROVE), "hangs, and does not let itself be cancelled"],

@@ -192,6 +192,20 @@ def test_a_batch_of_truncated_rollouts_alone_still_makes_a_pass() -> None:
     assert (batch.num_sequences, batch.num_loss_tokens) == (2, 0)
 
 
+def test_a_group_is_not_kept_together_for_the_sake_of_attention() -> None:
+    """Each rollout pays for attention to its prompt, so four of a long one are four times the work of one."""
+    groups = [summary(100, (1, 1, 1, 1), (False,) * 4), summary(1, (103,), (False,))]
+    costs = SequenceCosts(even_length=10)
+    batch = build_batch(
+        groups, [(0.0,) * 4, (0.0,)], version=0, oldest_version=0, num_ranks=2, max_tokens=1000,
+        mask_truncated=False, costs=costs,
+    )  # fmt: skip
+    of_rank = [[sample for micro in rank for sample in micro.samples] for rank in batch.ranks]
+    assert {sum(sample.group == 0 for sample in samples) for samples in of_rank} != {0, 4}
+    loads = [sum(costs.of(sample.num_tokens, 0) for sample in samples) for samples in of_rank]
+    assert max(loads) < 3.5 * costs.of(101, 0)
+
+
 @pytest.mark.parametrize(("mask_truncated", "expected"), [(False, 2 + 8 + 1), (True, 2 + 1)])
 def test_stale_tokens_stay_in_the_counts_of_the_batch(mask_truncated: bool, expected: int) -> None:
     """A masked token leaves the others' weight as it was; what is trained is counted apart."""

@@ -18,9 +18,10 @@ from actors.run.grpo import run_grpo
 from actors.workers import Roles
 from tests.chaos.replica import LightRollout
 
-if __name__ == "__main__":
+
+def train_all(roles: Roles) -> None:
     here: Any = deploy.train
-    here.run_grpo = partial(run_grpo, roles=Roles(rollout=ray.remote(LightRollout)))
+    here.run_grpo = partial(run_grpo, roles=roles)
     address = sys.argv[1] if len(sys.argv) > 1 else None
     jobs = [
         job
@@ -28,3 +29,7 @@ if __name__ == "__main__":
         for job in here.prepare(load_recipe(path, overrides), path, address, False)
     ]
     here.execute(jobs, address, Console())
+
+
+if __name__ == "__main__":
+    train_all(Roles(rollout=ray.remote(LightRollout)))

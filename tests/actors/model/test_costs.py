@@ -2,12 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config, Qwen3MoeConfig
 
+from actors.model import segments
 from actors.model.costs import costs_of
+from actors.model.forward import PACKED_ATTENTION, row_logprobs
+from algorithms.packed import pack_row
+from algorithms.types import Rollout
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -30,6 +36,28 @@ def test_the_parts_are_those_of_a_counted_pass(config: Any) -> None:
     unit = (flops(100, 0) - 4 * rotary) / 100
     assert (flops(100, 50) - flops(100, 0)) / (50 * unit) == pytest.approx(costs.head, rel=0.02)
     assert 4 * rotary / 2 / unit == pytest.approx(costs.of(100, 0) - 100, rel=0.02)
+
+
+@pytest.mark.parametrize("num_prompt", [30, 200])
+def test_a_prompt_that_is_shared_saves_the_layers_and_no_attention(
+    num_prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In grids, as on GPUs; the kernel is one whose multiplications are counted."""
+    monkeypatch.setattr(segments, "ONE_BY_ONE", ())
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), attn_implementation=PACKED_ATTENTION).eval()
+
+    def flops(first: list[int]) -> int:
+        total = num_prompt + 20
+        tokens = [np.append(place, np.arange(1, total)).astype(np.int32) for place in first]
+        mask, nothing = np.arange(total) >= num_prompt, np.zeros(total, np.float32)
+        row = pack_row([Rollout(ids, mask, nothing, (), "stop") for ids in tokens], [0.0] * len(first), pad_id=0)
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            row_logprobs(model, row, 1.0)
+        return counter.get_total_flops()
+
+    layers = 2 * sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim > 1)
+    saved = (flops([0, 1, 2, 3]) - flops([0, 0, 0, 0])) / layers
+    assert saved == pytest.approx(3 * costs_of(model).shared(num_prompt), rel=0.02)
 
 
 def test_experts_count_by_the_share_that_a_token_is_sent_to() -> None:

@@ -1,7 +1,10 @@
 """A reward model's score of a packed sequence is the one that transformers gives the sequence alone, padded or not."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +17,14 @@ from transformers import (
     Qwen3Config,
 )
 
+from actors.model import segments
 from actors.model.forward import PACKED_ATTENTION, row_logprobs, row_scores, row_values
 from actors.model.load import disable_dropout, load_scorer
 from actors.model.tiny import byte_tokenizer, make_tiny_model
 from actors.recipe.model import TinyModel
-from algorithms.packed import pack_row
+from algorithms.packed import PackedRow, pack_row
 from algorithms.types import Rollout
-from tests.actors.model.test_forward import SIZES, rollouts
+from tests.actors.model.test_forward import SIZES, group, rollout, rollouts
 
 TINY = TinyModel(kind="tiny", hidden_size=64, num_layers=2, num_heads=2, tie_word_embeddings=True)
 
@@ -64,6 +68,50 @@ def test_the_value_before_a_token_knows_what_came_before_and_nothing_else(tmp_pa
             if first > 1:  # the score at a token is the value of the token behind it
                 assert torch.allclose(values_L, alone_T[first - 2 : -1], atol=1e-6)
     assert together_N.std() > 1e-3, "the values must not be all alike"
+
+
+def shared_prompts() -> list[Rollout]:
+    """Two groups, and a sequence between them that shares nothing."""
+    return [*group(7, (9, 1, 3, 20)), rollout(4, 5), *group(3, (2, 30, 6))]
+
+
+def shared_but_for_the_end() -> list[Rollout]:
+    """Scored at the end alone, as a reward model's are: what a sequence shares is all but its last token."""
+    made = [*group(7, (1, 1)), rollout(4, 5), *group(12, (1, 1, 1))]
+    made[1].token_ids_T[-1] = 5
+    made[4].token_ids_T[-1] = 6
+    return [replace(r, loss_mask_T=np.arange(r.num_tokens) == r.num_tokens - 1) for r in made]
+
+
+@pytest.mark.parametrize("devices", [segments.ONE_BY_ONE, ()], ids=["one by one", "in grids"])
+@pytest.mark.parametrize("made", [shared_prompts(), shared_but_for_the_end()], ids=["prompts", "all but the end"])
+@pytest.mark.parametrize("numbers", [row_scores, row_values])
+def test_a_prompt_that_is_shared_changes_no_score_no_value_and_no_gradient(
+    numbers: Callable[[Any, PackedRow], torch.Tensor],
+    made: list[Rollout],
+    devices: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(segments, "ONE_BY_ONE", devices)
+    monkeypatch.setattr(segments, "SHORT", 4)
+    make_tiny_model(TINY, tmp_path / "model", seed=0)
+    torch.manual_seed(0)
+    together = load_scorer(str(tmp_path / "model"), None, False, "float32", PACKED_ATTENTION)
+    apart = copy.deepcopy(together)
+    row = pack_row(made, [0.0] * len(made), pad_id=0)
+    assert sum(row.shared_S) == sum(each.num_tokens for each in made) - len(row.token_ids_T) > 0
+    alone = [pack_row([each], [0.0], pad_id=0) for each in made]
+    weights_N = torch.linspace(-1.0, 1.0, len(row.targets_N))
+    together_N = numbers(together, row)
+    (together_N * weights_N).sum().backward()
+    alone_N = torch.cat([numbers(apart, each) for each in alone])
+    (alone_N * weights_N).sum().backward()
+    torch.testing.assert_close(together_N, alone_N, rtol=1e-4, atol=1e-5)
+    assert together_N.std() > 1e-3, "the numbers must not be all alike"
+    wanted = dict(apart.named_parameters())
+    for name, parameter in together.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_row_without_sequences_still_has_a_gradient(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from algorithms.types import Rollout
 from tests.actors.test_policy import rollouts
 
 SPLITS = [(range(8),), (range(3), range(3, 8))]
+TOLERANCE = 1e-5
+"""docs/algorithms.md states it."""
 
 
 def trl_loss(path: Path, made: list[Rollout]) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
@@ -68,9 +70,9 @@ def test_loss_and_gradient_are_trls(tiny_models: dict[str, Path], name: str) -> 
             loss, stats = sft_loss(*row_logprobs(model, row, 1.0), num_tokens)
             loss.backward()
             total, measured = total + loss.item(), measured + stats.entropy
-        assert total == pytest.approx(expected.item(), abs=1e-5)
-        assert measured / num_tokens == pytest.approx(entropy, abs=1e-5)
+        assert total == pytest.approx(expected.item(), abs=TOLERANCE)
+        assert measured / num_tokens == pytest.approx(entropy, abs=TOLERANCE)
         assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-2
         for key, parameter in model.named_parameters():
             assert parameter.grad is not None
-            torch.testing.assert_close(parameter.grad, gradients[key], rtol=0, atol=1e-5)
+            torch.testing.assert_close(parameter.grad, gradients[key], rtol=0, atol=TOLERANCE)

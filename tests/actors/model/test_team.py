@@ -112,9 +112,7 @@ def test_sequences_that_attend_in_grids(monkeypatch: pytest.MonkeyPatch) -> None
     check_is_one(language_model("grouped heads", scoring=True), row_of((4, 9), (1, 1), (20, 13), (2, 3)), 2, logprobs)
 
 
-@pytest.mark.parametrize("devices", [segments.ONE_BY_ONE, ()], ids=["one by one", "in grids"])
-def test_sequences_that_share_their_prompt(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "ONE_BY_ONE", devices)
+def row_of_shared_prompts() -> PackedRow:
     prompt = np.arange(1, 8, dtype=np.int32)
     made = [
         Rollout(np.append(prompt, of.token_ids_T).astype(np.int32), np.arange(7 + of.num_tokens) >= 7,
@@ -123,20 +121,66 @@ def test_sequences_that_share_their_prompt(devices: tuple[str, ...], monkeypatch
     ]  # fmt: skip
     row = pack_row([*made, rollout(3, 4)], [0.0] * 4, pad_id=0)
     assert row.shared_S == (0, 7, 7, 0)
-    check_is_one(language_model("grouped heads", scoring=True), row, 2, logprobs)
+    return row
 
 
-@pytest.mark.parametrize("values", [row_scores, row_values])
-def test_a_head_of_one_number(values: Any) -> None:
+@pytest.mark.parametrize("devices", [segments.ONE_BY_ONE, ()], ids=["one by one", "in grids"])
+def test_sequences_that_share_their_prompt(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "ONE_BY_ONE", devices)
+    check_is_one(language_model("grouped heads", scoring=True), row_of_shared_prompts(), 2, logprobs)
+
+
+def check_is_one_in_bfloat16(model: Any, row: PackedRow, size: int, values: Values) -> None:
+    """In bfloat16 ranks and one rank are nearer to each other than one rank is to the same weights in float32."""
+    halves = model.to(torch.bfloat16)
+    exact, exact_gradients = computed(copy.deepcopy(halves).float(), row, SOLO, values)
+    alone, gradients = computed(halves, row, SOLO, values)
+    ranks = in_a_team(size, lambda team: computed(halves, row, team, values))
+    for found, _ in ranks:
+        for mine, its, exactly in zip(found, alone, exact, strict=True):
+            assert 0 < (its - exactly).norm() < 0.1 * exactly.norm()
+            assert (mine - its).norm() <= (its - exactly).norm()
+    assert all(gradient.dtype == torch.bfloat16 for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        together = sum(own[name].float() for _, own in ranks)
+        rounding = (gradient.float() - exact_gradients[name]).norm()
+        assert 0 < rounding < 0.1 * exact_gradients[name].norm(), name
+        assert (together - gradient.float()).norm() <= rounding, name
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_team_in_bfloat16(name: str, size: int) -> None:
+    row = row_of((4, 9), (1, 1), (7, 13), (2, 3))
+    check_is_one_in_bfloat16(language_model(name, scoring=True), row, size, logprobs)
+
+
+def test_a_team_in_bfloat16_whose_sequences_share_their_prompt() -> None:
+    check_is_one_in_bfloat16(language_model("grouped heads", scoring=True), row_of_shared_prompts(), 2, logprobs)
+
+
+def scorer() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, num_key_value_heads=2, num_labels=1)
-    model: Any = AutoModelForSequenceClassification.from_config(config, attn_implementation=PACKED_ATTENTION)
+    return AutoModelForSequenceClassification.from_config(config, attn_implementation=PACKED_ATTENTION)
 
-    def scored(model: Any, row: PackedRow, team: Team) -> Sequence[torch.Tensor]:
+
+def scored(numbers: Any) -> Values:
+    def found(model: Any, row: PackedRow, team: Team) -> Sequence[torch.Tensor]:
         model.forward = score_places.__get__(model)
-        return [values(model, row, team)]
+        return [numbers(model, row, team)]
 
-    check_is_one(model, row_of((4, 9), (1, 1), (7, 13)), 2, scored)
+    return found
+
+
+@pytest.mark.parametrize("numbers", [row_scores, row_values])
+def test_a_head_of_one_number(numbers: Any) -> None:
+    check_is_one(scorer(), row_of((4, 9), (1, 1), (7, 13)), 2, scored(numbers))
+    check_is_one(scorer(), row_of_shared_prompts(), 2, scored(numbers))
+
+
+def test_a_head_of_one_number_in_bfloat16() -> None:
+    check_is_one_in_bfloat16(scorer(), row_of_shared_prompts(), 2, scored(row_values))
 
 
 def test_a_teacher_beside() -> None:
