@@ -21,7 +21,7 @@ from placement.config import HOST
 from placement.elastic import num_placed
 from placement.plan import Bundle, PlacementError, PlacementPlan
 from placement.seats import Seats, ask_for
-from placement.shared import Place, environment, shared_places
+from placement.shared import Place, check_place, environment, shared_places
 
 _RELEASE_TIMEOUT_S = 15.0
 _SETTLE_S = 2.0
@@ -51,8 +51,15 @@ class ReservedPools:
         strategy = PlacementGroupSchedulingStrategy(self.groups[home][place], placement_group_bundle_index=0)
         options: dict[str, Any] = {"num_cpus": bundle.cpus, "num_gpus": bundle.own_gpus}
         if bundle.on and bundle.gpus:  # Ray leaves the variable alone where it gives no GPU
-            options["runtime_env"] = {"env_vars": environment(bundle, self.places, self.groups[HOST])}
+            options["runtime_env"] = {"env_vars": environment(bundle, self.places)}
         return options | {"scheduling_strategy": strategy}
+
+    def check(self, pool: str, worker: int) -> None:
+        """PlacementError when the GPUs that the worker shares are gone with their machine: nobody can be built there
+        again. Asks Ray, which may take a while."""
+        bundle = self.plan.bundles[pool][worker]
+        if bundle.on and bundle.gpus:
+            check_place(bundle, self.places, self.groups[HOST])
 
     def release(self) -> None:
         """Give all bundles back; Ray kills the actors that are still in them.
