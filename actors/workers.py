@@ -270,7 +270,7 @@ async def _check_place(pools: ReservedPools, pool: str, worker: int) -> None:
         await within(_LOOK_TIMEOUT_S, aside(pools.check, pool, worker), "asking where the shared GPUs are")
     except PlacementError as error:
         raise RunError(str(error)) from error
-    except DeadlineError:
+    except (DeadlineError, ray.exceptions.RayError):
         pass  # the head is away, which others watch, and who is built looks himself (placement/home.py)
 
 

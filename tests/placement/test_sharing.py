@@ -7,9 +7,9 @@ from pydantic import ValidationError
 
 from placement.cluster import ClusterSpec, uniform
 from placement.config import PoolConfig, PoolsConfig, RolloutPoolConfig
+from placement.home import NODE_ID
 from placement.plan import PlacementError, PlacementPlan, plan
 from placement.seats import resources_of
-from placement.home import NODE_ID
 from placement.shared import Place, check_place, environment
 from tests.placement.test_plan import layout, nodes
 
