@@ -16,8 +16,8 @@ import ray
 
 from actors.deadline import DeadlineError
 from actors.errors import RunError
-from algorithms.pacing import Pacer, Taken
-from algorithms.slots import PacerState, Slot
+from algorithms.pacing import Pacer
+from algorithms.slots import PacerState, Slot, Taken
 from algorithms.types import GroupSummary
 
 Decision = TypeVar("Decision")

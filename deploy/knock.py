@@ -1,6 +1,8 @@
 """Whether a cluster's head lets us in is asked in one call, before Ray tries: of a token that is wrong or missing Ray
 says many lines, and at last no more than that it failed to connect."""
 
+from typing import Any
+
 _TIMEOUT_S = 5.0
 
 
@@ -11,10 +13,11 @@ def turned_away(gcs_address: str) -> bool:
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
+    words: Any = gcs_service_pb2
     channel = init_grpc_channel(gcs_address)
     try:
         head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        head.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=_TIMEOUT_S)
+        head.GetClusterId(words.GetClusterIdRequest(), timeout=_TIMEOUT_S)
     except grpc.RpcError as error:
         return bool(error.code() is grpc.StatusCode.UNAUTHENTICATED)
     finally:

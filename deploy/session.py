@@ -85,17 +85,28 @@ def _join(address: str | None) -> None:
 
 def _end_children_but(ours: Collection[psutil.Process]) -> None:
     """Ray itself does not know yet what it has started when it is interrupted. The raylet first: it ends its agents,
-    which would outlive it for a minute if it was killed."""
+    which would outlive it for a minute if it died before it could; so they are looked up while it stands still."""
     children = [child for child in psutil.Process().children() if child not in ours]
     raylets = [child for child in children if _name(child) == "raylet"]
-    for some in (raylets, children):
+    agents = [agent for raylet in raylets for agent in _children_of(raylet)]
+    for some in (raylets, [*children, *agents]):
         for child in some:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.terminate()
+                child.resume()
         psutil.wait_procs(some, timeout=_END_S)
-    for child in children:
+    for child in (*children, *agents):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
+
+
+def _children_of(process: psutil.Process) -> list[psutil.Process]:
+    """All there are; it stands still from now on."""
+    try:
+        process.suspend()
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _name(process: psutil.Process) -> str:
