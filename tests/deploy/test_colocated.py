@@ -3,16 +3,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from actors.checkpoint.store import CheckpointStore
 from deploy.session import shut_in
+from tests.chaos import faults
+from tests.deploy.test_faults import wait_for_steps, workers
 from tests.deploy.test_train import DIGITS, check_ledger, lines
 from tests.deploy.timed_workers import FOLDER, noted
 from tests.prove import ONLY_PROVE
@@ -69,23 +75,25 @@ class Done:
         return [len(rollout["weight_versions"]) for path in paths for rollout in lines(path)]
 
 
-def trained(folder: Path, overrides: Sequence[str] = (), light: bool = False) -> Done:
-    """Nothing is lost, the bound is kept, and no token is sampled while the policy steps."""
+def prepared(folder: Path, overrides: Sequence[str], light: bool) -> tuple[list[str], dict[str, str]]:
+    """The command, and its environment."""
     (folder / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     (folder / "reward.py").write_text(DIGITS)
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
     (folder / "times").mkdir()
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     shut_in(env)  # before Ray is imported there
-    workers = [sys.executable, "-m", "tests.deploy.timed_workers", *["--light"][: int(light)]]
-    result = subprocess.run(
-        [*workers, str(folder / "recipe.yaml"), *overrides],
-        env=env | {"HF_HUB_OFFLINE": "1", FOLDER: str(folder / "times")},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    command = [sys.executable, "-m", "tests.deploy.timed_workers", *["--light"][: int(light)]]
+    return [*command, str(folder / "recipe.yaml"), *overrides], env | {
+        "HF_HUB_OFFLINE": "1",
+        FOLDER: str(folder / "times"),
+    }
+
+
+def trained(folder: Path, overrides: Sequence[str] = (), light: bool = False) -> Done:
+    """Nothing is lost, the bound is kept, and no token is sampled while the policy steps."""
+    command, env = prepared(folder, overrides, light)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     kinds = (noted(folder / "times", kind) for kind in ("pass", "step", "critic", "values"))
     done = Done(folder / "run", lines(folder / "run" / "metrics.jsonl"), *kinds)
@@ -117,6 +125,38 @@ def check_critic(done: Done) -> None:
 def test_engines_rest_while_the_policy_steps_beside_a_critic_and_a_reference(tmp_path: Path) -> None:
     """Light engines, which assert that they are asleep, awake and loaded in the right order."""
     check_critic(trained(tmp_path, [*CRITIC, "checkpoint.every=3"], light=True))
+
+
+@ONLY_PROVE
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_a_run_that_is_stopped_while_an_engine_is_built_does_not_wait_for_that(tmp_path: Path) -> None:
+    """Its successor hangs when one of two is killed; the other fills the batch that the policy may not take."""
+    two = "pools.rollout={num_workers: 2, cpus_per_worker: 0.25, colocate_with: policy}"
+    command, env = prepared(tmp_path, [two, "steps=2000", "checkpoint.every=1000", "stall.timeout_s=60"], light=True)
+    chaos, run, log = tmp_path / "chaos", tmp_path / "run", tmp_path / "log"
+    faults.prepare(chaos)
+    with log.open("w") as said:
+        train = psutil.Popen(command, env=env | {faults.FOLDER: str(chaos)}, stdout=said, stderr=said)
+    try:
+        wait_for_steps(run, 3, train)
+        hangs = "rollout.start.hang.0"
+        faults.arm(chaos, hangs)
+        workers(train, "TimedLight")[0].kill()
+        deadline = time.monotonic() + 60.0
+        while not faults.has_fired(chaos, hangs):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        time.sleep(3.0)
+        num_steps = len(lines(run / "metrics.jsonl"))
+        train.send_signal(signal.SIGTERM)
+        assert train.wait(timeout=60) == 75, log.read_text()
+    finally:
+        if train.is_running():
+            train.kill()
+            train.wait(timeout=30)
+    assert len(lines(run / "metrics.jsonl")) == num_steps, "no step was taken beside it"
+    assert CheckpointStore(run / "checkpoints").versions() == [num_steps]
 
 
 @ONLY_PROVE
