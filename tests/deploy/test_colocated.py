@@ -83,11 +83,9 @@ def prepared(folder: Path, overrides: Sequence[str], light: bool) -> tuple[list[
     (folder / "times").mkdir()
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     shut_in(env)  # before Ray is imported there
-    command = [sys.executable, "-m", "tests.deploy.timed_workers", *["--light"][: int(light)]]
-    return [*command, str(folder / "recipe.yaml"), *overrides], env | {
-        "HF_HUB_OFFLINE": "1",
-        FOLDER: str(folder / "times"),
-    }
+    env |= {"HF_HUB_OFFLINE": "1", FOLDER: str(folder / "times")}
+    command = [sys.executable, "-m", "tests.deploy.timed_workers", *(["--light"] if light else [])]
+    return [*command, str(folder / "recipe.yaml"), *overrides], env
 
 
 def trained(folder: Path, overrides: Sequence[str] = (), light: bool = False) -> Done:
