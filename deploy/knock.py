@@ -31,6 +31,8 @@ def head_of(address: str) -> str | None:
 
     if address.startswith("ray://"):
         return None
+    if address.rpartition(":")[2].isdecimal():
+        return address
     try:
         return canonicalize_bootstrap_address(address)
     except (OSError, ValueError):  # Ray says why
