@@ -1,8 +1,9 @@
 """The critic as one: it says what every token of a batch was worth, and then learns from the batch itself."""
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,8 @@ class CriticGroup:
     algorithm: GrpoConfig
     max_tokens_per_micro_batch: int
     warmup_steps: int
+    turn: Callable[[], contextlib.AbstractAsyncContextManager[None]] = contextlib.nullcontext
+    """Open while it computes: no engine is built on GPUs that it shares."""
 
     async def compute_values(
         self, groups: Sequence[GroupSummary], scored: Sequence[ray.ObjectRef | Group], batch: Batch
@@ -58,7 +61,8 @@ class CriticGroup:
         started = time.perf_counter()
         asked = self._asked(groups, batch)
         what = f"the critic's values at version {batch.version}"
-        found: dict[Place, Assessed] = await self.ranks.of_each("compute_values", asked, scored, what)
+        async with self.turn():
+            found: dict[Place, Assessed] = await self.ranks.of_each("compute_values", asked, scored, what)
         deciding = aside(_advantages, found, self.algorithm.normalize_advantages == "tokens")
         advantages = await within(self.ranks.timeout_s, deciding, "whitening the advantages")
         returns = {place: assessed.returns_L for place, assessed in found.items()}
@@ -84,7 +88,8 @@ class CriticGroup:
 
     async def train_step(self, lesson: CriticLesson, scored: Sequence[ray.ObjectRef | Group]) -> dict[str, float]:
         """Learn the returns; the metrics."""
-        update = await self.ranks.step(lesson.batch, scored)
+        async with self.turn():
+            update = await self.ranks.step(lesson.batch, scored)
         metrics = {_RENAMED.get(name, name): value for name, value in update.metrics.items()}
         metrics["time/critic_values_s"] = lesson.seconds
         named = {name: value for name, value in metrics.items() if name.startswith(("value/", "time/critic_"))}

@@ -85,7 +85,10 @@ class Fleet:
         self._start_timeout_s = start_timeout_s
         self._max_rebuilds = max_rebuilds
         self._say = say
-        self._turns = turns
+        self.turns = turns
+        """Of those who compute on the GPUs that the replicas lie on; None where these have their own."""
+        self._computed: Callable[[], None] | None = None
+        """Called when the policy, for which the replicas rest, has computed."""
         self.clock = Clock()
         """By which groups have their deadlines: it stands still while the replicas rest."""
         self._numbers = count()
@@ -94,7 +97,8 @@ class Fleet:
         self._changed = asyncio.Event()
         self.num_rebuilt = self.num_joined = self.num_left = 0
         self.is_gone: Callable[[int], Awaitable[bool]] | None = None
-        """Whether the machine of a bundle is gone; then who was on it leaves, and that is no failure of his."""
+        """Whether the machine of a bundle is gone; then who was on it leaves, and that is no failure of his. RunError
+        where the run cannot go on without it."""
         self.serves_since = 0.0
         """The time.monotonic() at which, after none had served, one did."""
 
@@ -110,7 +114,7 @@ class Fleet:
     @property
     def shares(self) -> bool:
         """Whether the replicas lie on the policy's GPUs."""
-        return self._turns is not None
+        return self.turns is not None
 
     @property
     def num_serving(self) -> int:
@@ -212,10 +216,11 @@ class Fleet:
     async def resting(self, timeout_s: float = _FORGET_TIMEOUT_S) -> AsyncIterator[None]:
         """Whoever shares the policy's GPUs leaves them to it until it has computed, and samples from the next version
         on; nothing where nobody does. A replica that does not come to rest in time is fenced."""
-        if self._turns is None:
+        if self.turns is None:
             yield
             return
-        async with self._turns.computing():
+        async with self.turns.computing() as computed:
+            self._computed = computed
             await self._each(self.members, "rest", timeout_s)
             gone = self.wait_for(lambda: all(r.ended for r in self._replicas.values() if r.state is State.FENCED))
             await within(_END_TIMEOUT_S, gone, "ending engines that share the policy's GPUs")
@@ -227,8 +232,17 @@ class Fleet:
 
     def computed(self) -> None:
         """The policy is done with the GPUs that it shares: engines may be built on them again."""
-        if self._turns is not None:
-            self._turns.computed()
+        if self._computed is not None:
+            self._computed()
+
+    @contextlib.asynccontextmanager
+    async def computing(self) -> AsyncIterator[None]:
+        """Replicas go on, but none is built, on GPUs that they share; nothing where nobody does."""
+        if self.turns is None:
+            yield
+            return
+        async with self.turns.computing():
+            yield
 
     @contextlib.asynccontextmanager
     async def supervised(self, liveness: LivenessConfig | None = None) -> AsyncIterator[None]:
@@ -303,7 +317,7 @@ class Fleet:
 
     async def _build(self, replica: Replica) -> None:
         what = f"rollout replica {replica.number}"
-        async with contextlib.nullcontext() if self._turns is None else self._turns.building():
+        async with contextlib.nullcontext() if self.turns is None else self.turns.building():
             try:
                 replica.node = await within(self._start_timeout_s, replica.handle.start.remote(), f"starting {what}")
             except RayError as error:

@@ -17,7 +17,7 @@ import ray
 from actors.deadline import DeadlineError
 from actors.errors import RunError
 from algorithms.pacing import Pacer
-from algorithms.slots import PacerState, Slot
+from algorithms.slots import PacerState, Slot, Taken
 from algorithms.types import GroupSummary
 
 Decision = TypeVar("Decision")
@@ -62,6 +62,9 @@ class AsyncPacer:
         """When something last changed, or the policy began to wait."""
         self.there_since: Callable[[], float] = lambda: 0.0
         """The time.monotonic() at which the last worker was there again without which no group gets on."""
+        self.num_building: Callable[[], int] = lambda: 0
+        """How many engines are being built where the policy computes: no batch is given out meanwhile, so that a stop
+        is heard. Whoever changes it calls `look_again`."""
         self.waits: dict[str, float] = defaultdict(float)
         """Seconds waited so far: `policy/<why>` (for a batch), `dispatch/<why>` (for a slot), and `rollout/idle`, when
         no group was in flight."""
@@ -137,7 +140,7 @@ class AsyncPacer:
     async def take(self) -> TakenGroups | None:
         """The next batch, oldest first; None after `stop`. Raises DeadlineError when no group finishes any more."""
         self.progress_at = time.monotonic()
-        taken = await self._wait("policy", self._pacer.take, self._pacer.waiting)
+        taken = await self._wait("policy", self._take, self._why_no_batch)
         if taken is None:
             return None
         return TakenGroups(
@@ -172,6 +175,20 @@ class AsyncPacer:
         """Every serving replica holds `version`."""
         async with self._change():
             self._version = version
+
+    async def look_again(self) -> None:
+        """Whether the policy may compute has changed."""
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _take(self) -> Taken | None:
+        if self._why_no_batch() == "engine":
+            self.progress_at = time.monotonic()  # its start has a deadline of its own, and nobody hangs
+            return None
+        return self._pacer.take()
+
+    def _why_no_batch(self) -> str | None:
+        return self._pacer.waiting() or ("engine" if self.num_building() else None)
 
     def _dispatch(self) -> Slot | None:
         return None if self._version is None else self._pacer.dispatch(self._version)
@@ -243,7 +260,7 @@ class AsyncPacer:
     def facts(self) -> dict[str, str]:
         """What it waits for, in words."""
         return {
-            "the policy waits for": self._pacer.waiting() or "nothing",
+            "the policy waits for": self._why_no_batch() or "nothing",
             "no group is dispatched because of": self._why_no_slot() or "nothing",
             "groups": f"{self.num_in_flight} in flight, {self.num_ready} ready, depth {self.pipeline_depth}",
         }

@@ -45,6 +45,7 @@ _ON_HOST = {"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}}
 sleeps, and does not spin: else it keeps a core from the replica that shares the machine, and so from the very threads
 that it waits for. OpenMP reads this when it is loaded."""
 _CLOSE_TIMEOUT_S = 30.0
+_LOOK_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 600.0
 
 
@@ -72,8 +73,10 @@ class Ranks:
     async def start(self) -> PolicyGroup:
         """New ones with the initial weights, in place of those that there are."""
         self.end()
+        for rank in range(self.settings.num_ranks):
+            await _check_place(self.pools, self.pool, rank)
         host = {} if self.settings.use_gpu else _ON_HOST
-        options = (_place_of(self.pools, self.pool, rank) | host for rank in range(self.settings.num_ranks))
+        options = (self.pools.options(self.pool, rank) | host for rank in range(self.settings.num_ranks))
         self.handles = tuple(self.actor.options(**o).remote(rank, self.settings) for rank, o in enumerate(options))
         longest = self.settings.objective.max_completion_length
         settings = self.settings
@@ -217,7 +220,7 @@ def _spawn_all(
     restarts = recipe.liveness.max_restarts
 
     def scorers(actor: Any, pool: str, num_workers: int, *arguments: Any) -> tuple[ActorHandle, ...]:
-        options = (_place_of(pools, pool, index) for index in range(num_workers))
+        options = (pools.options(pool, index) for index in range(num_workers))
         return tuple(actor.options(max_restarts=restarts, **option).remote(*arguments) for option in options)
 
     called = reward_functions(recipe), recipe.rewards.timeout_s, recipe.rewards.max_concurrent_groups
@@ -227,7 +230,7 @@ def _spawn_all(
     settings = rollout_settings(recipe, model)
 
     def spawn(number: int, bundle: int) -> ActorHandle:
-        options = _place_of(pools, "rollout", bundle)
+        options = pools.options("rollout", bundle)
         handle: ActorHandle = roles.rollout.options(**options).remote(number, settings, [*rewards], [*references])
         return handle
 
@@ -241,6 +244,13 @@ def _spawn_all(
         say=say,
         turns=None if pool.colocate_with is None else Turns(),
     )
+    if pool.colocate_with is not None:
+
+        async def is_gone(bundle: int) -> bool:
+            await _check_place(pools, "rollout", bundle)
+            return False
+
+        fleet.is_gone = is_gone
     elastic = None
     if seats is not None:
         files, rollout = ScaleFiles(run_dir), recipe.rollout
@@ -254,12 +264,14 @@ def _spawn_all(
     return Workers(ranks, critic, fleet, Scorers(by_name, recipe.liveness, say), rewards, references, elastic)
 
 
-def _place_of(pools: ReservedPools, pool: str, worker: int) -> dict[str, Any]:
-    """Options with which an actor fills its bundle; RunError when what it shares is not there any more."""
+async def _check_place(pools: ReservedPools, pool: str, worker: int) -> None:
+    """RunError when what the worker shares is not there any more."""
     try:
-        return pools.options(pool, worker)
+        await within(_LOOK_TIMEOUT_S, aside(pools.check, pool, worker), "asking where the shared GPUs are")
     except PlacementError as error:
         raise RunError(str(error)) from error
+    except (DeadlineError, ray.exceptions.RayError):
+        pass  # the head is away, which others watch, and who is built looks himself (placement/home.py)
 
 
 async def _close(actors: Sequence[ActorHandle]) -> None:

@@ -11,5 +11,6 @@ manifest/     a recipe as a KubeRay manifest
 jobs/         runs on a cluster, submitted as jobs, watched and stopped
 drain.py      what a pod runs before it ends
 train.py      one recipe trained on a Ray cluster, or on a Ray that is started on this machine (session.py, stopping.py)
+knock.py      whether a cluster lets us in, before Ray tries
 joined.py     a cluster that was joined has room for a run, and its nodes see the run's files (nodes.py)
 """

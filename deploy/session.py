@@ -85,17 +85,28 @@ def _join(address: str | None) -> None:
 
 def _end_children_but(ours: Collection[psutil.Process]) -> None:
     """Ray itself does not know yet what it has started when it is interrupted. The raylet first: it ends its agents,
-    which would outlive it for a minute if it was killed."""
+    which would outlive it for a minute if it died before it could; so they are looked up while it stands still."""
     children = [child for child in psutil.Process().children() if child not in ours]
     raylets = [child for child in children if _name(child) == "raylet"]
-    for some in (raylets, children):
+    agents = [agent for raylet in raylets for agent in _children_of(raylet)]
+    for some in (raylets, [*children, *agents]):
         for child in some:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.terminate()
+                child.resume()
         psutil.wait_procs(some, timeout=_END_S)
-    for child in children:
+    for child in (*children, *agents):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
+
+
+def _children_of(process: psutil.Process) -> list[psutil.Process]:
+    """All there are; it stands still from now on."""
+    try:
+        process.suspend()
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _name(process: psutil.Process) -> str:
@@ -128,6 +139,7 @@ def refusals(address: str) -> Iterator[None]:
     from ray.exceptions import RayError
 
     from actors.run.machine import answers
+    from deploy.knock import head_of, turned_away
 
     if address.startswith(("http://", "https://")):
         raise ClusterError(
@@ -139,6 +151,9 @@ def refusals(address: str) -> Iterator[None]:
         raise ClusterError(
             f"--address {address}: nobody answers there; start Ray there (ray start --head), or correct --address"
         )
+    head = head_of(address)
+    if head is not None and turned_away(head):
+        raise ClusterError(f"--address {address}: {_shut_out(os.environ)}")
     try:
         yield
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
@@ -158,10 +173,14 @@ def why_refused(error: BaseException, is_there: bool, env: Mapping[str, str]) ->
     if "token" in text.lower() or "authentication" in type(error).__name__.lower():
         return f"{text.split('. Ensure')[0].rstrip('.')}; {TOKEN_FIX}"
     if is_there:
-        shows = env.get("RAY_AUTH_MODE", "").lower() == "token"
-        asks = "has another token than the one that is set here" if shows else "asks for a token, and none is set here"
-        return f"somebody answers there and does not let us in, as a head does that {asks}; {TOKEN_FIX}"
+        return _shut_out(env)
     return f"{last_line(error)}; start Ray there (ray start --head), or correct --address"
+
+
+def _shut_out(env: Mapping[str, str]) -> str:
+    shows = env.get("RAY_AUTH_MODE", "").lower() == "token"
+    asks = "has another token than the one that is set here" if shows else "asks for a token, and none is set here"
+    return f"somebody answers there and does not let us in, as a head does that {asks}; {TOKEN_FIX}"
 
 
 def is_open(gcs_address: str, env: MutableMapping[str, str]) -> bool:

@@ -29,7 +29,7 @@ from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
 from actors.recipe.base import OfflineRecipe
 from actors.recipe.file import load_recipe
 from actors.recipe.model import PretrainedModel, RecipeModel, TinyModel
-from actors.recipe.pools import first_pools
+from actors.recipe.pools import fewer_pools, first_pools, used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe
 from actors.rewards.classifier import check_reward_model
 from actors.rewards.functions import check_reward
@@ -43,11 +43,11 @@ from actors.run.tracker import check_tracker
 from actors.settings import ModelSource, source_of
 from deploy.columns import example_stream, needed_columns
 from deploy.joined import check_cluster
-from deploy.session import ray_session
+from deploy.session import ClusterError, ray_session
 from deploy.stopping import listen, nothing_left
 from deploy.trust import trusted_code
 from placement.cluster import this_machine
-from placement.groups import ReservedPools, reserve
+from placement.groups import ReservedPools, Singly, reserve
 from placement.live import plan_now
 from placement.plan import PlacementError, plan
 
@@ -147,17 +147,17 @@ def execute(jobs: list[Job], address: str | None, console: Console) -> None:
         if address is not None:
             check_cluster([job.recipe for job in jobs])
         for job in jobs:
-            _run(job, console)
+            _run(job, console, begun=job is not jobs[0])
         nothing_left()
 
 
-def _run(job: Job, console: Console) -> None:
+def _run(job: Job, console: Console, begun: bool) -> None:
     with job.folder.held():
         if _contents(job.folder) != job.seen:
             raise RunError(
                 f"run_dir: another process has trained in {job.folder.path} meanwhile; give the command again"
             )
-        pools = _reserved(job.recipe)
+        pools = _reserved(job.recipe, begun)
         for stray in pools.strays:
             console.print(f"warning: {stray}", highlight=False, soft_wrap=True, markup=False)
         try:
@@ -172,14 +172,16 @@ def _run(job: Job, console: Console) -> None:
     _conclude(job.folder, console)
 
 
-def _reserved(recipe: Recipe) -> ReservedPools:
-    """All pools on the live cluster; RunError when it is too small or too busy."""
+def _reserved(recipe: Recipe, begun: bool) -> ReservedPools:
+    """All pools on the live cluster, else nothing is held: ClusterError when it is too small or too busy, RunError when
+    an earlier run of the command has begun."""
     try:
         rollout = recipe.pools.rollout
-        singly = {"rollout": rollout.num_workers} if isinstance(recipe, GrpoRecipe) and rollout.elastic else {}
-        return reserve(plan_now(first_pools(recipe)), _RESERVE_TIMEOUT_S, singly)
+        elastic = isinstance(recipe, GrpoRecipe) and rollout.elastic
+        singly = {"rollout": Singly(rollout.least, rollout.num_workers)} if elastic else {}
+        return reserve(plan_now(used_pools(recipe), fewer_pools(recipe)), _RESERVE_TIMEOUT_S, singly)
     except PlacementError as error:
-        raise RunError(str(error)) from None
+        raise (RunError if begun else ClusterError)(f"{recipe.name}: {error}") from None
 
 
 def _told(error: BaseException, folder: RunFolder) -> BaseException:

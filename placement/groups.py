@@ -7,7 +7,7 @@ when it is asked for, and live.py plans on what is free.
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,14 +18,23 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from placement.cluster import from_ray
 from placement.config import HOST
-from placement.elastic import num_placed
+from placement.elastic import Place, num_placed
 from placement.plan import Bundle, PlacementError, PlacementPlan
 from placement.seats import Seats, ask_for
-from placement.shared import Place, environment, shared_places
+from placement.shared import Place as Home
+from placement.shared import check_place, environment, shared_places
 
 _RELEASE_TIMEOUT_S = 15.0
 _SETTLE_S = 2.0
 """Ray grants what there is room for at once; more time would be waiting for machines."""
+
+
+@dataclass(frozen=True)
+class Singly:
+    """Of a pool whose workers come and go, how many it begins with."""
+
+    least: int
+    wanted: int
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class ReservedPools:
     """Of pools whose workers come and go, instead of such groups; their workers are numbered as the seats."""
     strays: tuple[str, ...] = ()
     """Which workers lie elsewhere than they were planned: a sentence for each."""
-    places: Mapping[int, Place] = field(default_factory=dict)
+    places: Mapping[int, Home] = field(default_factory=dict)
     """Of the policy's workers with whom others share GPUs."""
 
     def options(self, pool: str, worker: int) -> dict[str, Any]:
@@ -51,8 +60,15 @@ class ReservedPools:
         strategy = PlacementGroupSchedulingStrategy(self.groups[home][place], placement_group_bundle_index=0)
         options: dict[str, Any] = {"num_cpus": bundle.cpus, "num_gpus": bundle.own_gpus}
         if bundle.on and bundle.gpus:  # Ray leaves the variable alone where it gives no GPU
-            options["runtime_env"] = {"env_vars": environment(bundle, self.places, self.groups[HOST])}
+            options["runtime_env"] = {"env_vars": environment(bundle, self.places)}
         return options | {"scheduling_strategy": strategy}
+
+    def check(self, pool: str, worker: int) -> None:
+        """PlacementError when the GPUs that the worker shares are gone with their machine: nobody can be built there
+        again. Asks Ray, which may take a while."""
+        bundle = self.plan.bundles[pool][worker]
+        if bundle.on and bundle.gpus:
+            check_place(bundle, self.places, self.groups[HOST])
 
     def release(self) -> None:
         """Give all bundles back; Ray kills the actors that are still in them.
@@ -71,76 +87,97 @@ class ReservedPools:
             seats.release()
 
 
-def reserve(planned: PlacementPlan, timeout_s: float, singly: Mapping[str, int] = {}) -> ReservedPools:
+def reserve(planned: PlacementPlan, timeout_s: float, singly: Mapping[str, Singly] = {}) -> ReservedPools:
     """Reserve all pools within the deadline, or none and raise a PlacementError that names what did not fit.
 
-    `singly`: pools whose workers come and go, and how many are wanted. As many as the plan has must fit; the others are
-    asked for, and may be granted later.
+    `singly`: pools whose workers come and go. The fewest must fit, where the plan has them; the others are asked for,
+    those that the plan has on their nodes, and may be granted later.
     """
     deadline = time.monotonic() + timeout_s
     # The most demanding pools first, as in the plan: where a node has no room any more, a small one must not take the
     # place of a large one.
     own = [pool for pool, bundles in planned.bundles.items() if not bundles[0].on]
     order = sorted(own, key=lambda pool: -max(bundle.gpus for bundle in planned.bundles[pool]))
+    first = {
+        pool: bundles[: singly[pool].least if pool in singly else None] for pool, bundles in planned.bundles.items()
+    }
     with ExitStack() as undo:
         groups: dict[str, list[PlacementGroup]] = {pool: [] for pool in order}
         for pool in order:
-            for bundle in planned.bundles[pool]:
+            for bundle in first[pool]:
                 groups[pool].append(ask_for(bundle))
                 undo.callback(remove_placement_group, groups[pool][-1])
         lacking = [
             bundle
             for pool in order
-            for bundle, group in zip(planned.bundles[pool], groups[pool], strict=True)
+            for bundle, group in zip(first[pool], groups[pool], strict=True)
             if not group.wait(_whole_seconds_until(deadline))
         ]
         if lacking:
             raise PlacementError(_lack(lacking, timeout_s))
-        granted = _as_granted(planned, groups)
+        granted = _as_granted(first, groups)
         places = shared_places(granted, groups.get(HOST, ()), max(1, _whole_seconds_until(deadline)))
         undo.pop_all()
-    seats = {pool: Seats(granted.bundles[pool][0], groups[pool]) for pool in singly}
-    for pool, count in singly.items():
-        _ask_for_the_others(seats[pool], count)
+    seats, later = {}, {}
+    for pool, numbers in singly.items():
+        others = planned.bundles[pool][numbers.least :]
+        seats[pool] = Seats(granted.bundles[pool][0], groups[pool], others)
+        later[pool] = tuple(_ask_for_the_others(seats[pool], others, numbers.wanted))
+    granted = PlacementPlan({pool: (*bundles, *later.get(pool, ())) for pool, bundles in granted.bundles.items()})
     fixed = {pool: tuple(groups[pool]) for pool in order if pool not in singly}
     return ReservedPools(granted, fixed, seats, tuple(_strays(planned, granted)), places)
 
 
-def _as_granted(planned: PlacementPlan, groups: Mapping[str, list[PlacementGroup]]) -> PlacementPlan:
+def _as_granted(
+    planned: Mapping[str, Sequence[Bundle]], groups: Mapping[str, Sequence[PlacementGroup]]
+) -> PlacementPlan:
     """The plan with the nodes on which the bundles are."""
-    names = {node.node_id: node.name for node in from_ray(ray.nodes()).nodes}
+    names = _names()
 
     def placed(bundle: Bundle, group: PlacementGroup) -> Bundle:
-        node_id = next(iter(placement_group_table(group)["bundles_to_node_id"].values()), "")
-        # A machine that is lost at this moment has no name; the bundle will be placed again.
-        return replace(bundle, node=names[node_id], node_id=node_id) if node_id in names else bundle
+        return _on(bundle, next(iter(placement_group_table(group)["bundles_to_node_id"].values()), ""), names)
 
     def beside(bundle: Bundle) -> Bundle:
         first = granted[HOST][bundle.on[0]]
         return replace(bundle, node=first.node, node_id=first.node_id)
 
-    granted = {pool: tuple(map(placed, planned.bundles[pool], groups[pool])) for pool in groups}
-    return PlacementPlan(
-        {pool: granted.get(pool) or tuple(map(beside, bundles)) for pool, bundles in planned.bundles.items()}
-    )
+    granted = {pool: tuple(map(placed, planned[pool], groups[pool])) for pool in groups}
+    return PlacementPlan({pool: granted.get(pool) or tuple(map(beside, bundles)) for pool, bundles in planned.items()})
+
+
+def _names() -> dict[str, str]:
+    """Of the nodes there are, by Ray's ids of them."""
+    return {node.node_id: node.name for node in from_ray(ray.nodes()).nodes}
+
+
+def _on(bundle: Bundle, node_id: str, names: Mapping[str, str]) -> Bundle:
+    """The bundle where Ray has placed it."""
+    # A machine that is lost at this moment has no name; the bundle will be placed again.
+    return replace(bundle, node=names[node_id], node_id=node_id) if node_id in names else bundle
 
 
 def _strays(planned: PlacementPlan, granted: PlacementPlan) -> list[str]:
     return [
         f"{ours.pool} worker {ours.worker} lies on {theirs.node}: {ours.node}, where it was planned, had no room for it"
         for pool in planned.bundles
-        for ours, theirs in zip(planned.bundles[pool], granted.bundles[pool], strict=True)
+        for ours, theirs in zip(planned.bundles[pool], granted.bundles[pool], strict=False)  # of some, more are wanted
         if ours.node_id != theirs.node_id and not ours.on
     ]
 
 
-def _ask_for_the_others(seats: Seats, count: int) -> None:
-    """Where there is room for them now, they begin with the run."""
-    for _ in range(count - len(seats.numbers)):
+def _ask_for_the_others(seats: Seats, planned: Sequence[Bundle], wanted: int) -> Iterator[Bundle]:
+    """Where there is room for them now, they begin with the run: those of the planned ones, where they are."""
+    least = len(seats.numbers)
+    for _ in range(wanted - least):
         seats.ask()
     deadline = time.monotonic() + _SETTLE_S
-    while num_placed(seats.look()) < count and time.monotonic() < deadline:
+    while num_placed(seen := seats.look()) < wanted and time.monotonic() < deadline:
         time.sleep(0.1)
+    names = _names()
+    for bundle, seat in zip(planned, seen[least:], strict=False):
+        if seat.place is not Place.GRANTED:
+            return
+        yield _on(bundle, seat.node, names)
 
 
 def _whole_seconds_until(deadline: float) -> int:

@@ -1,12 +1,13 @@
 """The plan of a live cluster is one that can be granted at once, if there is any.
 
-On a cluster where nothing else runs it is the plan that `python -m deploy plan --address` shows, but for replicas that
-come and go: a run is planned with the fewest of them, and the others go where there is room.
+On a cluster where nothing else runs it is the plan that `python -m deploy plan --address` shows. Of replicas that come
+and go it has as many as there is room for.
 """
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import ray
@@ -22,23 +23,34 @@ _SETTLE_S = 2.0
 _LOOK_S = 0.1
 
 
-def plan_now(pools: Mapping[str, PoolConfig]) -> PlacementPlan:
+def plan_now(pools: Mapping[str, PoolConfig], fewer: Iterable[Mapping[str, PoolConfig]] = ()) -> PlacementPlan:
     """The plan of the whole cluster, or of what others leave of it where they hold what that needs.
 
-    Where they leave too little it is the first again, which can be waited for. PlacementError when even an idle cluster
-    were too small.
+    Where they leave too little it is that of the first of `fewer` that can be granted at once; when none can, the plan
+    of the last on the whole cluster, which can be waited for. PlacementError when even an idle cluster were too small.
     """
     cluster = from_ray(ray.nodes())
-    planned = plan(pools, cluster)
     deadline = time.monotonic() + _SETTLE_S
+    *many, last = [pools, *fewer]
+    for some in many:
+        with contextlib.suppress(PlacementError):
+            planned, at_once = _best(some, cluster, deadline)
+            if at_once:
+                return planned
+    return _best(last, cluster, deadline)[0]
+
+
+def _best(pools: Mapping[str, PoolConfig], cluster: ClusterSpec, deadline: float) -> tuple[PlacementPlan, bool]:
+    """A plan, and whether it can be granted at once."""
+    planned = plan(pools, cluster)
     while not fits(planned, free := _what_is_free(cluster)):
         if time.monotonic() > deadline:
             try:
-                return plan(pools, free)
+                return plan(pools, free), True
             except PlacementError:
-                return planned
+                return planned, False
         time.sleep(_LOOK_S)
-    return planned
+    return planned, True
 
 
 def fits(planned: PlacementPlan, cluster: ClusterSpec) -> bool:

@@ -22,9 +22,10 @@ from placement.plan import NODE_RESOURCE_SHARE, Bundle
 class Seats:
     """Equal seats; the numbers count up, and the first ones are those that were granted when the run began."""
 
-    def __init__(self, bundle: Bundle, groups: Iterable[PlacementGroup] = ()) -> None:
-        """`groups`: asked for already."""
+    def __init__(self, bundle: Bundle, groups: Iterable[PlacementGroup] = (), planned: Iterable[Bundle] = ()) -> None:
+        """`groups`: asked for already; `planned`: the next ones, on their nodes."""
         self._bundle = bundle
+        self._planned = list(planned)
         self._numbers = count()
         self._groups: dict[int, PlacementGroup] = {next(self._numbers): group for group in groups}
         self._gone: set[int] = set()
@@ -37,9 +38,10 @@ class Seats:
         return tuple(self._groups)
 
     def ask(self) -> int:
-        """One seat more, wherever there is room for it; its number."""
+        """One seat more, where it was planned, or wherever there is room for it; its number."""
         number = next(self._numbers)
-        self._groups[number] = ask_for(replace(self._bundle, worker=number, node="", node_id=""))
+        bundle = self._planned.pop(0) if self._planned else replace(self._bundle, node="", node_id="")
+        self._groups[number] = ask_for(replace(bundle, worker=number))
         return number
 
     def give_back(self, number: int) -> None:

@@ -56,9 +56,8 @@ def shared_places(plan: PlacementPlan, groups: Sequence[PlacementGroup], timeout
     return places
 
 
-def visible_devices(bundle: Bundle, places: Mapping[int, Place], groups: Sequence[PlacementGroup]) -> str:
-    """CUDA_VISIBLE_DEVICES of a worker that lies on the policy's GPUs; PlacementError when those are not there any
-    more."""
+def check_place(bundle: Bundle, places: Mapping[int, Place], groups: Sequence[PlacementGroup]) -> None:
+    """PlacementError when the GPUs of the policy that a worker lies on are not there any more; asks Ray."""
     nodes = {host: placement_group_table(groups[host])["bundles_to_node_id"].get(0) for host in bundle.on}
     moved = [host for host in bundle.on if nodes[host] != places[host].node_id]
     if moved:
@@ -66,15 +65,12 @@ def visible_devices(bundle: Bundle, places: Mapping[int, Place], groups: Sequenc
             f"pool {bundle.pool!r}: worker {bundle.worker} lies on the GPUs of the policy's worker {moved[0]}, whose "
             "machine is gone; give the command again, and both are placed anew"
         )
-    return ",".join(device for host in bundle.on for device in places[host].devices)
 
 
-def environment(bundle: Bundle, places: Mapping[int, Place], groups: Sequence[PlacementGroup]) -> dict[str, str]:
+def environment(bundle: Bundle, places: Mapping[int, Place]) -> dict[str, str]:
     """What a worker that lies on the policy's GPUs is told of them."""
-    return {
-        "CUDA_VISIBLE_DEVICES": visible_devices(bundle, places, groups),
-        NODE_ID: places[bundle.on[0]].node_id,
-    }
+    devices = ",".join(device for host in bundle.on for device in places[host].devices)
+    return {"CUDA_VISIBLE_DEVICES": devices, NODE_ID: places[bundle.on[0]].node_id}
 
 
 def _place() -> Place:

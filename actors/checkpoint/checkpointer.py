@@ -5,6 +5,7 @@ one cannot, the run does not end as if all were well.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from actors.errors import PolicyLostError, RunError, SpoiledError
 from actors.model.files import MODEL
 from actors.pacer import ReadyGroup
 from actors.policy_group import PolicyGroup
+from actors.turns import Turns
 
 CRITIC = "critic"
 """The folder of a checkpoint that holds the critic, in files as the policy's are."""
@@ -54,6 +56,9 @@ class Checkpointer:
     """Whether a cut of this moment is one to go back to; one that is not must not take the place of one that is."""
     critic: PolicyGroup | None = None
     """Its ranks hold a part of the cut, of the same version."""
+    turns: Turns | None = None
+    """Where engines are built on the GPUs of those who are copied, whose memory that takes: a cut that is due then
+    waits for the next step, except the last one."""
     cut_version: int | None = None
     """Of the last cut; that from which the run goes on."""
     stall_s: float = 0.0
@@ -76,9 +81,13 @@ class Checkpointer:
         if warning is not None:
             self.say(f"warning: {warning}")
         due = self._overdue or (self.config.every > 0 and version % self.config.every == 0)
-        self._overdue = due and not self.healthy()
+        self._overdue = due and not (self.healthy() and self._may_compute())
         if due and not self._overdue and version < self.num_steps:
-            await self.cut(version)
+            async with contextlib.nullcontext() if self.turns is None else self.turns.computing():
+                await self.cut(version)
+
+    def _may_compute(self) -> bool:
+        return self.turns is None or not self.turns.num_building
 
     async def last(self, version: int) -> int | None:
         """The run stops here: a cut, on the disk when this returns; RunError when it could not be written.

@@ -1,5 +1,7 @@
 """A pool is placed iff the recipe has work for it."""
 
+from collections.abc import Iterator
+
 from actors.recipe.base import OfflineRecipe
 from actors.recipe.schema import GrpoRecipe, Recipe
 from placement.config import PoolConfig
@@ -19,7 +21,18 @@ def used_pools(recipe: Recipe) -> dict[str, PoolConfig]:
 
 def first_pools(recipe: Recipe) -> dict[str, PoolConfig]:
     """What a run needs to begin: of replicas that come and go, the fewest."""
+    return [used_pools(recipe), *fewer_pools(recipe)][-1]
+
+
+def fewer_pools(recipe: Recipe) -> Iterator[dict[str, PoolConfig]]:
+    """What a run can do with where there is no room for all: of replicas that come and go one less, two, four and so
+    on, and at last the fewest."""
     pools = used_pools(recipe)
-    if "rollout" in pools:
-        pools["rollout"] = pools["rollout"].model_copy(update={"num_workers": recipe.pools.rollout.least})
-    return pools
+    if "rollout" not in pools:
+        return
+    rollout = recipe.pools.rollout
+    surplus, less = rollout.num_workers - rollout.least, 1
+    while less < 2 * surplus:
+        number = rollout.num_workers - min(less, surplus)
+        yield pools | {"rollout": rollout.model_copy(update={"num_workers": number})}
+        less *= 2

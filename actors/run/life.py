@@ -5,6 +5,7 @@ is left but the engines and the journal: what happened since the cut happened to
 """
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,7 @@ from actors.run.progress import RunProgress
 from actors.run.reporter import Reporter
 from actors.run.tracker import Tracker
 from actors.run.watchdog import Watchdog
+from actors.turns import turns_followed
 from actors.weighing import ByKl, ByPairs, ByRewards, ByTeacher, Weighing
 from actors.workers import Learners, Workers
 from algorithms.budgets import RewardBudget
@@ -82,6 +84,7 @@ class Life:
                     self.watchdog.watching(),
                     self.learners.watched(liveness),
                     capacity_followed(workers.fleet, self.pacer, capacity),
+                    turns_followed(workers.fleet.turns, self.pacer),
                 ):
                     await self.publisher.connect()
                     await self.controller.run()
@@ -113,7 +116,7 @@ async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
     version = 0
     if resume is not None:
         version = resume.cut.version
-        async with learners.watched(recipe.liveness):
+        async with learners.watched(recipe.liveness), run.workers.fleet.computing():
             await policy.restore(resume.path)
             if learners.critic is not None:
                 await learners.critic.restore(resume.path / CRITIC)
@@ -136,7 +139,7 @@ async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
         pacer=waiting,
         attempts=attempts,
         policy=policy,
-        critic=_critic(recipe, learners.critic),
+        critic=_critic(run, learners.critic),
         publisher=publisher,
         ledger=ledger,
         depth=moment.depth,
@@ -153,11 +156,13 @@ async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
     return Life(run, learners, publisher, waiting, ledger, reporter, checkpointer, controller, watchdog)
 
 
-def _critic(recipe: GrpoRecipe, ranks: PolicyGroup | None) -> CriticGroup | None:
-    if ranks is None:
+def _critic(run: Run, ranks: PolicyGroup | None) -> CriticGroup | None:
+    recipe, pool = run.recipe, run.recipe.pools.critic
+    if ranks is None or pool is None:
         return None
     config = recipe.critic or CriticConfig()
-    return CriticGroup(ranks, recipe.algorithm, recipe.policy.max_tokens_per_micro_batch, config.warmup_steps)
+    turn = contextlib.nullcontext if pool.colocate_with is None else run.workers.fleet.computing
+    return CriticGroup(ranks, recipe.algorithm, recipe.policy.max_tokens_per_micro_batch, config.warmup_steps, turn)
 
 
 def _attempts(run: Run, pacer: AsyncPacer, ledger: Ledger) -> Attempts:
@@ -185,6 +190,7 @@ def _checkpointer(
         num_steps=recipe.steps,
         policy=learners.policy,
         critic=learners.critic,
+        turns=run.workers.fleet.turns,
         tokenizer=run.tokenizer,
         moment=moment.take,
         metrics=lambda: reporter.metrics,

@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 
+from actors.critic_group import CriticGroup
 from actors.deadline import Clock, DeadlineError
 from actors.fleet import Fleet, State
+from actors.pacer import AsyncPacer
 from actors.router import Router
-from actors.turns import Turns
+from actors.turns import Turns, turns_followed
+from algorithms.config import GrpoConfig
+from algorithms.pacing import Pacer
+from tests.actors.groups import ready
 from tests.virtual_time import run_virtually
 
 
@@ -129,6 +134,67 @@ def test_a_step_that_fails_gives_its_turn_back() -> None:
         await fleet.join(2)
 
     run_virtually(run())
+
+
+def test_a_critic_has_turns_beside_the_policys_and_engines_are_built_when_both_have_computed() -> None:
+    events: list[str] = []
+
+    class Ranks:
+        timeout_s = 60.0
+
+        async def step(self, batch: Any, scored: Any) -> Any:
+            events.append("the critic steps")
+            await asyncio.sleep(10.0)
+            events.append("the critic has stepped")
+            return SimpleNamespace(metrics={"loss": 0.5})
+
+    async def run() -> None:
+        fleet = fleet_of(events, start=20.0)
+        ranks: Any = Ranks()
+        lesson: Any = SimpleNamespace(batch=None, seconds=0.1)
+        critic = CriticGroup(ranks, GrpoConfig(), 100, 0, fleet.computing)
+        async with fleet.supervised():
+            await fleet.start()
+            fleet.fence(1, "it died")
+            await asyncio.sleep(1.0)
+            assert events[-1] == "start 2"
+            async with asyncio.timeout(40.0), fleet.resting():
+                assert "start 2 done" in events, "the policy waits for an engine"
+                learning = asyncio.create_task(critic.train_step(lesson, []))
+                await asyncio.sleep(1.0)
+                fleet.fence(0, "it died")
+                fleet.computed()
+                await asyncio.sleep(1.0)
+                assert events[-1] == "close 0 done", "the critic is not done"
+                await learning
+                await asyncio.sleep(1.0)
+                assert events[-1] == "start 3"
+
+    run_virtually(run())
+
+
+async def test_no_batch_is_given_out_while_an_engine_is_built_and_whoever_stops_the_run_is_heard() -> None:
+    pacer = AsyncPacer(Pacer(groups_per_batch=1, max_staleness=1, num_batches=4), stall_timeout_s=0.2)
+    await pacer.published(0)
+    slots = pacer.slots()
+    for _ in range(2):
+        slot = await anext(slots)
+        await pacer.finished(slot, ready(slot, 0))
+    turns = Turns()
+    async with turns_followed(turns, pacer):
+        async with turns.building():
+            taking = asyncio.create_task(pacer.take())
+            await asyncio.sleep(0.5)
+            assert not taking.done(), "and that took longer than a stall may"
+            assert pacer.facts()["the policy waits for"] == "engine"
+        taken = await asyncio.wait_for(taking, 5.0)
+        assert taken is not None
+        assert pacer.waits["policy/engine"] >= 0.4
+        async with turns.building():
+            taking = asyncio.create_task(pacer.take())
+            await asyncio.sleep(0.01)
+            await pacer.stop()
+            assert await asyncio.wait_for(taking, 5.0) is None
 
 
 def test_who_has_gpus_of_his_own_does_not_rest() -> None:

@@ -47,6 +47,24 @@ def test_engines_on_a_node_of_their_own_train_with_two_ranks_on_another(machines
 @ONLY_PROVE
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
+def test_replicas_and_references_lie_with_the_ranks_of_a_policy_on_two_nodes(
+    machines: Machines, tmp_path: Path
+) -> None:
+    shared = '{"num_workers": 2, "cpus_per_worker": 0.1, "colocate_with": "policy"}'
+    ranks = '{"num_workers": 2, "cpus_per_worker": 0.1, "strategy": "spread", "node_labels": {"tier": "train"}}'
+    order = [*ordered(tmp_path), f"pools.policy={ranks}", f"pools.rollout={shared}", f"pools.reference={shared}"]
+    command = [sys.executable, "-m", "tests.deploy.light_engines", machines.address]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(23)))
+    nodes = [machines.start(f"--address={machines.address}", "--num-cpus=1", "--labels=tier=train") for _ in range(2)]
+    planned = planned_nodes(machines, order)
+    assert {*planned["policy"]} == {id_of(node) for node in nodes}
+    assert planned["rollout"] == planned["reference"] == planned["policy"]
+    run_as_planned(machines, tmp_path, ACTORS | {"rollout": "LightRollout"}, order, command, planned)
+
+
+@ONLY_PROVE
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_nodes_that_share_no_network_but_a_bridge_train_together(tmp_path: Path) -> None:
     """A policy rank on each of two machines, and a host name, an address and a /tmp/ray of its own for each machine."""
     alone = ["unshare", "--map-root-user", "--net", "--mount"]
@@ -90,6 +108,18 @@ def check_whole_run(
     planned = planned_nodes(machines, order)
     assert {*planned["policy"], *planned["reference"]} == {id_of(train)}
     assert planned["rollout"] == [id_of(serve)] * 2
+    run_as_planned(machines, folder, actors, order, command, planned)
+
+
+def run_as_planned(
+    machines: Machines,
+    folder: Path,
+    actors: dict[str, str],
+    order: list[str],
+    command: list[str],
+    planned: dict[str, list[str]],
+) -> None:
+    """Every worker was where it was planned, and the books are right."""
     (folder / "order.json").write_text(json.dumps([order]))
     seen = run_and_look(machines, folder, command, actors)
     placed = json.loads((folder / "run" / "placement.json").read_text())

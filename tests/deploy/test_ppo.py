@@ -24,7 +24,11 @@ from tests.prove import ONLY_PROVE
 NUM_STEPS, GROUPS, EVERY = 40, 6, 3
 
 
-def order(folder: Path) -> list[str]:
+SHARED = '{"cpus_per_worker": 0.1, "colocate_with": "policy"}'
+
+
+def order(folder: Path, colocated: bool) -> list[str]:
+    shared = [f"pools.{pool}={SHARED}" for pool in ("critic", "reference", "rollout")] if colocated else []
     return [
         "recipes/methods/ppo.yaml",
         *LIGHT,
@@ -39,13 +43,14 @@ def order(folder: Path) -> list[str]:
         "liveness.every_s=1",
         f"dataset={{path: {folder}/rows.jsonl}}",
         f"run_dir={folder}/run",
+        *shared,
     ]
 
 
-def started(folder: Path) -> psutil.Popen:
+def started(folder: Path, colocated: bool) -> psutil.Popen:
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     shut_in(env)
-    (folder / "order.json").write_text(json.dumps([order(folder)]))
+    (folder / "order.json").write_text(json.dumps([order(folder, colocated)]))
     with (folder / "order.json").open() as said, (folder / "log").open("a") as log:
         return psutil.Popen(
             [sys.executable, "-m", "tests.deploy.light_engines"],
@@ -66,10 +71,11 @@ def ended(train: psutil.Popen) -> None:
 @ONLY_PROVE
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_critic_may_die_and_a_run_with_one_goes_on_by_the_same_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("colocated", [False, True], ids=["apart", "colocated"])
+def test_a_critic_may_die_and_a_run_with_one_goes_on_by_the_same_command(colocated: bool, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(23)))
     run, log = tmp_path / "run", tmp_path / "log"
-    train = started(tmp_path)
+    train = started(tmp_path, colocated)
     try:
         wait_for_steps(run, EVERY + 2, train)
         (rank,) = workers(train, "CriticActor")
@@ -84,7 +90,7 @@ def test_a_critic_may_die_and_a_run_with_one_goes_on_by_the_same_command(tmp_pat
     version = store.versions()[-1]
     with safe_open(store.open(version) / "critic" / "model" / "model.safetensors", "np") as file:
         assert "score.weight" in set(file.keys())
-    again = started(tmp_path)
+    again = started(tmp_path, colocated)
     try:
         assert again.wait(timeout=400) == 0, log.read_text()
     finally:

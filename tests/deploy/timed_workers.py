@@ -1,6 +1,7 @@
-"""`python -m deploy train` as it is, but that policy and engines write down when they compute.
+"""`python -m deploy train` as it is, but that policy, critic and engines write down when they compute.
 
-The folder for that is in the environment, which reaches the engines' own processes.
+The folder for that is in the environment, which reaches the engines' own processes. With `--light` in front of the
+recipe the engines are light ones, which need no model.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 
 import deploy.train
+from actors.critic import Assessed, CriticActor
 from actors.policy import CONTROL, IO, PolicyActor
 from actors.policy_calls import RankBatch, RankUpdate
 from actors.rollout import RolloutActor
@@ -22,6 +24,7 @@ from actors.workers import Roles
 from algorithms.types import Group, ScoredGroup
 from deploy.__main__ import app
 from sync.receiver import WeightReceiver
+from tests.chaos.replica import LightRollout
 
 FOLDER = "PACELINE_TIMES"
 
@@ -59,6 +62,39 @@ class TimedRollout(RolloutActor):
     worker_extension = "tests.deploy.timed_workers.TimedReceiver"
 
 
+class TimedLight(LightRollout):
+    """Every token of the light engine is noted."""
+
+    async def start(self) -> str:
+        address = await super().start()
+        engine: Any = self.engine
+        step = engine._step
+
+        def timed(request: Any) -> None:
+            since = time.monotonic()
+            step(request)
+            note("pass", since)
+
+        engine._step = timed
+        return address
+
+
+class TimedCritic(CriticActor):
+    """Every step is noted, and what is said of every batch."""
+
+    def compute_values(self, batch: RankBatch, *groups: ScoredGroup | Group) -> list[list[Assessed]]:
+        since = time.monotonic()
+        values = super().compute_values(batch, *groups)
+        note("values", since)
+        return values
+
+    def step(self, batch: RankBatch, *groups: ScoredGroup | Group) -> RankUpdate:
+        since = time.monotonic()
+        update = super().step(batch, *groups)
+        note("critic", since)
+        return update
+
+
 class TimedPolicy(PolicyActor):
     """Every step is noted."""
 
@@ -72,6 +108,12 @@ class TimedPolicy(PolicyActor):
 if __name__ == "__main__":
     here: Any = deploy.train
     remote: Any = ray.remote
-    roles = Roles(remote(concurrency_groups={CONTROL: 1, IO: 1})(TimedPolicy), remote(TimedRollout))
+    answered = {"concurrency_groups": {CONTROL: 1, IO: 1}}
+    light = sys.argv[1] == "--light"
+    roles = Roles(
+        policy=remote(**answered)(TimedPolicy),
+        rollout=remote(TimedLight if light else TimedRollout),
+        critic=remote(**answered)(TimedCritic),
+    )
     here.run_grpo = partial(run_grpo, roles=roles)
-    app(["train", *sys.argv[1:]])
+    app(["train", *sys.argv[1 + light :]])

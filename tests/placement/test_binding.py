@@ -3,22 +3,28 @@
 The nodes are real raylets with fake GPUs on this machine.
 """
 
+import os
 import random
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from placement.cluster import ClusterSpec, from_ray
 from placement.config import PoolConfig
-from placement.groups import ReservedPools, reserve
+from placement.elastic import Place
+from placement.groups import ReservedPools, Singly, reserve
 from placement.live import plan_now
-from placement.plan import PlacementError, PlacementPlan, plan
+from placement.plan import Bundle, PlacementError, PlacementPlan, plan
+from placement.seats import ask_for
 from tests.prove import PROVING
 
 pytestmark = pytest.mark.cluster
@@ -123,7 +129,8 @@ def planned_ids(planned: PlacementPlan) -> dict[str, list[str]]:
 def test_every_bundle_lies_where_it_was_planned(whole: ClusterSpec, case: int) -> None:
     rng = random.Random(case)
     planned = drawn(rng, whole)
-    singly = {"rollout": len(planned.bundles["rollout"])} if rng.random() < 0.5 else {}
+    wanted = len(planned.bundles["rollout"])
+    singly = {"rollout": Singly(rng.randint(1, wanted), wanted)} if rng.random() < 0.5 else {}
     reserved = reserve(planned, 30.0, singly)
     try:
         assert granted(reserved) == planned_ids(planned)
@@ -167,10 +174,109 @@ def test_what_others_hold_all_of_is_waited_for_and_named(whole: ClusterSpec) -> 
     remove_placement_group(others)
 
 
+def test_replicas_that_come_and_go_are_planned_as_many_as_there_is_room_for(whole: ClusterSpec) -> None:
+    """The run begins with the fewest of them, and the others lie where the plan of all has them."""
+    replica = {"gpus_per_worker": 2, "cpus_per_worker": 0.1}
+    pools = {
+        number: {
+            "policy": PoolConfig(num_workers=2, gpus_per_worker=1, cpus_per_worker=0.1, node_labels={"rack": "1"}),
+            "rollout": PoolConfig(num_workers=number, **replica),
+        }
+        for number in (6, 4, 3, 1)
+    }
+    assert len(whole.nodes) == len(MACHINES), "of 10 GPUs the policy has 2"
+    wanted = plan(pools[4], whole)
+    planned = plan_now(pools[6], [pools[4], pools[3], pools[1]])
+    assert planned_ids(planned) == planned_ids(wanted)
+    reserved = reserve(planned, 30.0, {"rollout": Singly(1, 6)})
+    try:
+        assert planned_ids(reserved.plan) == planned_ids(wanted)
+        assert reserved.strays == ()
+        assert granted(reserved)["rollout"] == [*planned_ids(wanted)["rollout"], "", ""]
+        assert [seat.place for seat in reserved.seats["rollout"].look()] == [Place.GRANTED] * 4 + [Place.ASKED] * 2
+    finally:
+        reserved.release()
+
+
+def test_two_who_each_hold_a_part_of_what_they_need_both_end_in_time_and_hold_nothing(
+    whole: ClusterSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three GPUs each, and four there are; whoever comes then has all."""
+    together = threading.Barrier(2)
+
+    def asked(bundle: Bundle) -> PlacementGroup:
+        group = ask_for(bundle)
+        together.wait(30)
+        return group
+
+    def given_back(group: PlacementGroup) -> None:
+        together.wait(30)
+        remove_placement_group(group)
+
+    pools = {
+        "policy": PoolConfig(num_workers=3, gpus_per_worker=1, cpus_per_worker=0.1, node_labels={"tier": "serve"}),
+    }
+    planned = plan_now(pools)
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as both:
+        patch.setattr("placement.groups.ask_for", asked)
+        patch.setattr("placement.groups.remove_placement_group", given_back)
+        started = time.monotonic()
+        ends = [end.exception(timeout=60) for end in [both.submit(reserve, planned, 3.0) for _ in range(2)]]
+    assert time.monotonic() - started < 15.0
+    for end in ends:
+        assert isinstance(end, PlacementError)
+        told = (
+            r"not reserved within 3 s: pool 'policy' \(1 x 1 GPUs and 0.1 CPUs on nodes with tier=serve\); 6 of 10 GPUs"
+        )
+        assert re.match(told, str(end)), str(end)
+    until(lambda: held() == {"CPU": 0, "GPU": 0, "fast": 0}, "both have given back what they held")
+    reserve(planned, 30.0).release()
+
+
 @ray.remote(num_cpus=0)
 class Worker:
     def node(self) -> str:
         return ray.get_runtime_context().get_node_id()
+
+    def sees(self) -> tuple[str, list[str]]:
+        """Its node, and the GPUs that it was given or told of."""
+        return self.node(), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+
+
+def test_whoever_lies_with_the_policy_is_on_its_ranks_nodes_and_sees_their_gpus(whole: ClusterSpec) -> None:
+    """Four ranks over two nodes, a replica of two GPUs on each node, a reference with each rank; and once more when one
+    is built again."""
+    small = {"cpus_per_worker": 0.1, "colocate_with": "policy"}
+    pools = {
+        "policy": PoolConfig(
+            num_workers=4, gpus_per_worker=1, cpus_per_worker=0.1, strategy="spread", node_labels={"rack": "1"}
+        ),
+        "rollout": PoolConfig(num_workers=2, gpus_per_worker=2, **small),
+        "reference": PoolConfig(num_workers=4, gpus_per_worker=1, **small),
+    }
+    planned = plan_now(pools)
+    assert len(set(planned_ids(planned)["policy"])) == 2
+    reserved = reserve(planned, 30.0)
+    try:
+        assert planned_ids(reserved.plan) == planned_ids(planned)
+        assert held()["GPU"] == 4
+        workers = {
+            pool: [Worker.options(**reserved.options(pool, number)).remote() for number in range(config.num_workers)]
+            for pool, config in pools.items()
+        }
+        seen = {pool: ray.get([each.sees.remote() for each in of], timeout=120) for pool, of in workers.items()}
+        ranks = seen["policy"]
+        assert [node for node, _ in ranks] == planned_ids(planned)["policy"]
+        assert len({(node, gpu) for node, (gpu,) in ranks}) == 4
+        assert seen["reference"] == ranks
+        assert seen["rollout"] == [(ranks[first][0], ranks[first][1] + ranks[first + 1][1]) for first in (0, 2)]
+        for pool in ("rollout", "reference"):
+            reserved.check(pool, 1)
+            ray.kill(workers[pool][1])
+            again = Worker.options(**reserved.options(pool, 1)).remote()
+            assert ray.get(again.sees.remote(), timeout=60) == seen[pool][1]
+    finally:
+        reserved.release()
 
 
 def test_a_worker_whose_machine_is_lost_goes_to_another_that_bears_its_labels(

@@ -10,7 +10,7 @@ import ray
 from placement.cluster import from_ray
 from placement.config import PoolConfig, PoolsConfig, RolloutPoolConfig
 from placement.elastic import Place
-from placement.groups import reserve
+from placement.groups import Singly, reserve
 from placement.plan import PlacementError, plan
 from tests.prove import ONLY_PROVE
 
@@ -121,7 +121,7 @@ def test_a_pool_that_does_not_fit_in_time_is_named_and_nothing_stays_reserved() 
 def test_workers_that_come_and_go_have_seats_of_their_own() -> None:
     """Four of two GPUs fill the eight; a fifth waits until one is given back."""
     pool = PoolConfig(num_workers=2, gpus_per_worker=2, cpus_per_worker=0.1)
-    pools = reserve(plan({"rollout": pool}, from_ray(ray.nodes())), timeout_s=30, singly={"rollout": 5})
+    pools = reserve(plan({"rollout": pool}, from_ray(ray.nodes())), timeout_s=30, singly={"rollout": Singly(2, 5)})
     seats = pools.seats["rollout"]
     assert [seat.place for seat in seats.look()] == [Place.GRANTED] * 4 + [Place.ASKED]
     assert len({seat.node for seat in seats.look()[:4]}) == 1

@@ -7,9 +7,10 @@ from pydantic import ValidationError
 
 from placement.cluster import ClusterSpec, uniform
 from placement.config import PoolConfig, PoolsConfig, RolloutPoolConfig
+from placement.home import NODE_ID
 from placement.plan import PlacementError, PlacementPlan, plan
 from placement.seats import resources_of
-from placement.shared import Place, visible_devices
+from placement.shared import Place, check_place, environment
 from tests.placement.test_plan import layout, nodes
 
 GPU = {"gpus_per_worker": 1}
@@ -159,8 +160,9 @@ def test_who_lies_on_a_machine_that_is_gone_is_not_given_gpus_of_another(monkeyp
     )
     groups: Any = range(4)
     first, second = placed.bundles["rollout"]
-    assert visible_devices(first, places, groups) == "7,6"
+    check_place(first, places, groups)
+    assert environment(first, places) == {"CUDA_VISIBLE_DEVICES": "7,6", NODE_ID: "n0"}
     with pytest.raises(
         PlacementError, match="worker 1 lies on the GPUs of the policy's worker 3, whose machine is gone"
     ):
-        visible_devices(second, places, groups)
+        check_place(second, places, groups)

@@ -1,6 +1,7 @@
 """A cut that cannot be written is told and does not end the run; the last one must be."""
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from actors.deadline import DeadlineError
 from actors.errors import RunError, SpoiledError
 from actors.model.tiny import byte_tokenizer
 from actors.pacer import ReadyGroup
+from actors.turns import Turns
 from algorithms.slots import PacerState
 
 
@@ -96,6 +98,33 @@ async def test_a_cut_that_is_due_waits_until_all_is_well(tmp_path: Path) -> None
         await checkpointer.after(version)
     await checkpointer.finish()
     assert checkpointer.store.versions() == [5, 6]
+
+
+async def test_a_cut_waits_while_an_engine_is_built_on_the_policys_gpus_unless_it_is_the_last(tmp_path: Path) -> None:
+    checkpointer, policy, _ = make(tmp_path, every=3)
+    turns = checkpointer.turns = Turns()
+    snapshot = policy.snapshot
+
+    async def alone() -> None:
+        await snapshot()
+        building = asyncio.create_task(built(turns))
+        await asyncio.sleep(0)
+        assert policy.version == 7 or not turns.num_building
+        building.cancel()
+
+    policy.snapshot = alone
+    for version in range(1, 6):
+        async with turns.building() if version in (3, 4) else contextlib.nullcontext():
+            await checkpointer.after(version)
+    policy.version = 7
+    async with turns.building():
+        assert await checkpointer.last(7) == 7
+    assert checkpointer.store.versions() == [5, 7]
+
+
+async def built(turns: Turns) -> None:
+    async with turns.building():
+        await asyncio.sleep(0)
 
 
 async def test_one_that_fails_is_told_and_the_next_is_written(tmp_path: Path) -> None:

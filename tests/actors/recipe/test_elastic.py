@@ -6,7 +6,7 @@ import pytest
 
 from actors.recipe.deadlines import score_timeout_s
 from actors.recipe.file import load_recipe
-from actors.recipe.pools import first_pools, used_pools
+from actors.recipe.pools import fewer_pools, first_pools, used_pools
 from actors.recipe.schema import GrpoRecipe
 
 DEMO = str(Path(__file__).parents[3] / "recipes" / "demo.yaml")
@@ -26,6 +26,12 @@ def test_a_run_begins_with_the_fewest_replicas_and_may_fill_the_most() -> None:
     assert first_pools(fixed) == used_pools(fixed)
     assert [recipe.groups_in_flight(count) for count in (0, 2, 8, 20)] == [0, 8, 32, 64]
     assert (fixed.max_groups_in_flight, recipe.max_groups_in_flight) == (12, 32)
+
+
+@pytest.mark.parametrize(("least", "fewer"), [(9, []), (8, [8]), (2, [8, 7, 5, 2]), (1, [8, 7, 5, 1])])
+def test_where_there_is_no_room_for_all_fewer_are_tried_and_the_fewest_last(least: int, fewer: list[int]) -> None:
+    recipe = demo("pools.rollout.num_workers=9", f"pools.rollout.min_workers={least}", "pools.rollout.max_workers=9")
+    assert [pools["rollout"].num_workers for pools in fewer_pools(recipe)] == fewer
 
 
 def test_deadlines_allow_for_the_most_replicas_and_for_machines_that_have_to_come() -> None:
