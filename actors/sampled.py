@@ -50,7 +50,8 @@ def at_limit(rollout: Rollout, limit: int) -> Rollout:
 def continued(rollout: Rollout, completion: Any) -> Rollout:
     """The rollout and, behind it, what vLLM sampled from there: one version span wherever the weights stayed."""
     num_before, num_sampled = rollout.num_tokens, len(completion.token_ids)
-    pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+    flat = completion.logprobs  # of `flat_logprobs`: lists for all tokens in a row, where an object each would be slow
+    assert flat.token_ids == list(completion.token_ids), "there is a log-probability of each sampled token alone"
     spans = [
         VersionSpan(int(span.version), num_before + span.start, num_before + span.end)
         for span in completion.weight_versions
@@ -61,9 +62,7 @@ def continued(rollout: Rollout, completion: Any) -> Rollout:
     return Rollout(
         token_ids_T=np.concatenate([rollout.token_ids_T, np.fromiter(completion.token_ids, np.int32)]),
         loss_mask_T=np.concatenate([rollout.loss_mask_T, np.ones(num_sampled, np.bool_)]),
-        logprobs_T=np.concatenate(
-            [rollout.logprobs_T, np.fromiter((entry[token].logprob for token, entry in pairs), np.float32)]
-        ),
+        logprobs_T=np.concatenate([rollout.logprobs_T, np.fromiter(flat.logprobs, np.float32, num_sampled)]),
         spans=_merged([*rollout.spans, *spans]),
         finish_reason=INTERRUPTED if completion.finish_reason == "abort" else str(completion.finish_reason),
     )

@@ -73,12 +73,13 @@ def recipe_of(case: Case, run_dir: Path) -> dict[str, Any]:
 def read_metrics(case: Case, steps: Sequence[dict[str, Any]]) -> Measured:
     """Samples/s after the warm-up and before the last steps, which train what has been sampled already.
 
-    A window that used up a stock of scored groups would be flattered, so what was scored in it counts when it is less
-    than what was trained.
+    A window that used up a stock of groups would be flattered, so what was sampled in it counts when it is less than
+    what was trained. Of the stock are the groups that are scored and half of each that is in flight: some have just
+    begun, others are nearly done.
     """
     before, counted = steps[case.num_warm_up_steps - 1], steps[case.num_warm_up_steps : case.num_steps]
     seconds = sum(step["step_time"] for step in counted)
-    gathered = counted[-1]["groups/ready"] - before["groups/ready"]
+    gathered = _stock(counted[-1]) - _stock(before)
     num_groups = len(counted) * case.groups_per_batch + min(0.0, gathered)
     waits = sorted({name for step in counted for name in step if name.startswith("wait/")})
     return Measured(
@@ -94,6 +95,11 @@ def read_metrics(case: Case, steps: Sequence[dict[str, Any]]) -> Measured:
             **{name: sum(step.get(name, 0.0) for step in counted) / seconds for name in waits},
         },
     )
+
+
+def _stock(step: dict[str, Any]) -> float:
+    """Groups' worth of work that is done and not trained when the step ends."""
+    return float(step["groups/ready"] + step["groups/in_flight"] / 2)
 
 
 def _mean(steps: Sequence[dict[str, Any]], name: str) -> float:

@@ -54,10 +54,10 @@ def test_the_gap_is_in_standard_deviations_of_the_final_rewards() -> None:
     assert math.isclose(reward_gap(higher, rises), 3.0)
 
 
-def step(seconds: float, ready: float) -> dict[str, float]:
+def step(seconds: float, ready: float, in_flight: float = 0.0) -> dict[str, float]:
     return {
-        "step_time": seconds, "groups/ready": ready, "completions/mean_length": 40.0, "completions/max_length": 64.0,
-        "staleness/mean": 1.0, "staleness/max": 1.0, "reward": 0.5, "wait/policy/groups_s": 1.0,
+        "step_time": seconds, "groups/ready": ready, "groups/in_flight": in_flight,
+        "completions/mean_length": 40.0, "completions/max_length": 64.0, "staleness/mean": 1.0, "staleness/max": 1.0, "reward": 0.5, "wait/policy/groups_s": 1.0,
     }  # fmt: skip
 
 
@@ -68,6 +68,10 @@ def test_neither_the_start_nor_the_end_nor_a_stock_of_samples_counts() -> None:
     assert read_metrics(case, steady).notes["wait/policy/groups_s"] == 0.5
     living_on_a_stock = [step(100.0, 40.0), *steady[1:]]
     assert read_metrics(case, living_on_a_stock).samples_per_s == 64.0
+    half_done = [step(100.0, 40.0), steady[1], step(2.0, 8.0, in_flight=64.0), *steady[3:]]
+    assert read_metrics(case, half_done).samples_per_s == 128.0
+    nothing_left = [step(100.0, 8.0, in_flight=64.0), *steady[1:]]
+    assert read_metrics(case, nothing_left).samples_per_s == 64.0
     filling_up = [step(100.0, 0.0), *steady[1:]]
     assert read_metrics(case, filling_up).samples_per_s == 128.0
 

@@ -110,7 +110,7 @@ class _Request:
         token_ids, labels = self.sampled[place], self.labels[place]
         return SimpleNamespace(
             token_ids=token_ids,
-            logprobs=[{token: SimpleNamespace(logprob=-1.0)} for token in token_ids],
+            logprobs=SimpleNamespace(token_ids=[*token_ids], logprobs=[-1.0] * len(token_ids)),
             weight_versions=[SimpleNamespace(version=v, start=at, end=at + 1) for at, v in enumerate(labels)],
             finish_reason=self.reasons[place],
         )
