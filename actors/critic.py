@@ -37,6 +37,7 @@ class CriticActor(PolicyActor):
         self.engine.eval()
         assessed = [self._assessed(micro_batch, groups, batch.oldest_version) for micro_batch in batch.micro_batches]
         self.engine.train()
+        self._leave_room()
         return assessed
 
     def _assessed(

@@ -325,7 +325,10 @@ class PolicyActor:
     def send_weights(self) -> Sent:
         """Stream the current version; every rank is called, rank 0 sends."""
         assert self._sender is not None, "join_weights comes first"
-        return self._sender.send(self.version, self._gather)
+        try:
+            return self._sender.send(self.version, self._gather)
+        finally:
+            self._leave_room()
 
     @contextlib.contextmanager
     def _gather(self, names: tuple[str, ...]) -> Iterator[Mapping[str, Tensor]]:

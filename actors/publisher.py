@@ -72,7 +72,6 @@ class Publisher:
     async def publish(self, version: int) -> None:
         """Every serving replica holds `version` when this returns, and at least one serves; `exclusive` is held."""
         assert self.committed is None or version == self.committed + 1, "versions are published one by one"
-        self.fleet.computed()
         await self._publish(version, lambda: self.fleet.members)
         self.committed = version
 
@@ -98,6 +97,7 @@ class Publisher:
     async def _publish(self, version: int, members: Callable[[], list[Replica]]) -> None:
         while True:  # every round fences somebody, or is a counted retry
             if not self.fleet.members:
+                self.fleet.computed()  # or none could be built where the policy computes
                 waiting = self.fleet.wait_for(lambda: bool(self.fleet.members))
                 await within(self.member_timeout_s, waiting, f"version {version}: rebuilding a rollout replica")
             # Neighbours in rank are neighbours in place, so that a relay crosses from machine to machine seldom.
@@ -160,6 +160,7 @@ class Publisher:
         longest_s = 2 * (self.config.timeout_s + _GRACE_S)  # that of the stream, then our own
         receiving = [replica.handle.receive.remote(version, longest_s) for replica in replicas]
         sent = await self._stream(version, replicas, receiving)
+        self.fleet.computed()
         streamed = time.perf_counter()
         here = [replica for replica, _ in await self._phase(f"receiving version {version}", replicas, receiving)]
         calls = [replica.handle.verify.remote(version, sent.digests) for replica in here]

@@ -73,10 +73,10 @@ class Ranks:
     async def start(self) -> PolicyGroup:
         """New ones with the initial weights, in place of those that there are."""
         self.end()
-        for rank in range(self.settings.num_ranks):
-            await _check_place(self.pools, self.pool, rank)
+        ranks = range(self.settings.num_ranks)
+        await asyncio.gather(*(_check_place(self.pools, self.pool, rank) for rank in ranks))
         host = {} if self.settings.use_gpu else _ON_HOST
-        options = (self.pools.options(self.pool, rank) | host for rank in range(self.settings.num_ranks))
+        options = (self.pools.options(self.pool, rank) | host for rank in ranks)
         self.handles = tuple(self.actor.options(**o).remote(rank, self.settings) for rank, o in enumerate(options))
         longest = self.settings.objective.max_completion_length
         settings = self.settings

@@ -1,7 +1,7 @@
 """The command line: a user's error ends in one message and exit code 2, never in a traceback.
 
-Exit codes: 0 done, 1 the run failed, 2 the input must be mended, 75 stopped by a signal or a rule of health: the
-same command goes on from the newest checkpoint.
+Exit codes: 0 done, 1 the run failed, 2 the input must be mended or the cluster has no room for the run, 75 stopped by
+a signal or a rule of health: the same command goes on from the newest checkpoint.
 """
 
 import os

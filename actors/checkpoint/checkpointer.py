@@ -81,12 +81,15 @@ class Checkpointer:
         if warning is not None:
             self.say(f"warning: {warning}")
         due = self._overdue or (self.config.every > 0 and version % self.config.every == 0)
-        self._overdue = due and not (self.healthy() and self._may_compute())
+        self._overdue = due and not await self._may_cut()
         if due and not self._overdue and version < self.num_steps:
             async with contextlib.nullcontext() if self.turns is None else self.turns.computing():
                 await self.cut(version)
 
-    def _may_compute(self) -> bool:
+    async def _may_cut(self) -> bool:
+        if not self.healthy():
+            return False
+        await self.finish()  # first, for it computes nothing and may take long
         return self.turns is None or not self.turns.num_building
 
     async def last(self, version: int) -> int | None:
@@ -151,11 +154,17 @@ class Checkpointer:
         cut, ready = self.moment(version)
         if self._watch is not None:
             cut = msgspec.structs.replace(cut, score=self._watch.take())
-        learners = (learner for learner in (self.policy, self.critic) if learner is not None)
-        await asyncio.gather(*(learner.snapshot() for learner in learners))
+        await self._snapshot()
         self._taken = cut, ready
         self._writing = asyncio.create_task(self._write(cut, ready), name="checkpoint")
         self.stall_s += time.monotonic() - started
+
+    async def _snapshot(self) -> None:
+        learners = (learner for learner in (self.policy, self.critic) if learner is not None)
+        done = await asyncio.gather(*(learner.snapshot() for learner in learners), return_exceptions=True)
+        for outcome in done:  # nobody copies any more when this returns
+            if outcome is not None:
+                raise outcome
 
     async def finish(self, timeout_s: float | None = None) -> None:
         """What is being written is on the disk when this returns, or it was told why not."""

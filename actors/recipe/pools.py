@@ -25,14 +25,11 @@ def first_pools(recipe: Recipe) -> dict[str, PoolConfig]:
 
 
 def fewer_pools(recipe: Recipe) -> Iterator[dict[str, PoolConfig]]:
-    """What a run can do with where there is no room for all: of replicas that come and go one less, two, four and so
-    on, and at last the fewest."""
+    """What a run can do with where there is no room for all: of replicas that come and go one less, and so on down to
+    the fewest."""
     pools = used_pools(recipe)
     if "rollout" not in pools:
         return
     rollout = recipe.pools.rollout
-    surplus, less = rollout.num_workers - rollout.least, 1
-    while less < 2 * surplus:
-        number = rollout.num_workers - min(less, surplus)
+    for number in range(rollout.num_workers - 1, rollout.least - 1, -1):
         yield pools | {"rollout": rollout.model_copy(update={"num_workers": number})}
-        less *= 2

@@ -215,9 +215,14 @@ class GrpoRecipe(BaseRecipe):
 
     @property
     def replica_timeout_s(self) -> float:
-        """Longest wait for a replica when there is none: for its machine, if replicas come and go, and its start."""
-        rollout = self.rollout
-        return rollout.start_timeout_s + (rollout.capacity_timeout_s if self.pools.rollout.elastic else 0.0)
+        """Longest wait for a replica when there is none: for its machine, if replicas come and go, for a critic that
+        computes where it is to be built, and its start."""
+        pool, capacity_s, turn_s = self.pools.rollout, 0.0, 0.0
+        if pool.elastic:
+            capacity_s = self.rollout.capacity_timeout_s
+        if pool.colocate_with is not None and self.pools.critic is not None:
+            turn_s = self.policy.timeout_s
+        return self.rollout.start_timeout_s + capacity_s + turn_s
 
 
 class SftRecipe(OfflineRecipe):

@@ -86,7 +86,8 @@ class Docket:
         return visit
 
     def is_alone(self, visit: Visit) -> bool:
-        """Nobody else can be to blame for what becomes of it: none was in flight since it was begun."""
+        """Nobody else was in flight since it was begun. (A task that a call before it has left in the loop could still
+        be to blame for what becomes of it; whose that is nobody knows.)"""
         return not visit.had_company
 
     def done(self, visit: Visit, in_time: bool = True) -> None:

@@ -88,6 +88,8 @@ class Recovery:
         folder.rewind(recipe, version)
         await within(timeout_s, aside(store.discard_after, version), "removing what came later")
         await self.renewed()
+        if self.stopped and resume is not None:  # it may have waited for engines that share its GPUs
+            raise StoppedError(f"stopped while the policy was built again ({error}); the same command goes on")
         return resume
 
 

@@ -57,7 +57,8 @@ def test_the_gap_is_in_standard_deviations_of_the_final_rewards() -> None:
 def step(seconds: float, ready: float, in_flight: float = 0.0) -> dict[str, float]:
     return {
         "step_time": seconds, "groups/ready": ready, "groups/in_flight": in_flight,
-        "completions/mean_length": 40.0, "completions/max_length": 64.0, "staleness/mean": 1.0, "staleness/max": 1.0, "reward": 0.5, "wait/policy/groups_s": 1.0,
+        "completions/mean_length": 40.0, "completions/max_length": 64.0, "staleness/mean": 1.0, "staleness/max": 1.0,
+        "reward": 0.5, "wait/policy/groups_s": 1.0,
     }  # fmt: skip
 
 

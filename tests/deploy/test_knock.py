@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -54,6 +55,28 @@ def test_it_is_said_before_ray_tries(head: tuple[Head, str], monkeypatch: pytest
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(ClusterError, match="asks for a token, and none is set here; set RAY_AUTH"), refusals(address):
         pytest.fail("Ray would try")
+
+
+@pytest.mark.parametrize("kept_in", [None, "no-such-file", "empty"])
+def test_a_token_that_is_not_to_be_had_is_left_to_ray(
+    head: tuple[Head, str], kept_in: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    if kept_in is not None:
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / kept_in))
+    assert not turned_away(head[1])
+
+
+def test_no_proxy_is_shown_the_token(head: tuple[Head, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    served, address = head
+    served.code = CODES.UNAUTHENTICATED
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert turned_away(address)
 
 
 def test_where_ray_alone_finds_the_head_nobody_is_asked() -> None:

@@ -58,14 +58,16 @@ def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path, policy
     run = broken / "run"
 
     unbroken, killed = begin(whole), begin(broken)  # beside each other: neither looks at a clock
-    wait_for_steps(run, 3 * EVERY, killed)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=30)
-    store = CheckpointStore(run / "checkpoints")
-    first = store.versions()[-1]
-    check_is_a_model(store.open(first) / "model")
-
-    said, _ = unbroken.communicate(timeout=200)
+    try:
+        wait_for_steps(run, 3 * EVERY, killed)
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate(timeout=30)
+        store = CheckpointStore(run / "checkpoints")
+        first = store.versions()[-1]
+        check_is_a_model(store.open(first) / "model")
+        said, _ = unbroken.communicate(timeout=200)
+    finally:
+        unbroken.kill()
     assert unbroken.returncode == 0, said
 
     stopped = begin(broken)

@@ -174,26 +174,31 @@ def test_what_others_hold_all_of_is_waited_for_and_named(whole: ClusterSpec) -> 
     remove_placement_group(others)
 
 
-def test_replicas_that_come_and_go_are_planned_as_many_as_there_is_room_for(whole: ClusterSpec) -> None:
+@pytest.mark.parametrize(("wanted_replicas", "settle_s"), [(4, 30.0), (6, 6.0)], ids=["all", "two that do not fit"])
+def test_replicas_that_come_and_go_are_planned_as_many_as_there_is_room_for(
+    whole: ClusterSpec, wanted_replicas: int, settle_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run begins with the fewest of them, and the others lie where the plan of all has them."""
+    monkeypatch.setattr("placement.groups._SETTLE_S", settle_s)  # how soon they are granted is Ray's affair
     replica = {"gpus_per_worker": 2, "cpus_per_worker": 0.1}
     pools = {
         number: {
             "policy": PoolConfig(num_workers=2, gpus_per_worker=1, cpus_per_worker=0.1, node_labels={"rack": "1"}),
             "rollout": PoolConfig(num_workers=number, **replica),
         }
-        for number in (6, 4, 3, 1)
+        for number in range(1, 7)
     }
     assert len(whole.nodes) == len(MACHINES), "of 10 GPUs the policy has 2"
     wanted = plan(pools[4], whole)
-    planned = plan_now(pools[6], [pools[4], pools[3], pools[1]])
+    planned = plan_now(pools[wanted_replicas], [pools[fewer] for fewer in range(wanted_replicas - 1, 0, -1)])
     assert planned_ids(planned) == planned_ids(wanted)
-    reserved = reserve(planned, 30.0, {"rollout": Singly(1, 6)})
+    reserved = reserve(planned, 30.0, {"rollout": Singly(1, wanted_replicas)})
     try:
         assert planned_ids(reserved.plan) == planned_ids(wanted)
         assert reserved.strays == ()
-        assert granted(reserved)["rollout"] == [*planned_ids(wanted)["rollout"], "", ""]
-        assert [seat.place for seat in reserved.seats["rollout"].look()] == [Place.GRANTED] * 4 + [Place.ASKED] * 2
+        more = wanted_replicas - 4
+        assert granted(reserved)["rollout"] == [*planned_ids(wanted)["rollout"], *[""] * more]
+        assert [seat.place for seat in reserved.seats["rollout"].look()] == [Place.GRANTED] * 4 + [Place.ASKED] * more
     finally:
         reserved.release()
 
