@@ -35,6 +35,13 @@ def test_a_case_is_a_recipe_with_the_same_load(case: Case, tmp_path: Path) -> No
     assert sum(pool.cpus_per_worker * pool.num_workers for pool in used_pools(recipe).values()) <= 2
 
 
+def test_a_run_goes_on_for_as_many_steps_as_were_sampled_ahead(tmp_path: Path) -> None:
+    for name, num_ahead in (("short", 3), ("long", 3)):
+        case = cases(None, quick=False)[name]
+        assert recipe_of(case, tmp_path)["steps"] == case.num_steps + num_ahead
+    assert recipe_of(curve(0, 40, quick=False), tmp_path)["steps"] == 42
+
+
 def measured(samples_per_s: float) -> Measured:
     return Measured(
         samples_per_s=samples_per_s, step_s=1.0, num_steps=1, mean_length=1.0, max_length=1.0, rewards=[0.0]
