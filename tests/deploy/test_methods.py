@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from actors.model.tiny import make_tiny_model
 from actors.recipe.file import load_recipe
 from actors.recipe.model import TinyModel
 from actors.recipe.schema import GrpoRecipe
 from actors.run.folder import RunFolder
+from deploy.__main__ import app
 from deploy.session import shut_in
 from tests.prove import PROVING
 
@@ -49,18 +51,11 @@ def method(name: str, *overrides: str) -> GrpoRecipe:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    code, out, err = command_line("plan", f"recipes/methods/{name}.yaml", "--nodes", "1")
-    assert (code, err) == (0, "")
-    assert f"recipes/methods/{name}.yaml: grpo, 60 steps" in out
-    assert ("reference │" in out) == (method(name).algorithm.beta > 0)
-    assert ("critic" in out) == (method(name).algorithm.advantage == "gae")
-
-
-def command_line(*arguments: str) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "deploy", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+    done = CliRunner().invoke(app, ["plan", f"recipes/methods/{name}.yaml", "--nodes", "1"])
+    assert (done.exit_code, done.stderr) == (0, ""), done.exception
+    assert f"recipes/methods/{name}.yaml: grpo, 60 steps" in done.stdout
+    assert ("reference │" in done.stdout) == (method(name).algorithm.beta > 0)
+    assert ("critic" in done.stdout) == (method(name).algorithm.advantage == "gae")
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from actors.recipe.file import load_recipe
 from actors.recipe.pools import used_pools
+from deploy.__main__ import app
 from deploy.manifest.options import Elastic, ManifestOptions, SecretEnv
 from deploy.manifest.render import manifest_text, render
 from deploy.manifest.rules import broken_rules
@@ -204,17 +206,17 @@ def test_the_text_is_the_manifest() -> None:
 
 
 def deploy(*arguments: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "deploy", "manifest", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert "Traceback" not in done.stdout + done.stderr
-    return done.returncode, done.stdout, done.stderr
+    done = CliRunner().invoke(app, ["manifest", *arguments])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
 
 
 def test_the_verb_writes_yaml_and_nothing_else() -> None:
     arguments = ("--image", "registry/paceline:1", "--elastic-rollout", "2..6", "--secret-env", "HF_TOKEN=hub:token")
-    code, out, err = deploy(LORA, "steps=7", "--name", "first", *arguments)
-    assert (code, err) == (0, "")
-    manifest = yaml.safe_load(out)
+    command = [sys.executable, "-m", "deploy", "manifest", LORA, "steps=7", "--name", "first", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    manifest = yaml.safe_load(done.stdout)
     assert manifest["metadata"]["name"] == "first"
     assert shlex.split(manifest["spec"]["entrypoint"])[5] == "steps=7"
 
