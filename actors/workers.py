@@ -247,6 +247,7 @@ def _spawn_all(
     if pool.colocate_with is not None:
 
         async def is_gone(bundle: int) -> bool:
+            """Never: no other machine's GPUs are those that it shares, so the run ends with the policy's."""
             await _check_place(pools, "rollout", bundle)
             return False
 

@@ -249,22 +249,22 @@ class Worker:
 
 
 def test_whoever_lies_with_the_policy_is_on_its_ranks_nodes_and_sees_their_gpus(whole: ClusterSpec) -> None:
-    """Four ranks over two nodes, a replica of two GPUs on each node, a reference with each rank; and once more when one
-    is built again."""
+    """Four ranks over two nodes, a replica of two GPUs on each node, a reference with each of the first two; and once
+    more when one is built again."""
     small = {"cpus_per_worker": 0.1, "colocate_with": "policy"}
     pools = {
         "policy": PoolConfig(
             num_workers=4, gpus_per_worker=1, cpus_per_worker=0.1, strategy="spread", node_labels={"rack": "1"}
         ),
         "rollout": PoolConfig(num_workers=2, gpus_per_worker=2, **small),
-        "reference": PoolConfig(num_workers=4, gpus_per_worker=1, **small),
+        "reference": PoolConfig(num_workers=2, gpus_per_worker=1, **small),
     }
     planned = plan_now(pools)
     assert len(set(planned_ids(planned)["policy"])) == 2
     reserved = reserve(planned, 30.0)
     try:
         assert planned_ids(reserved.plan) == planned_ids(planned)
-        assert held()["GPU"] == 4
+        until(lambda: held()["GPU"] == 4, "those who share have none of their own")
         workers = {
             pool: [Worker.options(**reserved.options(pool, number)).remote() for number in range(config.num_workers)]
             for pool, config in pools.items()
@@ -273,7 +273,7 @@ def test_whoever_lies_with_the_policy_is_on_its_ranks_nodes_and_sees_their_gpus(
         ranks = seen["policy"]
         assert [node for node, _ in ranks] == planned_ids(planned)["policy"]
         assert len({(node, gpu) for node, (gpu,) in ranks}) == 4
-        assert seen["reference"] == ranks
+        assert seen["reference"] == ranks[:2]
         assert seen["rollout"] == [(ranks[first][0], ranks[first][1] + ranks[first + 1][1]) for first in (0, 2)]
         for pool in ("rollout", "reference"):
             reserved.check(pool, 1)
