@@ -70,7 +70,8 @@ def cases(steps: int | None, quick: bool) -> dict[str, Case]:
     long = {
         "name": "long", "max_completion_length": 512, "trl_micro_batch": 16,
         "num_steps": warm + 1 + count, "num_warm_up_steps": warm + 1,  # what was begun all at once is trained
-        "trl_steps": 1 + max(1, count // 5), "trl_warm_up_steps": 1, "max_staleness": 8, "pipeline_depth": 96,
+        "trl_steps": 1 + max(1, count // 5), "trl_warm_up_steps": 1, "max_staleness": 3,
+        "max_num_seqs": 64, "max_groups_per_replica": 16,
     }  # fmt: skip
     slow = {"name": "slow_reward", "reward": "lower_case_slowly", "max_concurrent_groups": 128}
     return {"short": short, "long": short.model_copy(update=long), "slow_reward": short.model_copy(update=slow)}

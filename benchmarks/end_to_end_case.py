@@ -40,8 +40,10 @@ class Case(BaseModel):
     """Sequences of one forward pass: where TRL is fastest."""
     trl_threads: int = 2
     max_staleness: int = 1
-    pipeline_depth: int | None = None
-    """Groups that are sampled and not trained yet; as many as the bound allows when it is null."""
+    max_num_seqs: int = 256
+    """Completions that the replica decodes at once."""
+    max_groups_per_replica: int | None = None
+    """Groups that it holds, decoding or queued; null is the recipes' default, four times as many as it decodes."""
     engine_threads: int = 1
     policy_threads: int = 2
     max_concurrent_groups: int = 32
@@ -50,12 +52,6 @@ class Case(BaseModel):
     @property
     def num_rollouts(self) -> int:
         return self.groups_per_batch * self.num_generations
-
-    @property
-    def num_batches_ahead(self) -> int:
-        """Batches, at most, that are sampled and not trained yet."""
-        deepest = self.groups_per_batch * (self.max_staleness + 1)
-        return -(-(self.pipeline_depth or deepest) // self.groups_per_batch)
 
 
 class Measured(BaseModel):

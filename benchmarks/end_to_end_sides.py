@@ -41,7 +41,7 @@ def recipe_of(case: Case, run_dir: Path) -> dict[str, Any]:
         "name": "end-to-end",
         "run_dir": str(run_dir),
         "seed": case.seed,
-        "steps": case.num_steps + case.num_batches_ahead,  # the last ones find their samples there, and are not counted
+        "steps": case.num_steps + case.max_staleness + 1,  # the last ones find their samples there, and are not counted
         "groups_per_batch": case.groups_per_batch,
         "model": {"kind": "pretrained", "path": case.model},
         "dataset": {"path": case.data},
@@ -53,7 +53,7 @@ def recipe_of(case: Case, run_dir: Path) -> dict[str, Any]:
             "num_generations": case.num_generations,
             "vllm_importance_sampling_mode": "token_truncate",
         },
-        "staleness": {"max_staleness": case.max_staleness, "pipeline_depth": case.pipeline_depth},
+        "staleness": {"max_staleness": case.max_staleness},
         "generation": {
             "max_prompt_length": NUM_PROMPT_TOKENS,
             "max_completion_length": case.max_completion_length,
@@ -61,7 +61,11 @@ def recipe_of(case: Case, run_dir: Path) -> dict[str, Any]:
         "optimizer": {"learning_rate": case.learning_rate},
         "checkpoint": {"every": 0},
         "policy": {"num_threads": case.policy_threads},
-        "rollout": {"num_threads": case.engine_threads, "max_num_seqs": case.num_rollouts},
+        "rollout": {
+            "num_threads": case.engine_threads,
+            "max_num_seqs": case.max_num_seqs,
+            "max_groups_per_replica": case.max_groups_per_replica,
+        },
         "pools": {
             "policy": {"cpus_per_worker": 0.5},
             "rollout": {"cpus_per_worker": 1},
