@@ -20,12 +20,12 @@ model's weights alone (end_to_end_model.py): half of them have 20 tokens or less
 
 TRL samples and trains in turn. Paceline samples ahead, so that both cores have work while a step waits for its last
 completions: its tokens are at most 2 versions old in `short` and `slow_reward`, and at most 1, the default, where the
-reward curves are compared. A completion of 512 tokens takes as long as several steps: in `long` the bound is 8, so that
-no step waits for one, and 3 batches at a time are on their way, so that most tokens are younger.
+reward curves are compared. A completion of 512 tokens takes as long as several steps: in `long` the bound is 3, and 64
+completions are decoded at once and not 256, which costs the engine nothing for each token and ends the longest four
+times as soon, so that no step waits for one. The engine and the policy have a thread each there.
 
 Starts do not count on either side: the clock runs from the end of the warm-up steps to the end of the last step. Of
-Paceline's steps the last do not count either, as many as batches are on their way at a time: what they train has been
-sampled. A window that used up a stock of groups, scored or half done, is charged with it. OMP_NUM_THREADS is 2 on both
+Paceline's steps the last max_staleness + 1 do not count either, for which everything has been sampled. A window that used up a stock of groups, scored or half done, is charged with it. OMP_NUM_THREADS is 2 on both
 sides.
 """
 
@@ -71,7 +71,7 @@ def cases(steps: int | None, quick: bool) -> dict[str, Case]:
         "name": "long", "max_completion_length": 512, "trl_micro_batch": 16,
         "num_steps": warm + 1 + count, "num_warm_up_steps": warm + 1,  # what was begun all at once is trained
         "trl_steps": 1 + max(1, count // 5), "trl_warm_up_steps": 1, "max_staleness": 3,
-        "max_num_seqs": 64, "max_groups_per_replica": 16,
+        "max_num_seqs": 64, "max_groups_per_replica": 24, "policy_threads": 1,
     }  # fmt: skip
     slow = {"name": "slow_reward", "reward": "lower_case_slowly", "max_concurrent_groups": 128}
     return {"short": short, "long": short.model_copy(update=long), "slow_reward": short.model_copy(update=slow)}

@@ -36,7 +36,7 @@ def test_a_case_is_a_recipe_with_the_same_load(case: Case, tmp_path: Path) -> No
 
 
 def test_a_run_goes_on_for_as_many_steps_as_were_sampled_ahead(tmp_path: Path) -> None:
-    for name, num_ahead in (("short", 3), ("long", 3)):
+    for name, num_ahead in (("short", 3), ("long", 4)):
         case = cases(None, quick=False)[name]
         assert recipe_of(case, tmp_path)["steps"] == case.num_steps + num_ahead
     assert recipe_of(curve(0, 40, quick=False), tmp_path)["steps"] == 42
