@@ -25,8 +25,8 @@ completions are decoded at once and not 256, which costs the engine nothing for 
 times as soon, so that no step waits for one. The engine and the policy have a thread each there.
 
 Starts do not count on either side: the clock runs from the end of the warm-up steps to the end of the last step. Of
-Paceline's steps the last max_staleness + 1 do not count either, for which everything has been sampled. A window that used up a stock of groups, scored or half done, is charged with it. OMP_NUM_THREADS is 2 on both
-sides.
+Paceline's steps the last max_staleness + 1 do not count either, for which everything has been sampled. A window that
+used up a stock of groups, scored or half done, is charged with it. OMP_NUM_THREADS is 2 on both sides.
 """
 
 import json
