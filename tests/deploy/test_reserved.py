@@ -1,4 +1,4 @@
-"""A cluster that is too busy is the user's to mend while nothing has begun."""
+"""A cluster that is too small or too busy is the user's to mend while nothing has begun."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from actors.errors import RunError
 from actors.recipe.file import load_recipe
 from deploy import train
 from deploy.session import ClusterError
+from placement import live
 from placement.groups import Singly
 from placement.plan import PlacementError
 
@@ -27,6 +28,16 @@ def test_what_cannot_be_reserved_is_told_with_the_runs_name(
     monkeypatch.setattr(train, "reserve", refused)
     with pytest.raises(error, match=r"^demo: not reserved within 120 s: pool 'policy'"):
         train._reserved(load_recipe(DEMO), begun)
+
+
+@pytest.mark.parametrize(("begun", "error"), [(False, ClusterError), (True, RunError)])
+def test_a_cluster_that_is_too_small_is_told_with_what_is_missing(
+    begun: bool, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 1.0}, "NodeManagerHostname": "a"}
+    monkeypatch.setattr(live.ray, "nodes", lambda: [node])
+    with pytest.raises(error, match=r"^demo: pool 'rollout'"):
+        train._reserved(load_recipe(DEMO, ["pools.rollout.gpus_per_worker=1"]), begun)
 
 
 def test_replicas_that_come_and_go_are_planned_from_all_to_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:
