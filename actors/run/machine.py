@@ -25,6 +25,7 @@ _HEAD_AWAY_S = 20.0
 """A head that is away for less may come back; Ray gives it 60 s, after which nothing can be said any more."""
 _KNOCK_EVERY_S = 5.0
 _KNOCK_TIMEOUT_S = 3.0
+_LAST_KNOCK_TIMEOUT_S = 1.0
 
 
 @contextlib.asynccontextmanager
@@ -34,17 +35,22 @@ async def machine_watched(config: LivenessConfig, say: Callable[[str], None]) ->
     raylet = raylet_pid()
     async with asyncio.TaskGroup() as tasks:
         watches = [
-            *([] if raylet is None else [tasks.create_task(_watch_raylet(raylet, say), name="watch the raylet")]),
             tasks.create_task(_watch_machine(context.get_node_id(), config), name="watch the machine"),
             tasks.create_task(_watch_head(context.gcs_address, config, say), name="watch the head"),
         ]
+        if raylet is not None:
+            watching = _watch_raylet(raylet, context.gcs_address, say)
+            watches.append(tasks.create_task(watching, name="watch the raylet"))
         yield
         for watch in watches:
             watch.cancel()
 
 
-async def _watch_raylet(pid: int, say: Callable[[str], None]) -> NoReturn:
-    """Told by the kernel, and said at once: the next call of ours to a raylet that is gone may be the end, wordless."""
+async def _watch_raylet(pid: int, head: str, say: Callable[[str], None]) -> NoReturn:
+    """Told by the kernel, and said at once: the next call of ours to a raylet that is gone may be the end, wordless.
+
+    Where the head at host:port has died, too, that is the cause, and named.
+    """
     ended, loop = asyncio.Event(), asyncio.get_running_loop()
     descriptor = os.pidfd_open(pid)
     loop.add_reader(descriptor, ended.set)
@@ -53,7 +59,13 @@ async def _watch_raylet(pid: int, say: Callable[[str], None]) -> NoReturn:
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)
-    why = f"Ray's own process on this machine (the raylet, process {pid}) has died{_WITH_IT}"
+    raylet, head_answers = f"Ray's own process on this machine (the raylet, process {pid})", True
+    with contextlib.suppress(DeadlineError):
+        head_answers = await within(_LAST_KNOCK_TIMEOUT_S, aside(answers, head), f"knocking at {head}")
+    why = f"{raylet} has died{_WITH_IT}"
+    if not head_answers:
+        why = f"the head of the Ray cluster, {head}, is gone, and with it {raylet}; give the same command again when "
+        why += "there is a cluster"
     say(f"error: {why}")
     raise RunError(why)
 

@@ -54,15 +54,22 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-async def test_a_run_ends_as_soon_as_its_raylet_does(sleeper: subprocess.Popen[bytes]) -> None:
+@pytest.mark.parametrize("head_lives", [True, False])
+async def test_a_run_ends_as_soon_as_its_raylet_does(sleeper: subprocess.Popen[bytes], head_lives: bool) -> None:
+    """And names the head, where that has died as well."""
     said: list[str] = []
-    watch = asyncio.create_task(machine._watch_raylet(sleeper.pid, said.append))
-    await asyncio.sleep(0.2)
-    assert not watch.done()
-    sleeper.kill()
-    with pytest.raises(RunError, match=f"the raylet, process {sleeper.pid}"):
-        await asyncio.wait_for(watch, 5.0)
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        head = "{}:{}".format(*door.getsockname())
+        watch = asyncio.create_task(machine._watch_raylet(sleeper.pid, head, said.append))
+        await asyncio.sleep(0.2)
+        assert not watch.done()
+        if not head_lives:
+            door.close()
+        sleeper.kill()
+        with pytest.raises(RunError, match=f"the raylet, process {sleeper.pid}"):
+            await asyncio.wait_for(watch, 5.0)
     assert said == [f"error: {watch.exception()}"]
+    assert (f"the head of the Ray cluster, {head}, is gone" in said[0]) == (not head_lives)
 
 
 async def test_a_run_ends_when_the_head_is_away_for_long_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
