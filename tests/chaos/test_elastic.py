@@ -27,16 +27,16 @@ pytestmark = [pytest.mark.cluster, ONLY_PROVE]
 
 
 class ElasticRun:
-    """A run with light workers, watched by its files."""
+    """A run watched by its files."""
 
-    def __init__(self, folder: Path, steps: int, env: dict[str, str], overrides: list[str]) -> None:
+    def __init__(self, folder: Path, steps: int, env: dict[str, str], overrides: list[str], engine: str) -> None:
         self.folder, self.steps = folder, steps
-        recipe = write_recipe(folder, steps=steps, seed=0, num_replicas=1)
+        recipe = write_recipe(folder, steps=steps, seed=0, num_replicas=1, engine=engine)
         prepare(folder / "faults")
         set_pace(folder / "faults", 1.0)  # engines need seconds to start, and steps are few
         self._log = (folder / "log").open("wb")
         self.process = psutil.Popen(
-            [sys.executable, "-m", "tests.chaos.driver", "light", str(recipe), *overrides],
+            [sys.executable, "-m", "tests.chaos.driver", engine, str(recipe), *overrides],
             env=env | {FOLDER: str(folder / "faults")}, cwd=ROOT, stdout=self._log, stderr=self._log,
         )  # fmt: skip
 
@@ -99,8 +99,8 @@ def cluster(tmp_path: Path) -> Iterator[Machines]:
 def start(tmp_path: Path) -> Iterator[Callable[..., ElasticRun]]:
     runs: list[ElasticRun] = []
 
-    def begin(steps: int, env: dict[str, str], *overrides: str) -> ElasticRun:
-        runs.append(ElasticRun(tmp_path, steps, env, list(overrides)))
+    def begin(steps: int, env: dict[str, str], *overrides: str, engine: str = "light") -> ElasticRun:
+        runs.append(ElasticRun(tmp_path, steps, env, list(overrides), engine))
         return runs[-1]
 
     yield begin
@@ -108,22 +108,26 @@ def start(tmp_path: Path) -> Iterator[Callable[..., ElasticRun]]:
         run.close()
 
 
-def test_a_run_is_scaled_up_and_down_while_it_trains(start: Callable[..., ElasticRun]) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("engine", "most"), [("light", 3), ("vllm", 2)])
+def test_a_run_is_scaled_up_and_down_while_it_trains(engine: str, most: int, start: Callable[..., ElasticRun]) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HF_HUB_OFFLINE": "1"}
     shut_in(env)
-    run = start(100, env, "pools.rollout.max_workers=3", "rollout.leave_grace_s=2")
+    alone = ("pools.rollout.num_workers=1", f"pools.rollout.max_workers={most}", "rollout.leave_grace_s=2")
+    run = start(100, env, *alone, engine=engine)
     run.until(lambda: run.trained() >= 2)
     assert run.replicas() == 1
-    assert "taken: 3" in scale(run.folder / "run", "rollout=3", 30.0)
-    run.until(lambda: run.serves() == {0, 1, 2})
-    run.until(lambda: run.replicas() == 3)
+    assert f"taken: {most}" in scale(run.folder / "run", f"rollout={most}", 30.0)
+    run.until(lambda: run.serves() == set(range(most)), 200)
+    run.until(lambda: run.replicas() == most)
     assert "taken: 1" in scale(run.folder / "run", "rollout=1", 30.0)
     run.until(lambda: run.replicas() == 1)
     at = run.trained()
     run.until(lambda: run.trained() >= at + 3)
     run.hurry()
     summary = run.ended()
-    assert (summary["replicas_joined"], summary["replicas_left"], summary["replicas_rebuilt"]) == (2, 2, 0)
+    others = most - 1
+    assert (summary["replicas_joined"], summary["replicas_left"], summary["replicas_rebuilt"]) == (others, others, 0)
     assert not {"failed", "preempted", "late"} & set(summary["waste"]), "what a leaving replica has is handed on"
 
 
