@@ -109,12 +109,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., ElasticRun]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("engine", "most"), [("light", 3), ("vllm", 2)])
-def test_a_run_is_scaled_up_and_down_while_it_trains(engine: str, most: int, start: Callable[..., ElasticRun]) -> None:
+@pytest.mark.parametrize(("engine", "most", "steps"), [("light", 3, 100), ("vllm", 2, 250)])
+def test_a_run_is_scaled_up_and_down_while_it_trains(
+    engine: str, most: int, steps: int, start: Callable[..., ElasticRun]
+) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HF_HUB_OFFLINE": "1"}
     shut_in(env)
     alone = ("pools.rollout.num_workers=1", f"pools.rollout.max_workers={most}", "rollout.leave_grace_s=2")
-    run = start(100, env, *alone, engine=engine)
+    run = start(steps, env, *alone, engine=engine)
     run.until(lambda: run.trained() >= 2)
     assert run.replicas() == 1
     assert f"taken: {most}" in scale(run.folder / "run", f"rollout={most}", 30.0)
