@@ -1,5 +1,6 @@
 """A supervised run that was killed, was stopped and lost its policy ends, to the bit, as one that was not."""
 
+import contextlib
 import json
 import re
 import signal
@@ -67,7 +68,8 @@ def test_a_killed_supervised_run_ends_as_one_that_was_not(tmp_path: Path, policy
         check_is_a_model(store.open(first) / "model")
         said, _ = unbroken.communicate(timeout=200)
     finally:
-        unbroken.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            unbroken.kill()
     assert unbroken.returncode == 0, said
 
     stopped = begin(broken)
