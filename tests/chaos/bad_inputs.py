@@ -192,7 +192,10 @@ def contradiction(rng: random.Random, tree: dict[str, Any], path: Path) -> BadIn
         "dropout": ({"policy": {"lora": {"lora_dropout": 0.5}}}, "lora_dropout"),
         "ranks": ({"pools": {"policy": {"num_workers": 10_000}}}, "groups_per_batch"),
         "two GPUs": ({"pools": {"policy": {"gpus_per_worker": 2}}}, "gpus_per_worker"),
-        "wire": ({"sync": {"transport": "nccl"}, "pools": {"rollout": {"gpus_per_worker": 0}}}, "transport"),
+        "wire": (
+            {"sync": {"transport": "nccl"}, "pools": {"rollout": {"gpus_per_worker": 0, "colocate_with": None}}},
+            "transport",
+        ),
         "delta": ({"sync": {"delta": True, "staging": "none"}}, "delta"),
         "fanout": ({"sync": {"fanout": rng.choice([0, -1, "some", 1.5])}}, "fanout"),
         "filter": (
