@@ -40,11 +40,10 @@ class Case(BaseModel):
     """Sequences of one forward pass: where TRL is fastest."""
     trl_threads: int = 2
     max_staleness: int = 1
-    num_replicas: int = 1
     max_num_seqs: int = 256
-    """Completions that a replica decodes at once."""
+    """Completions that the replica decodes at once."""
     max_groups_per_replica: int | None = None
-    """Groups that one holds, decoding or queued; null is the recipes' default, four times as many as it decodes."""
+    """Groups that it holds, decoding or queued; null is the recipes' default, four times as many as it decodes."""
     engine_threads: int = 1
     policy_threads: int = 2
     max_concurrent_groups: int = 32

@@ -68,7 +68,7 @@ def recipe_of(case: Case, run_dir: Path) -> dict[str, Any]:
         },
         "pools": {
             "policy": {"cpus_per_worker": 0.5},
-            "rollout": {"num_workers": case.num_replicas, "cpus_per_worker": 1 / case.num_replicas},
+            "rollout": {"cpus_per_worker": 1},
             "reward": {"cpus_per_worker": 0.25},
         },
     }
