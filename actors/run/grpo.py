@@ -15,6 +15,7 @@ from actors.run.life import Life, Run, begin
 from actors.run.machine import machine_watched
 from actors.run.plot import plot_run
 from actors.run.progress import RunProgress
+from actors.run.pulse import pulse_watched
 from actors.run.recovery import Recovery, new_learners
 from actors.run.signals import on_signal
 from actors.run.tracker import Tracker
@@ -43,7 +44,7 @@ async def run_grpo(
         max_completion_length=recipe.generation.max_completion_length,
     )
     starting = grpo_workers(recipe, model, pools, folder.path, router, progress.say, roles or Roles())
-    async with machine_watched(recipe.liveness, progress.say), starting as started:
+    async with pulse_watched(folder.stall), machine_watched(recipe.liveness, progress.say), starting as started:
         workers, learners = started
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config, progress.say) as tracker:
             lives = Lives(Run(recipe, prompts, tokenizer, folder, progress, tracker, router, workers), learners)

@@ -23,6 +23,7 @@ from actors.run.lessons import Lesson, Stream, lesson_of
 from actors.run.machine import machine_watched
 from actors.run.plot import plot_loss
 from actors.run.progress import RunProgress
+from actors.run.pulse import pulse_watched
 from actors.run.recovery import Recovery, new_policy
 from actors.run.sight import Member, Sight, look, suspected
 from actors.run.signals import on_signal
@@ -51,7 +52,7 @@ async def run_sft(
     progress.say("starting the policy")
     config = recipe.model_dump(mode="json")
     starting = policy_ranks(recipe, model, pools, folder.path)
-    async with machine_watched(_LIVENESS, progress.say), starting as (ranks, policy):
+    async with pulse_watched(folder.stall), machine_watched(_LIVENESS, progress.say), starting as (ranks, policy):
         with Tracker(recipe.logging.wandb_project, recipe.name, folder.path, config, progress.say) as tracker:
             lives = Lives(recipe, stream, tokenizer, folder, progress, tracker, ranks, policy)
             with on_signal(lives.stop, progress.say):

@@ -6,9 +6,6 @@ node).
 
 import asyncio
 import contextlib
-import sys
-import threading
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.deadline import DeadlineError, aside, within
 from actors.errors import PolicyLostError, RunError, first_cause, last_line
-from actors.run.stacks import processes_of
+from actors.run.stacks import processes_of, stacks_here, tasks_here
 from actors.run.suspect import Pending, Worker, report, sentence
 
 _ASK_TIMEOUT_S = 3.0
@@ -69,7 +66,8 @@ async def look(
     except Exception as error:  # noqa: BLE001  whatever is wrong with looking, that the run stalls is told
         facts["the workers could not be looked at"] = f"{type(error).__name__}: {last_line(error)}"
         say(f"warning: the workers could not be looked at ({type(error).__name__}: {last_line(error)})")
-    _write(path, report(reason, workers, pending, facts), say)
+    driver = f"\n== driver: what its tasks wait for\n{tasks_here()}\n-- its threads:\n{stacks_here()}\n"
+    _write(path, report(reason, workers, pending, facts) + driver, say)
     return Sight(workers, pending)
 
 
@@ -158,6 +156,4 @@ async def _look_at(node: str, pids: list[int]) -> dict[int, Any] | str:
 
 def _account(_: object) -> str:
     """The Python stacks of this process, for where py-spy may not look (containers without SYS_PTRACE)."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    stacks = [(names.get(ident, "?"), traceback.format_stack(frame)) for ident, frame in sys._current_frames().items()]
-    return "\n".join(f"Thread {name}\n{''.join(stack)}" for name, stack in stacks).rstrip()
+    return stacks_here()

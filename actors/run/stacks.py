@@ -1,8 +1,14 @@
-"""What the processes of a node do at this moment: their states, and their Python stacks, without stopping them."""
+"""What the processes of a node do at this moment: their states, and their Python stacks, without stopping them.
 
+And what this very process does, which nobody needs the right to trace for.
+"""
+
+import asyncio
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 
 from actors.run.suspect import Process
@@ -63,3 +69,20 @@ def _command(pid: int) -> str:
     except OSError:
         return "?"
     return " ".join(words[:3]).strip()[:120]
+
+
+def stacks_here() -> str:
+    """The Python stack of each thread of this process."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    stacks = [(names.get(ident, "?"), traceback.format_stack(frame)) for ident, frame in sys._current_frames().items()]
+    return "\n".join(f"Thread {name}\n{''.join(stack)}" for name, stack in stacks).rstrip()
+
+
+def tasks_here() -> str:
+    """What each task of the running event loop waits for: the line where it stands."""
+    lines = []
+    for task in asyncio.all_tasks():
+        frames = task.get_stack(limit=1)
+        at = f"{frames[-1].f_code.co_filename}:{frames[-1].f_lineno}" if frames else "not begun, or over"
+        lines.append(f"{task.get_name()}: {getattr(task.get_coro(), '__qualname__', '?')} ({at})")
+    return "\n".join(sorted(lines))

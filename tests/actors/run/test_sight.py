@@ -28,3 +28,5 @@ async def test_a_failure_in_looking_does_not_hide_that_the_run_stalls(tmp_path: 
     text = path.read_text()
     for part in ("version: 5", "group 7 (attempt 0)", "the workers could not be looked at: AttributeError: "):
         assert part in text
+    _, driver = text.split("== driver: what its tasks wait for\n")
+    assert f"({__file__}:" in driver  # where this very task stands
