@@ -73,8 +73,8 @@ def _last_words(loop_thread: int, stall: Path) -> None:
     """One sentence for whoever looks, and every thread's stack in the file."""
     frame = sys._current_frames()[loop_thread]
     where = f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
-    told = f"error: the driver's event loop has hung for {_MOST_MISSED * _BEAT_S:g} s in {where}; see {stall}; give the "
-    told += "same command again when that is mended"
+    told = f"error: the driver's event loop has hung for {_MOST_MISSED * _BEAT_S:g} s in {where}; see {stall}; "
+    told += "give the same command again when that is mended"
     words = [
         threading.Thread(target=os.write, args=(_STDERR, f"{told}\n".encode()), daemon=True),
         threading.Thread(target=_leave, args=(stall, f"{told}\n\n{stacks_here()}\n"), daemon=True),
