@@ -9,11 +9,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError
 
 from actors.checkpoint.cut import Failures
 from actors.data.prompts import PromptStream, over_budget
 from actors.deadline import within
+from actors.deaths import is_death
 from actors.errors import ReplicaDeadError, RunError, last_line
 from actors.fleet import Fleet
 from actors.ledger import Ledger
@@ -169,8 +170,7 @@ class Attempts:
     async def _failed(self, slot: Slot, replica: int, error: BaseException) -> None:
         """Try the prompt again under its ordinal; after too many failures set it aside, and count it."""
         cause = f"replica {replica}: {last_line(error)}"
-        # An actor error that comes wrapped in a task error is about a worker behind the replica.
-        died = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+        died = is_death(error)
         self.ledger.failed(slot, cause, "preempted" if died and self.fleet.is_leaving(replica) else "failed")
         if isinstance(error, ObjectLostError):  # what an interrupted attempt had left was on a machine that is gone
             await self.pacer.failed(slot)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
 from actors.deadline import DeadlineError, within
+from actors.deaths import is_death
 from actors.errors import PolicyLostError, RunError, SpoiledError, last_line
 from actors.policy import CONTROL, IO
 from actors.policy_calls import RankBatch, RankUpdate, ReferenceSums
@@ -202,8 +203,7 @@ async def _answer(timeout_s: float, call: Awaitable[Any], what: str) -> Any:
     try:
         return await within(timeout_s, call, what)
     except RayError as error:
-        dead = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
-        raise (PolicyLostError if dead else RunError)(f"{what}: {last_line(error)}") from error
+        raise (PolicyLostError if is_death(error) else RunError)(f"{what}: {last_line(error)}") from error
 
 
 def _renumbered(micro_batches: tuple[MicroBatch, ...], needed: list[int]) -> tuple[MicroBatch, ...]:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.attempts import Attempts, Limits
 from actors.controller import Controller
@@ -33,6 +33,7 @@ from algorithms.pacing import Pacer
 from algorithms.slots import Slot
 from algorithms.types import Batch, Prompt, Update
 from tests.actors.groups import ready
+from tests.actors.test_errors import KILLED
 from tests.virtual_time import run_virtually
 
 Answer = Callable[[Slot], int | float]
@@ -302,8 +303,9 @@ async def test_too_many_hopeless_groups_stop_the_run(tmp_path: Path) -> None:
         await Bench(tmp_path, answer).run()
 
 
+@pytest.mark.parametrize("error", [ReplicaDeadError("the engine of rollout replica 0 died"), OutOfMemoryError(KILLED)])
 async def test_a_dead_engine_is_rebuilt_and_its_groups_are_sampled_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
     died: list[int] = []
@@ -311,7 +313,7 @@ async def test_a_dead_engine_is_rebuilt_and_its_groups_are_sampled_again(
     def answer(slot: Slot) -> int:
         if slot.ordinal == 2 and not died:
             died.append(slot.ordinal)
-            raise ReplicaDeadError("the engine of rollout replica 0 died")
+            raise error
         return slot.version
 
     bench = Bench(tmp_path, answer, num_steps=8)
@@ -322,6 +324,22 @@ async def test_a_dead_engine_is_rebuilt_and_its_groups_are_sampled_again(
     assert "is fenced and will be rebuilt: it died while it sampled group 2" in bench.said[0]
     assert bench.ledger.num_quarantined == 0, "a dead engine is not the prompt's fault"
     assert bench.ledger.num_trained == 16
+
+
+async def test_a_death_behind_a_replica_is_not_the_replicas(tmp_path: Path) -> None:
+    """Ray's error is of its cause's type as well."""
+
+    def answer(slot: Slot) -> int:
+        if slot.ordinal == 2 and slot.attempt == 0:
+            cause = OutOfMemoryError(KILLED)
+            raise RayTaskError("fill", KILLED, cause, "worker", 1, "127.0.0.1").as_instanceof_cause()
+        return slot.version
+
+    bench = Bench(tmp_path, answer)
+    await bench.run()
+    assert bench.fleet.num_rebuilt == 0
+    assert [line["ordinal"] for line in bench.lines("failed")] == [2]
+    assert bench.ledger.num_trained == 8
 
 
 async def test_engines_that_die_again_and_again_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
