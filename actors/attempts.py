@@ -14,7 +14,7 @@ from ray.exceptions import ObjectLostError, RayError
 from actors.checkpoint.cut import Failures
 from actors.data.prompts import PromptStream, over_budget
 from actors.deadline import within
-from actors.deaths import is_death
+from actors.deaths import is_death, is_out_of_reach
 from actors.errors import ReplicaDeadError, RunError, last_line
 from actors.fleet import Fleet
 from actors.ledger import Ledger
@@ -175,6 +175,9 @@ class Attempts:
         if isinstance(error, ObjectLostError):  # what an interrupted attempt had left was on a machine that is gone
             await self.pacer.failed(slot)
             return
+        if is_out_of_reach(error):
+            await self._out_of_reach(slot, replica)
+            return
         if died or isinstance(error, ReplicaDeadError):  # not the prompt's fault
             self.fleet.fence(replica, f"it died while it sampled group {slot.ordinal}: {last_line(error)}")
             await self.pacer.failed(slot)
@@ -191,3 +194,15 @@ class Attempts:
                 f"group {slot.ordinal}, of row {self.prompts.row(slot.ordinal)} of the data set, failed {num_failures} "
                 f"times ({cause}); rollout.max_quarantined allows {self.limits.max_quarantined} such groups in a run"
             )
+
+    async def _out_of_reach(self, slot: Slot, replica: int) -> None:
+        """The attempt is lost, wherever it has got to, and that is not the prompt's fault; of the replica it is asked
+        whether it lives. The attempt may be there still: it is to take no more of the engine's time."""
+        self.router.interrupt([slot])
+        with self.router.shunned(replica):
+            waits = self.fleet.num_serving < 2
+            if not waits:  # it goes on elsewhere at once
+                await self.pacer.failed(slot)
+            await self.fleet.look_after(replica)
+        if waits:
+            await self.pacer.failed(slot)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.attempts import Attempts, Limits
 from actors.controller import Controller
@@ -97,9 +97,18 @@ class Replica:
         self.fill = SimpleNamespace(remote=self._fill)
         self.interrupt = SimpleNamespace(remote=self._interrupt)
         self.start = self.close = SimpleNamespace(remote=self._nothing)
+        self.ping = SimpleNamespace(remote=self._ping)
+        self.pings: list[Exception | None] = []
+        self.num_calls_at_ping: list[int] = []
 
     async def _nothing(self) -> None:
         pass
+
+    async def _ping(self) -> None:
+        self.num_calls_at_ping.append(len(self.calls))
+        error = self.pings.pop(0) if self.pings else None
+        if error is not None:
+            raise error
 
     def _fill(self, prompt: Prompt, attempt: int, partial: Any) -> tuple[Any, Any]:
         self.calls.append((prompt.ordinal, attempt, partial))
@@ -141,6 +150,7 @@ class Bench:
         health: HealthConfig = HealthConfig(),  # noqa: B008
         num_roll_backs: int = 0,
         max_bad_rows: int = 0,
+        num_replicas: int = 2,
     ) -> None:
         self.events: list[str] = []
         self.committed = 0
@@ -175,7 +185,9 @@ class Bench:
         self.prompts: Prompts = prompts
         self.router = Router(max_groups_per_replica=8, num_generations=2, max_completion_length=8)
         self.said: list[str] = []
-        self.fleet = Fleet(self.spawn, 2, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append)
+        self.fleet = Fleet(
+            self.spawn, num_replicas, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append
+        )
         self.exclusive = asyncio.Lock()
         self.health = Health(health, self.pacer, stand_in, self.said.append, self.ledger)
         limits = Limits(
@@ -339,6 +351,67 @@ async def test_a_death_behind_a_replica_is_not_the_replicas(tmp_path: Path) -> N
     await bench.run()
     assert bench.fleet.num_rebuilt == 0
     assert [line["ordinal"] for line in bench.lines("failed")] == [2]
+    assert bench.ledger.num_trained == 8
+
+
+def out_of_reach(ordinal: int, times: int) -> Answer:
+    """The group's first attempts end with that."""
+
+    def answer(slot: Slot) -> int:
+        if slot.ordinal == ordinal and slot.attempt < times:
+            raise ActorUnavailableError("the connection was reset", b"0" * 16)
+        return slot.version
+
+    return answer
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+async def test_a_replica_that_is_out_of_reach_for_a_moment_is_not_fenced(tmp_path: Path, num_replicas: int) -> None:
+    bench = Bench(tmp_path, out_of_reach(2, times=5), num_replicas=num_replicas)
+    await bench.run()
+    assert bench.said == []
+    assert bench.fleet.num_rebuilt == 0
+    assert [line["ordinal"] for line in bench.lines("failed")] == [2] * 5, "more often than a group may fail"
+    assert bench.ledger.num_quarantined == 0
+    assert bench.ledger.num_trained == 8
+    stopped = [key for replica in bench.replicas for key, stop in replica.stops.items() if stop.is_set()]
+    assert sorted(stopped) == [(2, attempt) for attempt in range(5)], "what may be there still is to end"
+
+
+async def test_a_group_goes_elsewhere_while_it_is_asked_whether_its_replica_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.deaths._AGAIN_S", 0.05)
+    bench = Bench(tmp_path, out_of_reach(0, times=1), num_steps=8)
+    away = ActorUnavailableError("the connection was reset", b"0" * 16)
+    running = asyncio.create_task(bench.run())
+    while not bench.replicas:  # noqa: ASYNC110  nobody is told
+        await asyncio.sleep(0)
+    bench.replicas[0].pings = [away] * 4
+    await running
+    assert bench.said == []
+    assert [(ordinal, attempt) for ordinal, attempt, _ in bench.replicas[1].calls if ordinal == 0] == [(0, 1)]
+    assert len(bench.replicas[1].calls) > 8
+    asked = bench.replicas[0].num_calls_at_ping
+    assert len(asked) == 5
+    assert len(set(asked)) == 1, "nor does any other go there meanwhile"
+
+
+async def test_a_replica_that_was_out_of_reach_because_it_died_is_fenced_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+    monkeypatch.setattr("actors.deaths._AGAIN_S", 0.01)
+    bench = Bench(tmp_path, out_of_reach(0, times=1))
+    away = ActorUnavailableError("the connection was reset", b"0" * 16)
+    running = asyncio.create_task(bench.run())
+    while not bench.replicas:  # noqa: ASYNC110  nobody is told
+        await asyncio.sleep(0)
+    bench.replicas[0].pings = [away, OutOfMemoryError(KILLED)]
+    await running
+    assert bench.fleet.num_rebuilt == 1
+    assert "replica 0 is fenced and will be rebuilt: killed for want of memory on machine 10.0.0.7" in bench.said[0]
+    assert bench.ledger.num_quarantined == 0
     assert bench.ledger.num_trained == 8
 
 
