@@ -21,6 +21,7 @@ from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup, TakenGroups
 from actors.router import Router
 from actors.sampled import Interrupted
+from algorithms.blame import MOST_IN_A_ROW, Blame
 from algorithms.budgets import RewardBudget
 from algorithms.config import FilterConfig
 from algorithms.filters import verdict
@@ -59,6 +60,7 @@ class Attempts:
     """What was sampled is brought to the driver's machine at once: the replica's may go."""
     _partial: dict[int, ray.ObjectRef] = field(default_factory=dict)  # ordinal -> what an interrupted attempt has left
     _num_failures: Counter[int] = field(default_factory=Counter)  # by ordinal; interruptions do not count
+    _blame: Blame = field(default_factory=Blame)
     _num_filtered_in_a_row: int = 0
 
     def state(self) -> Failures:
@@ -79,7 +81,7 @@ class Attempts:
             await self._unusable(slot, error)
             return
         partial = self._partial.pop(slot.ordinal, None)
-        dispatching = self.router.dispatch(prompt, slot, partial)
+        dispatching = self.router.dispatch(prompt, slot, partial, self._blame.avoids(slot.ordinal))
         finding_s, clock = timeout_s + self.limits.start_timeout_s, self.fleet.clock
         sent = await clock.within(finding_s, dispatching, f"{name}: finding a replica")
         self.ledger.dispatched(slot, sent.replica)
@@ -93,7 +95,7 @@ class Attempts:
             sent.forsake()
             await self._failed(slot, sent.replica, error)
         else:
-            await self._arrived(slot, answer, group)
+            await self._arrived(slot, sent.replica, answer, group)
         finally:
             self.router.done(slot)
 
@@ -123,11 +125,16 @@ class Attempts:
         if self.ledger.num_bad_rows > self.limits.max_bad_rows:
             raise RunError(over_budget(error, self.limits.max_bad_rows)) from error
 
-    async def _arrived(self, slot: Slot, answer: GroupSummary | Interrupted, group: ray.ObjectRef) -> None:
+    async def _arrived(
+        self, slot: Slot, replica: int, answer: GroupSummary | Interrupted, group: ray.ObjectRef
+    ) -> None:
         if isinstance(answer, Interrupted):
             await self._interrupted(slot, answer, group)
             return
         self.router.learned(answer)
+        for guilty, error in self._blame.well(slot.ordinal, replica):
+            told = f"{MOST_IN_A_ROW} groups that others came through with failed on it in a row, at last for this"
+            self.fleet.fence(guilty, f"{told}: {error}")
         spent = self.rewards.spent(answer.failures, answer.details)
         if spent is not None:
             raise RunError(spent)
@@ -168,7 +175,10 @@ class Attempts:
             )
 
     async def _failed(self, slot: Slot, replica: int, error: BaseException) -> None:
-        """Try the prompt again under its ordinal; after too many failures set it aside, and count it."""
+        """Try the prompt again under its ordinal; after too many failures set it aside, and count it.
+
+        Where two replicas serve it has failed on both by then: one replica alone may be what fails.
+        """
         cause = f"replica {replica}: {last_line(error)}"
         died = is_death(error)
         self.ledger.failed(slot, cause, "preempted" if died and self.fleet.is_leaving(replica) else "failed")
@@ -182,11 +192,17 @@ class Attempts:
             self.fleet.fence(replica, f"it died while it sampled group {slot.ordinal}: {last_line(error)}")
             await self.pacer.failed(slot)
             return
-        self._num_failures[slot.ordinal] += 1
-        num_failures = self._num_failures[slot.ordinal]
-        if num_failures < self.limits.max_attempts:
+        if self.fleet.is_fenced(replica):  # what ends there now, ends for that
             await self.pacer.failed(slot)
             return
+        self._blame.failed(slot.ordinal, replica, last_line(error))
+        self._num_failures[slot.ordinal] += 1
+        num_failures, tried = self._num_failures[slot.ordinal], self._blame.tried(slot.ordinal)
+        unproved = len(tried) < 2 and self.router.serves_besides(tried)
+        if num_failures < self.limits.max_attempts or unproved:
+            await self.pacer.failed(slot)
+            return
+        self._blame.settled(slot.ordinal)
         if await self.pacer.dropped(slot):
             self.ledger.quarantined(slot, cause, self.prompts.row(slot.ordinal))
         if self.ledger.num_given_up > self.limits.max_quarantined:

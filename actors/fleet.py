@@ -131,6 +131,11 @@ class Fleet:
         replica = self._replicas.get(number)
         return replica is not None and replica.state is State.LEAVING
 
+    def is_fenced(self, number: int) -> bool:
+        """Whether the replica has failed, or is gone; it may have a successor."""
+        replica = self._replicas.get(number)
+        return replica is None or replica.state is State.FENCED
+
     @property
     def rebuilding(self) -> bool:
         """Whether no replica serves, and one is about to: it is built, or waits for its version."""

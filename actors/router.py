@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,13 +92,15 @@ class Router:
             self._shunned -= Counter((replica,))
             self._freed.set()
 
-    async def dispatch(self, prompt: Prompt, slot: Slot, partial: ray.ObjectRef | None) -> Sent:
+    async def dispatch(
+        self, prompt: Prompt, slot: Slot, partial: ray.ObjectRef | None, avoid: Collection[int] = ()
+    ) -> Sent:
         """Send the group to the replica with the fewest outstanding tokens; waits while all are full.
 
-        `partial` is what an interrupted attempt has sampled already.
+        `partial` is what an interrupted attempt has sampled already; to none of `avoid` it goes while another serves.
         """
         num_tokens = len(prompt.token_ids) + round(self._num_generations * self._length)
-        while (replica := self._routes.assign(num_tokens, self._shunned)) is None:
+        while (replica := self._routes.assign(num_tokens, {*self._shunned, *avoid})) is None:
             self._freed.clear()
             await self._freed.wait()
         references: tuple[ray.ObjectRef, ray.ObjectRef]
@@ -128,6 +130,10 @@ class Router:
         for replica, attempts in by_replica.items():
             if replica in self._replicas:
                 _heard(self._replicas[replica].interrupt.remote(attempts))
+
+    def serves_besides(self, replicas: Set[int]) -> bool:
+        """Whether groups may go to any other replica."""
+        return bool(self._replicas.keys() - replicas)
 
     async def emptied(self, replica: int) -> None:
         """Until the replica holds no group any more; the caller sets the deadline."""
