@@ -16,7 +16,7 @@ The actors   policy.py       one DeepSpeed rank                   policy_group.p
              settings.py     what each is told of the recipe      scorers.py       who scores and hangs is started again
 Looks on     health.py       what is done about a run that goes wrong
 Waits        deadline.py     every wait has a deadline and a name errors.py        what stops a run
-             apart.py        a life whose end nothing swallows
+             apart.py        a life whose end nothing swallows  deaths.py   who is gone, and who only raised
 Around it    recipe/  what a run is told     data/  prompts and examples     model/  load and forward
              rewards/ the child process      run/   from recipe to run folder    checkpoint/  cuts to go on from
 """

@@ -9,17 +9,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError
 
 from actors.checkpoint.cut import Failures
 from actors.data.prompts import PromptStream, over_budget
 from actors.deadline import within
+from actors.deaths import is_death, is_out_of_reach
 from actors.errors import ReplicaDeadError, RunError, last_line
 from actors.fleet import Fleet
 from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup, TakenGroups
 from actors.router import Router
 from actors.sampled import Interrupted
+from algorithms.blame import MOST_IN_A_ROW, Blame
 from algorithms.budgets import RewardBudget
 from algorithms.config import FilterConfig
 from algorithms.filters import verdict
@@ -58,6 +60,7 @@ class Attempts:
     """What was sampled is brought to the driver's machine at once: the replica's may go."""
     _partial: dict[int, ray.ObjectRef] = field(default_factory=dict)  # ordinal -> what an interrupted attempt has left
     _num_failures: Counter[int] = field(default_factory=Counter)  # by ordinal; interruptions do not count
+    _blame: Blame = field(default_factory=Blame)
     _num_filtered_in_a_row: int = 0
 
     def state(self) -> Failures:
@@ -78,7 +81,7 @@ class Attempts:
             await self._unusable(slot, error)
             return
         partial = self._partial.pop(slot.ordinal, None)
-        dispatching = self.router.dispatch(prompt, slot, partial)
+        dispatching = self.router.dispatch(prompt, slot, partial, self._blame.avoids(slot.ordinal))
         finding_s, clock = timeout_s + self.limits.start_timeout_s, self.fleet.clock
         sent = await clock.within(finding_s, dispatching, f"{name}: finding a replica")
         self.ledger.dispatched(slot, sent.replica)
@@ -92,7 +95,7 @@ class Attempts:
             sent.forsake()
             await self._failed(slot, sent.replica, error)
         else:
-            await self._arrived(slot, answer, group)
+            await self._arrived(slot, sent.replica, answer, group)
         finally:
             self.router.done(slot)
 
@@ -122,11 +125,16 @@ class Attempts:
         if self.ledger.num_bad_rows > self.limits.max_bad_rows:
             raise RunError(over_budget(error, self.limits.max_bad_rows)) from error
 
-    async def _arrived(self, slot: Slot, answer: GroupSummary | Interrupted, group: ray.ObjectRef) -> None:
+    async def _arrived(
+        self, slot: Slot, replica: int, answer: GroupSummary | Interrupted, group: ray.ObjectRef
+    ) -> None:
         if isinstance(answer, Interrupted):
             await self._interrupted(slot, answer, group)
             return
         self.router.learned(answer)
+        for guilty, error in self._blame.well(slot.ordinal, replica):
+            told = f"{MOST_IN_A_ROW} groups that others came through with failed on it in a row, at last for this"
+            self.fleet.fence(guilty, f"{told}: {error}")
         spent = self.rewards.spent(answer.failures, answer.details)
         if spent is not None:
             raise RunError(spent)
@@ -167,23 +175,34 @@ class Attempts:
             )
 
     async def _failed(self, slot: Slot, replica: int, error: BaseException) -> None:
-        """Try the prompt again under its ordinal; after too many failures set it aside, and count it."""
+        """Try the prompt again under its ordinal; after too many failures set it aside, and count it.
+
+        Where two replicas serve it has failed on both by then: one replica alone may be what fails.
+        """
         cause = f"replica {replica}: {last_line(error)}"
-        # An actor error that comes wrapped in a task error is about a worker behind the replica.
-        died = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+        died = is_death(error)
         self.ledger.failed(slot, cause, "preempted" if died and self.fleet.is_leaving(replica) else "failed")
         if isinstance(error, ObjectLostError):  # what an interrupted attempt had left was on a machine that is gone
             await self.pacer.failed(slot)
+            return
+        if is_out_of_reach(error):
+            await self._out_of_reach(slot, replica)
             return
         if died or isinstance(error, ReplicaDeadError):  # not the prompt's fault
             self.fleet.fence(replica, f"it died while it sampled group {slot.ordinal}: {last_line(error)}")
             await self.pacer.failed(slot)
             return
-        self._num_failures[slot.ordinal] += 1
-        num_failures = self._num_failures[slot.ordinal]
-        if num_failures < self.limits.max_attempts:
+        if self.fleet.is_fenced(replica):  # what ends there now, ends for that
             await self.pacer.failed(slot)
             return
+        self._blame.failed(slot.ordinal, replica, last_line(error))
+        self._num_failures[slot.ordinal] += 1
+        num_failures, tried = self._num_failures[slot.ordinal], self._blame.tried(slot.ordinal)
+        unproved = len(tried) < 2 and self.router.serves_besides(tried)
+        if num_failures < self.limits.max_attempts or unproved:
+            await self.pacer.failed(slot)
+            return
+        self._blame.settled(slot.ordinal)
         if await self.pacer.dropped(slot):
             self.ledger.quarantined(slot, cause, self.prompts.row(slot.ordinal))
         if self.ledger.num_given_up > self.limits.max_quarantined:
@@ -191,3 +210,15 @@ class Attempts:
                 f"group {slot.ordinal}, of row {self.prompts.row(slot.ordinal)} of the data set, failed {num_failures} "
                 f"times ({cause}); rollout.max_quarantined allows {self.limits.max_quarantined} such groups in a run"
             )
+
+    async def _out_of_reach(self, slot: Slot, replica: int) -> None:
+        """The attempt is lost, wherever it has got to, and that is not the prompt's fault; of the replica it is asked
+        whether it lives. The attempt may be there still: it is to take no more of the engine's time."""
+        self.router.interrupt([slot])
+        with self.router.shunned(replica):
+            waits = self.fleet.num_serving < 2
+            if not waits:  # it goes on elsewhere at once
+                await self.pacer.failed(slot)
+            await self.fleet.look_after(replica)
+        if waits:
+            await self.pacer.failed(slot)

@@ -4,6 +4,8 @@ import re
 
 _DEAD_NODE = re.compile(r"\bnode has died\. Node Id: (\w+)")
 _ADDRESS = re.compile(r"^\s*ip: (\S+)$", re.MULTILINE)
+_NO_MEMORY = re.compile(r"\bkilled due to the node running low on memory\b")
+_SHORT_NODE = re.compile(r"\(IP: ([^\s,)]+)[^)]*\) was ([\d.]+) ?GB(?: used)? / ([\d.]+) ?GB")
 
 
 class RunError(RuntimeError):
@@ -47,10 +49,22 @@ def first_cause(error: BaseException) -> BaseException:
 def last_line(error: BaseException) -> str:
     """What went wrong, without the remote traceback that Ray puts before it.
 
-    Of a worker whose machine is gone Ray tells where it was further up, and last why it has given the machine up.
+    Of a worker whose machine is gone Ray tells where it was further up, and last why it has given the machine up. Of
+    one that was killed to save its machine Ray tells last who else took memory there.
     """
+    if _NO_MEMORY.search(str(error)) is not None:
+        return _killed_for_memory(str(error))
     node, address = _DEAD_NODE.search(str(error)), _ADDRESS.search(str(error))
     if node is not None:
         where = "its machine" if address is None else f"its machine, {address[1]},"
         return f"{where} has died (Ray's node {node[1][:8]})"
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _killed_for_memory(told: str) -> str:
+    short = _SHORT_NODE.search(told)
+    where = "" if short is None else f" on machine {short[1]}, where {short[2]} of {short[3]} GB were taken"
+    return (
+        f"killed for want of memory{where}: give the machine more memory or fewer workers "
+        "(`python -m deploy plan` tells what a node's workers hold)"
+    )

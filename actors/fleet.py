@@ -25,6 +25,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.deadline import Clock, DeadlineError, within
+from actors.deaths import sign_of_life
 from actors.errors import RunError, last_line
 from actors.recipe.upkeep import LivenessConfig
 from actors.router import Router
@@ -99,6 +100,7 @@ class Fleet:
         self.is_gone: Callable[[int], Awaitable[bool]] | None = None
         """Whether the machine of a bundle is gone; then who was on it leaves, and that is no failure of his. RunError
         where the run cannot go on without it."""
+        self._ping_timeout_s = LivenessConfig().timeout_s
         self.serves_since = 0.0
         """The time.monotonic() at which, after none had served, one did."""
 
@@ -128,6 +130,11 @@ class Fleet:
         """Whether the replica has been told to leave."""
         replica = self._replicas.get(number)
         return replica is not None and replica.state is State.LEAVING
+
+    def is_fenced(self, number: int) -> bool:
+        """Whether the replica has failed, or is gone; it may have a successor."""
+        replica = self._replicas.get(number)
+        return replica is None or replica.state is State.FENCED
 
     @property
     def rebuilding(self) -> bool:
@@ -250,6 +257,7 @@ class Fleet:
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(self._supervise(), name="fleet")]
             if liveness is not None:
+                self._ping_timeout_s = liveness.timeout_s
                 running.append(tasks.create_task(self._watch(liveness), name="fleet-watch"))
             yield
             for task in running:
@@ -282,11 +290,22 @@ class Fleet:
     async def _watch(self, liveness: LivenessConfig) -> None:
         while True:
             await asyncio.sleep(liveness.every_s)
-            await self._each(self.members, "ping", liveness.timeout_s)
+            await self._ping(self.members)
+
+    async def look_after(self, number: int) -> None:
+        """Of a replica that is out of reach: it is fenced, unless it gives a sign of life in time."""
+        await self._ping([replica for replica in self.members if replica.number == number])
+
+    async def _ping(self, replicas: Sequence[Replica]) -> None:
+        await self._came(replicas, "ping", [sign_of_life(r.handle.ping.remote) for r in replicas], self._ping_timeout_s)
 
     async def _each(self, replicas: Sequence[Replica], method: str, timeout_s: float) -> None:
         """Call the method of every replica; one that fails or is late is fenced."""
-        calls = (getattr(replica.handle, method).remote() for replica in replicas)
+        await self._came(replicas, method, [getattr(r.handle, method).remote() for r in replicas], timeout_s)
+
+    async def _came(
+        self, replicas: Sequence[Replica], method: str, calls: Sequence[Awaitable[object]], timeout_s: float
+    ) -> None:
         waits = (within(timeout_s, call, f"{method} of the engine") for call in calls)
         answers = await asyncio.gather(*waits, return_exceptions=True)
         for replica, answer in zip(replicas, answers, strict=True):

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
 from actors.deadline import DeadlineError, within
+from actors.deaths import is_death, sign_of_life
 from actors.errors import PolicyLostError, RunError, SpoiledError, last_line
 from actors.policy import CONTROL, IO
 from actors.policy_calls import RankBatch, RankUpdate, ReferenceSums
@@ -134,7 +135,7 @@ class PolicyGroup:
                 await asyncio.sleep(config.every_s)
             call: Any = self.ranks[rank].ping.options(concurrency_group=CONTROL)
             try:
-                await _answer(config.timeout_s, call.remote(), f"a sign of life of {self.who} rank {rank}")
+                await _answer(config.timeout_s, sign_of_life(call.remote), f"a sign of life of {self.who} rank {rank}")
             except DeadlineError as error:
                 raise PolicyLostError(str(error)) from error
         raise AssertionError("a cycle has no end")
@@ -198,12 +199,16 @@ def _lost() -> Iterator[None]:
 
 
 async def _answer(timeout_s: float, call: Awaitable[Any], what: str) -> Any:
-    """What the policy answers; RunError when a rank is late or fails, PolicyLostError when it is dead."""
+    """What the policy answers; RunError when a rank is late or fails, PolicyLostError when it is dead.
+
+    One that is only out of reach counts as dead, although a ping may find it well in a moment: the call was executed
+    there, or it was not. It is no call to make twice (a step that is taken again is another step), and without it this
+    rank may not be where the others are. All of them are at one place again at the cut.
+    """
     try:
         return await within(timeout_s, call, what)
     except RayError as error:
-        dead = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
-        raise (PolicyLostError if dead else RunError)(f"{what}: {last_line(error)}") from error
+        raise (PolicyLostError if is_death(error) else RunError)(f"{what}: {last_line(error)}") from error
 
 
 def _renumbered(micro_batches: tuple[MicroBatch, ...], needed: list[int]) -> tuple[MicroBatch, ...]:

@@ -4,9 +4,10 @@ Which replica is decided in algorithms/routing.py by outstanding tokens; here gr
 """
 
 import asyncio
+import contextlib
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,7 @@ class Router:
         self._num_generations = num_generations
         self._length = float(max_completion_length)  # running mean of a completion's tokens
         self._sent: dict[tuple[int, int], Sent] = {}
+        self._shunned: Counter[int] = Counter()  # by how many
         self._freed = asyncio.Event()
 
     @property
@@ -78,14 +80,27 @@ class Router:
         """No further group goes there; those that it holds end there."""
         self._routes.leave(replica)
         del self._replicas[replica]
+        self._freed.set()  # who avoids another, and waits for this one, has no choice any more
 
-    async def dispatch(self, prompt: Prompt, slot: Slot, partial: ray.ObjectRef | None) -> Sent:
+    @contextlib.contextmanager
+    def shunned(self, replica: int) -> Iterator[None]:
+        """No group goes to the replica while any other serves."""
+        self._shunned[replica] += 1
+        try:
+            yield
+        finally:
+            self._shunned -= Counter((replica,))
+            self._freed.set()
+
+    async def dispatch(
+        self, prompt: Prompt, slot: Slot, partial: ray.ObjectRef | None, avoid: Collection[int] = ()
+    ) -> Sent:
         """Send the group to the replica with the fewest outstanding tokens; waits while all are full.
 
-        `partial` is what an interrupted attempt has sampled already.
+        `partial` is what an interrupted attempt has sampled already; to none of `avoid` it goes while another serves.
         """
         num_tokens = len(prompt.token_ids) + round(self._num_generations * self._length)
-        while (replica := self._routes.assign(num_tokens)) is None:
+        while (replica := self._routes.assign(num_tokens, {*self._shunned, *avoid})) is None:
             self._freed.clear()
             await self._freed.wait()
         references: tuple[ray.ObjectRef, ray.ObjectRef]
@@ -115,6 +130,10 @@ class Router:
         for replica, attempts in by_replica.items():
             if replica in self._replicas:
                 _heard(self._replicas[replica].interrupt.remote(attempts))
+
+    def serves_besides(self, replicas: Set[int]) -> bool:
+        """Whether groups may go to any other replica."""
+        return bool(self._replicas.keys() - replicas)
 
     async def emptied(self, replica: int) -> None:
         """Until the replica holds no group any more; the caller sets the deadline."""

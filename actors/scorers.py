@@ -13,9 +13,10 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from actors.deadline import DeadlineError, within
+from actors.deaths import is_death
 from actors.errors import RunError, last_line
 from actors.recipe.upkeep import LivenessConfig
 
@@ -68,17 +69,23 @@ class Scorers:
                     self.say(f"warning: {error}; it is killed and started again")
                     ray.kill(worker, no_restart=False)
                 continue
-            except RayActorError as error:
-                raise RunError(
-                    f"{name} died more than {self.liveness.max_restarts} times, which is all that "
-                    f"liveness.max_restarts allows: {last_line(error)}"
-                ) from error
+            except RayError as error:
+                raise RunError(f"{name} {self._ended(error)}: {last_line(error)}") from error
             if name in self.gone or process not in (None, answered):
                 self.num_restarted += 1
                 self.there_since = time.monotonic()
                 self.say(f"warning: {name} had died and was started again")
                 self.gone.discard(name)
             process = answered
+
+    def _ended(self, error: RayError) -> str:
+        """Why no further life is waited for."""
+        most = self.liveness.max_restarts
+        if not is_death(error):
+            return "gives no sign of life"
+        if isinstance(error, RayActorError):
+            return f"died more than {most} times, which is all that liveness.max_restarts allows"
+        return f"died, and Ray starts it no more (liveness.max_restarts allows {most} restarts)"
 
 
 async def _ping(worker: ActorHandle) -> int:
@@ -90,10 +97,13 @@ async def _ping(worker: ActorHandle) -> int:
 async def scored_by(worker: ray.actor.ActorHandle, *arguments: Any) -> Any:
     """The answer of a reward or reference worker; one that has died is being started again, and is asked again.
 
-    Scoring leaves no trace in the worker, so it may be done twice. The caller keeps the deadline.
+    Scoring leaves no trace in the worker, so it may be done twice. The caller keeps the deadline. One that is not
+    started any more ends the run (`Scorers`), which knows its name; here it would be held against the group.
     """
     while True:
         try:
             return await worker.score.remote(*arguments)
-        except ActorUnavailableError:
+        except RayError as error:
+            if not is_death(error):
+                raise
             await asyncio.sleep(_AGAIN_S)

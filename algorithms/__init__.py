@@ -6,6 +6,7 @@ order.py        which prompt comes at which ordinal
 pacing.py       the scheduler: what may start, and what a training step takes
 slots.py        what the scheduler hands out and takes in
 routing.py      which replica a group goes to
+blame.py        whether a prompt or a replica is to blame for attempts that fail
 filters.py      which groups carry no signal (dynamic sampling)
 depth.py        how deep the pipeline may be, from how far off policy the samples are
 budgets.py      how much of the user's own code may fail

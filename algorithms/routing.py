@@ -3,6 +3,7 @@
 Pure: replicas are numbers. A group's tokens are an estimate that the caller makes once and hands back with `done`.
 """
 
+from collections.abc import Collection
 from heapq import heapify, heappop, heappush
 
 
@@ -33,16 +34,31 @@ class Router:
         """No further group goes to this replica; `done` of its groups may still come."""
         del self._tokens[replica], self._groups[replica]
 
-    def assign(self, num_tokens: int) -> int | None:
-        """The replica for a group of about `num_tokens` tokens; None when every replica is full."""
-        while self._heap:
+    def assign(self, num_tokens: int, avoid: Collection[int] = ()) -> int | None:
+        """The replica for a group of about `num_tokens` tokens; None when every replica is full.
+
+        It is none of `avoid`, full or not the others, unless there are no others.
+        """
+        avoid = {replica for replica in avoid if replica in self._tokens}
+        if len(avoid) == len(self._tokens):
+            avoid = set()
+        avoided: set[int] = set()
+        found = None
+        while self._heap and found is None:
             tokens, replica = heappop(self._heap)
-            if self._tokens.get(replica) == tokens and self._has_room(replica):
-                self._tokens[replica] += num_tokens
-                self._groups[replica] += 1
-                self._offer(replica)
-                return replica
-        return None
+            if self._tokens.get(replica) != tokens or not self._has_room(replica):
+                continue
+            if replica in avoid:
+                avoided.add(replica)
+            else:
+                found = replica
+        for replica in avoided:
+            self._offer(replica)
+        if found is not None:
+            self._tokens[found] += num_tokens
+            self._groups[found] += 1
+            self._offer(found)
+        return found
 
     def done(self, replica: int, num_tokens: int) -> None:
         """A group has left the replica, finished or not; `num_tokens` as they were assigned."""

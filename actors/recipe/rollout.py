@@ -45,7 +45,7 @@ class RolloutConfig(BaseModel):
     start_timeout_s: float = Field(600.0, gt=0.0)
     """Deadline of an engine's start."""
     max_attempts: int = Field(3, ge=1)
-    """A group whose generation fails this often is quarantined."""
+    """A group whose generation fails this often is quarantined; on two replicas at the least, where two serve."""
     max_rebuilds: int = Field(10, ge=0)
     """Replicas that fail are rebuilt while the others go on; more failures than this stop the run."""
     leave_grace_s: float = Field(30.0, ge=0.0)

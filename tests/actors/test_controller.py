@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import itertools
 import json
+import random
+import re
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.attempts import Attempts, Limits
 from actors.controller import Controller
@@ -33,6 +35,7 @@ from algorithms.pacing import Pacer
 from algorithms.slots import Slot
 from algorithms.types import Batch, Prompt, Update
 from tests.actors.groups import ready
+from tests.actors.test_errors import KILLED
 from tests.virtual_time import run_virtually
 
 Answer = Callable[[Slot], int | float]
@@ -96,9 +99,19 @@ class Replica:
         self.fill = SimpleNamespace(remote=self._fill)
         self.interrupt = SimpleNamespace(remote=self._interrupt)
         self.start = self.close = SimpleNamespace(remote=self._nothing)
+        self.ping = SimpleNamespace(remote=self._ping)
+        self.pause_s: float | None = None
+        self.pings: list[Exception | None] = []
+        self.num_calls_at_ping: list[int] = []
 
     async def _nothing(self) -> None:
         pass
+
+    async def _ping(self) -> None:
+        self.num_calls_at_ping.append(len(self.calls))
+        error = self.pings.pop(0) if self.pings else None
+        if error is not None:
+            raise error
 
     def _fill(self, prompt: Prompt, attempt: int, partial: Any) -> tuple[Any, Any]:
         self.calls.append((prompt.ordinal, attempt, partial))
@@ -108,7 +121,7 @@ class Replica:
 
     async def _sample(self, slot: Slot) -> Any:
         stop = self.stops[slot.ordinal, slot.attempt] = asyncio.Event()
-        pause_s = self.bench.pauses.get((slot.ordinal, slot.attempt), 0.001 * (slot.ordinal % 3))
+        pause_s = self.pause_s or self.bench.pauses.get((slot.ordinal, slot.attempt), 0.001 * (slot.ordinal % 3))
         try:
             await asyncio.wait_for(stop.wait(), pause_s)
         except TimeoutError:
@@ -140,6 +153,7 @@ class Bench:
         health: HealthConfig = HealthConfig(),  # noqa: B008
         num_roll_backs: int = 0,
         max_bad_rows: int = 0,
+        num_replicas: int = 2,
     ) -> None:
         self.events: list[str] = []
         self.committed = 0
@@ -161,6 +175,8 @@ class Bench:
             self.ledger.rolled_back("in a process before")
         self.replicas: list[Replica] = []
         self.answer = answer or (lambda slot: slot.version)
+        self.answers: dict[int, Answer] = {}  # by replica, where it is another
+        self.replica_pauses: dict[int, float] = {}
         pacer = Pacer(
             groups_per_batch=2,
             max_staleness=staleness.max_staleness,
@@ -174,7 +190,9 @@ class Bench:
         self.prompts: Prompts = prompts
         self.router = Router(max_groups_per_replica=8, num_generations=2, max_completion_length=8)
         self.said: list[str] = []
-        self.fleet = Fleet(self.spawn, 2, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append)
+        self.fleet = Fleet(
+            self.spawn, num_replicas, self.router, start_timeout_s=5.0, max_rebuilds=2, say=self.said.append
+        )
         self.exclusive = asyncio.Lock()
         self.health = Health(health, self.pacer, stand_in, self.said.append, self.ledger)
         limits = Limits(
@@ -200,7 +218,8 @@ class Bench:
         )
 
     def spawn(self, number: int, bundle: int) -> Any:
-        self.replicas.append(Replica(self, self.answer))
+        self.replicas.append(Replica(self, self.answers.get(number, self.answer)))
+        self.replicas[-1].pause_s = self.replica_pauses.get(number)
         return self.replicas[-1]
 
     def admitting(self) -> Any:
@@ -292,18 +311,82 @@ async def test_a_hopeless_group_is_set_aside_and_replaced(tmp_path: Path) -> Non
     await bench.run()
     assert bench.ledger.num_quarantined == 1
     assert bench.ledger.num_trained == 8
+    where = {line["attempt"]: line["replica"] for line in bench.lines("dispatched") if line["ordinal"] == 3}
+    assert [where[0] == where[1], where[1] == where[2]] == [False, False], "it goes elsewhere after each failure"
+    assert bench.fleet.num_rebuilt == 0
 
 
-async def test_too_many_hopeless_groups_stop_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_replicas", [1, 2])
+async def test_too_many_hopeless_groups_stop_the_run(tmp_path: Path, num_replicas: int) -> None:
+    """What fails on all replicas alike is no replica's fault, and none is built again for it."""
+
     def answer(slot: Slot) -> int:
         raise RunError("no reward worker answers")
 
+    bench = Bench(tmp_path, answer, num_replicas=num_replicas)
     with pytest.raises(RunError, match=r"failed 3 times \(replica [01]: no reward worker answers\).*max_quarantined"):
-        await Bench(tmp_path, answer).run()
+        await bench.run()
+    assert bench.said == []
 
 
-async def test_a_dead_engine_is_rebuilt_and_its_groups_are_sampled_again(
+async def test_a_replica_on_which_all_fail_is_fenced_and_no_prompt_is_held_responsible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails at once, so it is always the idlest."""
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+
+    def broken(slot: Slot) -> int:
+        raise RunError("CUBLAS_STATUS_EXECUTION_FAILED")
+
+    bench = Bench(tmp_path, num_steps=20)
+    bench.answers[0] = broken
+    await bench.run()
+    assert bench.fleet.num_rebuilt == 1
+    assert "replica 0 is fenced and will be rebuilt: 3 groups that others came through with failed" in bench.said[0]
+    assert bench.said[0].endswith("at last for this: CUBLAS_STATUS_EXECUTION_FAILED")
+    failed = [line["ordinal"] for line in bench.lines("failed")]
+    assert len(failed) == len(set(failed)), "none is sent there twice"
+    assert bench.ledger.num_quarantined == 0
+    assert bench.ledger.num_trained == 40
+
+
+def test_a_replica_that_never_finishes_is_fenced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+
+    async def run() -> Bench:
+        bench = Bench(tmp_path, num_steps=20, staleness=StalenessConfig(max_staleness=2))
+        bench.replica_pauses[1] = 3600.0
+        await bench.run()
+        return bench
+
+    bench = run_virtually(run())
+    assert bench.fleet.num_rebuilt == 1
+    assert re.search(r"replica 1 is fenced .*: group \d+ took longer than 5 s", bench.said[0])
+    assert bench.ledger.num_quarantined == 0
+    assert bench.ledger.num_trained == 40
+
+
+def test_with_one_attempt_allowed_a_prompt_fails_on_both_replicas_before_it_is_set_aside(tmp_path: Path) -> None:
+    def poison(slot: Slot) -> int:
+        if slot.ordinal == 3:
+            raise RunError("the prompt is poison")
+        return slot.version
+
+    async def run(num_replicas: int) -> Bench:
+        bench = Bench(tmp_path / str(num_replicas), poison, num_replicas=num_replicas)
+        bench.controller.attempts.limits = replace(bench.controller.attempts.limits, max_attempts=1)
+        await bench.run()
+        return bench
+
+    for num_replicas in (1, 2):
+        bench = run_virtually(run(num_replicas))
+        assert [line["ordinal"] for line in bench.lines("failed")] == [3] * num_replicas
+        assert bench.ledger.num_quarantined == 1
+
+
+@pytest.mark.parametrize("error", [ReplicaDeadError("the engine of rollout replica 0 died"), OutOfMemoryError(KILLED)])
+async def test_a_dead_engine_is_rebuilt_and_its_groups_are_sampled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
     died: list[int] = []
@@ -311,7 +394,7 @@ async def test_a_dead_engine_is_rebuilt_and_its_groups_are_sampled_again(
     def answer(slot: Slot) -> int:
         if slot.ordinal == 2 and not died:
             died.append(slot.ordinal)
-            raise ReplicaDeadError("the engine of rollout replica 0 died")
+            raise error
         return slot.version
 
     bench = Bench(tmp_path, answer, num_steps=8)
@@ -324,6 +407,83 @@ async def test_a_dead_engine_is_rebuilt_and_its_groups_are_sampled_again(
     assert bench.ledger.num_trained == 16
 
 
+async def test_a_death_behind_a_replica_is_not_the_replicas(tmp_path: Path) -> None:
+    """Ray's error is of its cause's type as well."""
+
+    def answer(slot: Slot) -> int:
+        if slot.ordinal == 2 and slot.attempt == 0:
+            cause = OutOfMemoryError(KILLED)
+            raise RayTaskError("fill", KILLED, cause, "worker", 1, "127.0.0.1").as_instanceof_cause()
+        return slot.version
+
+    bench = Bench(tmp_path, answer)
+    await bench.run()
+    assert bench.fleet.num_rebuilt == 0
+    assert [line["ordinal"] for line in bench.lines("failed")] == [2]
+    assert bench.ledger.num_trained == 8
+
+
+def out_of_reach(ordinal: int, times: int) -> Answer:
+    """The group's first attempts end with that."""
+
+    def answer(slot: Slot) -> int:
+        if slot.ordinal == ordinal and slot.attempt < times:
+            raise ActorUnavailableError("the connection was reset", b"0" * 16)
+        return slot.version
+
+    return answer
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+async def test_a_replica_that_is_out_of_reach_for_a_moment_is_not_fenced(tmp_path: Path, num_replicas: int) -> None:
+    bench = Bench(tmp_path, out_of_reach(2, times=5), num_replicas=num_replicas)
+    await bench.run()
+    assert bench.said == []
+    assert bench.fleet.num_rebuilt == 0
+    assert [line["ordinal"] for line in bench.lines("failed")] == [2] * 5, "more often than a group may fail"
+    assert bench.ledger.num_quarantined == 0
+    assert bench.ledger.num_trained == 8
+    stopped = [key for replica in bench.replicas for key, stop in replica.stops.items() if stop.is_set()]
+    assert sorted(stopped) == [(2, attempt) for attempt in range(5)], "what may be there still is to end"
+
+
+async def test_a_group_goes_elsewhere_while_it_is_asked_whether_its_replica_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.deaths._AGAIN_S", 0.05)
+    bench = Bench(tmp_path, out_of_reach(0, times=1), num_steps=8)
+    away = ActorUnavailableError("the connection was reset", b"0" * 16)
+    running = asyncio.create_task(bench.run())
+    while not bench.replicas:  # noqa: ASYNC110  nobody is told
+        await asyncio.sleep(0)
+    bench.replicas[0].pings = [away] * 4
+    await running
+    assert bench.said == []
+    assert [(ordinal, attempt) for ordinal, attempt, _ in bench.replicas[1].calls if ordinal == 0] == [(0, 1)]
+    assert len(bench.replicas[1].calls) > 8
+    asked = bench.replicas[0].num_calls_at_ping
+    assert len(asked) == 5
+    assert len(set(asked)) == 1, "nor does any other go there meanwhile"
+
+
+async def test_a_replica_that_was_out_of_reach_because_it_died_is_fenced_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+    monkeypatch.setattr("actors.deaths._AGAIN_S", 0.01)
+    bench = Bench(tmp_path, out_of_reach(0, times=1))
+    away = ActorUnavailableError("the connection was reset", b"0" * 16)
+    running = asyncio.create_task(bench.run())
+    while not bench.replicas:  # noqa: ASYNC110  nobody is told
+        await asyncio.sleep(0)
+    bench.replicas[0].pings = [away, OutOfMemoryError(KILLED)]
+    await running
+    assert bench.fleet.num_rebuilt == 1
+    assert "replica 0 is fenced and will be rebuilt: killed for want of memory on machine 10.0.0.7" in bench.said[0]
+    assert bench.ledger.num_quarantined == 0
+    assert bench.ledger.num_trained == 8
+
+
 async def test_engines_that_die_again_and_again_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
 
@@ -333,6 +493,71 @@ async def test_engines_that_die_again_and_again_stop_the_run(tmp_path: Path, mon
     bench = Bench(tmp_path, answer)
     with pytest.raises(RunError, match=r"rollout replica \d failed .*max_rebuilds allows 2 replacements"):
         await asyncio.gather(bench.run(), serve_what_is_pending(bench))
+
+
+def test_what_ends_with_its_replica_is_not_held_against_the_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever error an engine that is being ended has for it."""
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+
+    def ended(slot: Slot) -> int:
+        raise RunError("the engine is being closed")
+
+    async def run() -> Bench:
+        bench = Bench(tmp_path, num_replicas=1)
+        bench.controller.attempts.limits = replace(bench.controller.attempts.limits, max_attempts=1)
+        bench.answers[0], bench.replica_pauses[0] = ended, 0.2
+        running = asyncio.create_task(bench.run())
+        await asyncio.sleep(0.1)
+        bench.fleet.fence(0, "it gave no sign of life")
+        await asyncio.sleep(0.3)  # nobody else serves when its groups end
+        serving = asyncio.create_task(serve_what_is_pending(bench))
+        await running
+        serving.cancel()
+        return bench
+
+    bench = run_virtually(run())
+    assert bench.lines("failed")
+    assert bench.ledger.num_quarantined == 0
+    assert bench.ledger.num_trained == 8
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_fails_where_every_group_has_one_fate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Replicas that fail now and then, or always, or die, or are out of reach; prompts that nobody comes through."""
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+    chance = random.Random(seed)
+    poison = {ordinal for ordinal in range(60) if chance.random() < 0.01 * seed}
+    away = ActorUnavailableError("the connection was reset", b"0" * 16)
+    errors = (RunError("no token came"), away, RayActorError(), OutOfMemoryError(KILLED), ReplicaDeadError("it died"))
+    weights = (0.2, 0.1, 0.01, 0.01, 0.01)
+
+    def fails(often: float) -> Answer:
+        def answer(slot: Slot) -> int:
+            if slot.ordinal in poison:
+                raise RunError("the prompt is poison")
+            if chance.random() < often:
+                raise chance.choices(errors, weights)[0]
+            return slot.version
+
+        return answer
+
+    async def run() -> Bench:
+        bench = Bench(tmp_path, fails(0.1), num_steps=12, num_replicas=chance.choice((1, 2, 3)))
+        limits = replace(bench.controller.attempts.limits, max_quarantined=60)
+        bench.controller.attempts.limits, bench.fleet._max_rebuilds = limits, 1000
+        bench.answers = {0: fails(chance.choice((0.1, 1.0)))}
+        serving = asyncio.create_task(serve_what_is_pending(bench))
+        await bench.run()
+        serving.cancel()
+        return bench
+
+    bench = run_virtually(run())
+    assert bench.ledger.num_trained == 24
+    assert list(fates(read(bench.path)).problems()) == []
 
 
 async def serve_what_is_pending(bench: Bench) -> None:

@@ -2,13 +2,20 @@
 
 import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
 from actors.errors import RunError, StoppedError, last_line
 
 NODE = "8f" * 28
 DIED = f"The actor died because its node has died. Node Id: {NODE}"
 REASON = "\n\tthe actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats"
+
+KILLED = (
+    "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 5f) was "
+    "61.20GB used / 64.00GB limit (0.956250), which exceeds the threshold\nTop 10 memory users:\nPID MEM(GB) COMMAND\n"
+    "12 40.10 ray::Policy"
+)
+TOLD = "give the machine more memory or fewer workers (`python -m deploy plan` tells what a node's workers hold)"
 
 
 def died(message: str, ip: str = "10.0.0.7") -> ActorDiedError:
@@ -29,6 +36,10 @@ def died(message: str, ip: str = "10.0.0.7") -> ActorDiedError:
         ),
         (died("Worker unexpectedly exits with a connection error code 2."), "Worker unexpectedly exits with a "
          "connection error code 2."),
+        (OutOfMemoryError(KILLED), "killed for want of memory on machine 10.0.0.7, where 61.20 of 64.00 GB were "
+         f"taken: {TOLD}"),
+        (OutOfMemoryError("Task was killed due to the node running low on memory."), "killed for want of memory: "
+         f"{TOLD}"),
         (RunError("one\ntwo"), "two"),
         (RunError(""), "RunError"),
     ],

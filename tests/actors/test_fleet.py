@@ -1,13 +1,17 @@
 """While engines are started and none serves, that is what a run waits for."""
 
+import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from actors.fleet import Fleet
 from actors.pacer import AsyncPacer
+from actors.recipe.upkeep import LivenessConfig
 from actors.router import Router
 from actors.run.sight import Sight, StallError
 from actors.run.watchdog import Watchdog
@@ -15,6 +19,7 @@ from algorithms.pacing import Pacer
 from tests.actors.fleets import fleet_of
 from tests.actors.groups import ready
 from tests.actors.run.test_recovery import Engine
+from tests.virtual_time import run_virtually
 
 
 async def test_a_fleet_is_rebuilding_while_no_replica_serves_and_one_is_about_to(
@@ -35,6 +40,43 @@ async def test_a_fleet_is_rebuilding_while_no_replica_serves_and_one_is_about_to
     assert fleet.serves_since == served, "one has served all the time"
     fleet.fence(1, "it died")
     assert fleet.rebuilding
+
+
+class Pinged(Engine):
+    """An engine whose pings fail as it is told, one after the other, and the last way for ever; None answers."""
+
+    def __init__(self, *pings: Exception | None) -> None:
+        super().__init__()
+        self.pings = [*pings]
+        self.ping = SimpleNamespace(remote=self._ping)
+
+    async def _ping(self) -> None:
+        end = self.pings.pop(0) if len(self.pings) > 1 else self.pings[0]
+        if end is not None:
+            raise end
+
+
+def test_a_ping_that_does_not_reach_a_replica_is_made_again_in_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+    away, said = ActorUnavailableError("the connection was reset", b"0" * 16), []
+    back, gone, dead = Pinged(away, away, None), Pinged(away), Pinged(away, ActorDiedError())
+
+    async def run() -> None:
+        fleet = fleet_of([back, gone, dead])
+        fleet._say = said.append
+        await fleet.start()
+        fleet.serve(fleet.members)
+        with pytest.raises(BaseExceptionGroup, match="unhandled errors"):  # fleet_of replaces nobody
+            async with fleet.supervised(LivenessConfig(every_s=5.0, timeout_s=20.0)):
+                await asyncio.sleep(3600.0)
+        assert [replica.number for replica in fleet.members] == [0]
+
+    run_virtually(run())
+    assert said == [
+        "warning: rollout replica 1 is fenced and will be rebuilt: ping of the engine took longer than 20 s",
+        "warning: rollout replica 2 is fenced and will be rebuilt: The actor died unexpectedly before finishing this "
+        "task.",
+    ]
 
 
 async def test_a_run_does_not_stall_while_workers_are_started() -> None:

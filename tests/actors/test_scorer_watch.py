@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.errors import RunError, first_cause
 from actors.recipe.upkeep import LivenessConfig
 from actors.scorers import Scorers
+from tests.actors.test_errors import KILLED
 
 LIVENESS = LivenessConfig(every_s=0.1, timeout_s=1.0, max_restarts=2)
 Ping = Callable[[], Coroutine[Any, Any, int]]
@@ -75,3 +76,26 @@ async def test_one_that_hangs_once_is_started_again_and_the_run_goes_on(killed: 
     assert [line.split("; ")[-1] for line in said] == [
         "it is killed and started again", "warning: reward worker 0 had died and was started again"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OutOfMemoryError(KILLED), "reward worker 0 died, and Ray starts it no more (liveness.max_restarts allows 2 "
+         "restarts): killed for want of memory on machine 10.0.0.7"),
+        (RayActorError(), "reward worker 0 died more than 2 times, which is all that liveness.max_restarts allows: "),
+        (RayTaskError("ping", "Traceback\nOSError: no", OSError("no"), "worker", 1, "127.0.0.1"),
+         "reward worker 0 gives no sign of life: "),
+    ],
+)  # fmt: skip
+async def test_one_that_is_dead_for_good_stops_the_run_with_its_name(error: Exception, told: str) -> None:
+    async def fails() -> int:
+        raise error
+
+    of, _ = scorers(Worker(answers, fails), start_timeout_s=20.0)
+    with pytest.raises(BaseExceptionGroup) as errors:
+        async with of.watched(), asyncio.timeout(20.0):
+            await asyncio.Event().wait()
+    first = first_cause(errors.value)
+    assert isinstance(first, RunError)
+    assert str(first).startswith(told)

@@ -50,6 +50,7 @@ ALLOWED = {
     "actors/fleet.py: Fleet._watch: True": IDLE,
     "actors/run/machine.py: _watch_machine: True": IDLE,
     "actors/run/machine.py: _watch_raylet: await ended.wait()": IDLE,
+    "actors/deaths.py: sign_of_life: *": "its callers give it its deadline",
     "actors/scorers.py: _ping: *": "`_watch` gives it its deadline",
     "actors/policy.py: PolicyActor._is_true_anywhere: torch.distributed.all_reduce(*": MET,
     "actors/policy_state.py: _random_states: torch.distributed.all_gather(*": MET,

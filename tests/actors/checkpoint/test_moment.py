@@ -17,13 +17,14 @@ from algorithms.pacing import Pacer
 
 
 def make(folder: Path) -> GrpoMoment:
-    """Of a run without workers; a group may fail three times."""
-    nobody: Any = None
+    """Of a run with one replica, which is not there; a group may fail three times."""
+    router: Any = SimpleNamespace(serves_besides=lambda replicas: False)
+    fleet: Any = SimpleNamespace(is_fenced=lambda number: False)
     rows: Any = SimpleNamespace(row=str)
     pacer = AsyncPacer(Pacer(groups_per_batch=2, max_staleness=4, num_batches=9), stall_timeout_s=5.0)
     ledger = Ledger(folder / "ledger.jsonl")
     limits = Limits(group_timeout_s=5.0, start_timeout_s=1.0, max_attempts=3, max_quarantined=1, max_bad_rows=0)
-    attempts = Attempts(limits, None, RewardBudget(1.0), rows, pacer, nobody, nobody, ledger)
+    attempts = Attempts(limits, None, RewardBudget(1.0), rows, pacer, router, fleet, ledger)
     depth = DepthController(AdaptDepthConfig(smoothing=0.0), 2, pacer.pipeline_depth, pacer.pipeline_depth)
     return GrpoMoment(pacer, ledger, attempts, depth, Progress)
 
