@@ -36,8 +36,9 @@ def assistant_tokens(
     if token_ids[: len(given_ids)] != list(given_ids):
         raise ValueError(
             f"{where}: the chat template renders the prompt differently when the completion follows, so the "
-            "completion cannot be told from the prompt; use a chat template whose generation prompt begins the "
-            "assistant's turn, and a completion that begins with an assistant message without leading blanks"
+            "completion cannot be told from the prompt; use a chat template (model.chat_template) whose generation "
+            "prompt begins the assistant's turn, and a completion that begins with an assistant message without "
+            "leading blanks"
         )
     talk = _Talk(tokenizer, messages, token_ids, _special_ids(tokenizer), where)
     begin = len(given_ids)
@@ -80,8 +81,9 @@ class _Talk:
         if self.token_ids[: len(before)] != before:
             raise ValueError(
                 f"{self.where}: the chat template begins the assistant's message {index} otherwise than it prompts the "
-                "model for it, so the model would never be asked for what it learns; use a chat template whose "
-                "generation prompt begins the assistant's turn, and a message without leading blanks"
+                "model for it, so the model would never be asked for what it learns; use a chat template "
+                "(model.chat_template) whose generation prompt begins the assistant's turn, and a message without "
+                "leading blanks"
             )
         return len(before)
 
@@ -98,8 +100,8 @@ class _Talk:
             raise ValueError(
                 f"{self.where}: the chat template renders the assistant's message {index} differently when others "
                 "follow, so the assistant's tokens cannot be told; put all before the last turn into 'prompt' and "
-                "learn that turn alone, or use a chat template that renders every turn as it was said, or one that "
-                "marks what is said with {% generation %} and {% endgeneration %}"
+                "learn that turn alone, or use a chat template (model.chat_template) that renders every turn as it was "
+                "said, or one that marks what is said with {% generation %} and {% endgeneration %}"
             )
         closers = self.closers(self.token_ids[begin:end])
         return begin + closers[0] + 1 if closers else end
