@@ -123,9 +123,7 @@ def test_a_file_that_has_changed_is_not_gone_on_with(tmp_path: Path) -> None:
     check_unchanged(with_template(byte_tokenizer(256), path), path, model, ())
     written(tmp_path, "changed" + OWN)
     now = with_template(byte_tokenizer(256), path)
-    with pytest.raises(
-        ValueError, match=r"chat_template: .* has changed since the run began; go on with --allow"
-    ):
+    with pytest.raises(ValueError, match=r"chat_template: .* has changed since the run began; go on with --allow"):
         check_unchanged(now, path, model, ("model.path",))
     check_unchanged(now, path, model, ("model.chat_template",))
     check_unchanged(byte_tokenizer(256), None, model, ())
