@@ -45,6 +45,8 @@ def assistant_tokens(
     if tokenizer.chat_template and _MARKED.search(str(tokenizer.chat_template)):
         said = _marked(tokenizer, messages)
         learned = [token and place >= begin for place, token in enumerate(said)]
+        if learned[:1] == [True]:
+            raise ValueError(f"{where}: the conversation begins with what the assistant says; begin it with the user's")
         ends_open = any(learned) and messages[-1]["role"] == "assistant"
     else:
         learned = [False] * len(token_ids)

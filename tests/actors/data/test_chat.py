@@ -120,6 +120,13 @@ BAD = {
     "forgets": (TURNS, FAMILIES["ChatML"].tokenizer(FORGETFUL), "differently when others follow.*% generation %"),
     "no template": (TURNS, bos_tokenizer(None), "row 0: .*no chat template"),
     "assistant first": (TURNS[1:], FAMILIES["ChatML"].tokenizer(), "row 0: the conversation begins with the assistant"),
+    "marked from the first token on": (
+        TURNS[1:2],
+        FAMILIES["ChatML"].tokenizer(
+            "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+        ),
+        "row 0: the conversation begins with what the assistant says",
+    ),
     "refused": (TURNS[:1] * 2, FAMILIES["Mistral"].tokenizer(), "row 0: .*roles must alternate"),
     "nothing said": (TURNS[:1], FAMILIES["ChatML"].tokenizer(), "row 0: the assistant says nothing"),
 }
