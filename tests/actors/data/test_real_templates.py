@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -127,6 +129,31 @@ def test_every_turn_of_the_assistant_is_learned_with_what_closes_it(family: Ship
         assert learned(family, {"prompt": TURNS[:1], "completion": TURNS[1:length]}) == expected
         last = {"prompt": TURNS[: length - 1], "completion": TURNS[length - 1 : length]}
         assert learned(family, last) == expected[-1:]
+
+
+PIECES = ["a", "this", ".", "1.", "\n", "\n\n", " ", "  ", "\t", "\u00e9", "\U0001f600", "<", "user", "[INST]"]
+
+
+@given(data=st.data())
+def test_whatever_is_said_is_learned_or_refused(data: st.DataObject) -> None:
+    """To the token: nothing is lost at its ends, and nothing of its neighbours is taken for it."""
+    family = FAMILIES[data.draw(st.sampled_from(sorted(FAMILIES)))]
+    pieces = st.sampled_from([*PIECES, family.closes, family.eos])
+    contents = data.draw(st.lists(st.lists(pieces, max_size=5).map("".join), min_size=4, max_size=4))
+    talk = [said(turn["role"], content) for turn, content in zip(TURNS, contents, strict=False)]
+    trims = "trim" in str(family.tokenizer().chat_template)
+    expected = [family.opens + (text.strip() if trims else text) + family.closes for text in contents[1::2]]
+    for row, wanted in (({"messages": talk}, expected), ({"prompt": talk[:3], "completion": talk[3:]}, expected[1:])):
+        refusal = ""
+        try:
+            found = learned(family, row)
+        except ValueError as error:
+            refusal = str(error)
+        if refusal:
+            assert "blanks" in refusal
+            assert any(content[:1].isspace() for content in contents)
+        else:
+            assert found == wanted
 
 
 @families
