@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from actors.recipe.model import ModelConfig, PretrainedModel, RecipeModel, TinyModel
+from actors.recipe.model import ModelConfig, PretrainedModel, RecipeModel, ReferenceConfig, TinyModel
 from actors.recipe.named import named
 from actors.recipe.pools import first_pools
 from actors.recipe.schema import GrpoRecipe, Recipe
@@ -96,7 +96,7 @@ def opened(recipe: Recipe, probe: Path) -> Iterator[tuple[str, str, Path]]:
             yield pool, *found
 
 
-def _of_model(key: str, model: ModelConfig, probe: Path) -> tuple[str, Path] | None:
+def _of_model(key: str, model: ModelConfig | ReferenceConfig, probe: Path) -> tuple[str, Path] | None:
     """Where it is here; None for a name of the hub, and for what has yet to be trained."""
     match model:
         case TinyModel():

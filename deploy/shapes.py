@@ -8,7 +8,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError
 
 from actors.recipe.file import load_recipe
-from actors.recipe.model import ModelConfig, PretrainedModel, RecipeModel, TinyModel
+from actors.recipe.model import ModelConfig, PretrainedModel, RecipeModel, ReferenceConfig, TinyModel
 from actors.recipe.schema import GrpoRecipe, Recipe
 from actors.run.folder import RunFolder
 from placement.memory.shape import ModelShape, shape_of
@@ -30,7 +30,7 @@ def critic_shape(recipe: GrpoRecipe, policy: ModelShape) -> ModelShape:
     return policy if model is None else _shape(model, "critic.model") or policy
 
 
-def _shape(model: ModelConfig, key: str) -> ModelShape | None:
+def _shape(model: ModelConfig | ReferenceConfig, key: str) -> ModelShape | None:
     match model:
         case TinyModel():
             return None

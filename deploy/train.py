@@ -20,11 +20,13 @@ from actors.data.preferences import JudgementStream, PairStream
 from actors.data.prompts import PromptStream
 from actors.errors import RunError, first_cause, last_line
 from actors.journal import check
+from actors.model.files import MODEL
 from actors.model.heads import check_heads
 from actors.model.kernels import check_kernels
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
 from actors.model.quantize import check_quantizer
+from actors.model.template import check_unchanged, with_template
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
 from actors.recipe.base import OfflineRecipe
 from actors.recipe.file import load_recipe
@@ -103,6 +105,8 @@ def prepare(
                 check_quantizer()
         folder = RunFolder(run.folder)
         resume = None if overwrite else _resume(run, folder, allowed)
+        if resume is not None:
+            check_unchanged(tokenizer, run.model.chat_template, resume.path / MODEL, allowed)
         replaces = overwrite or (resume is None and _ended_early(run, folder))
         if resume is None:
             folder.check_free(replaces)
@@ -213,7 +217,8 @@ def _begin(job: Job, console: Console) -> None:
 def _train(job: Job, pools: ReservedPools, console: Console) -> None:
     recipe, folder = job.recipe, job.folder
     model = _source(recipe, folder)
-    tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code)
+    loaded = load_tokenizer(model.path, model.revision, model.trust_remote_code)
+    tokenizer = with_template(loaded, recipe.model.chat_template)
     num_positions = max_model_length(model.path, model.revision, model.trust_remote_code)
     stream = stream_of(recipe, job.rows, tokenizer, num_positions)
     with RunProgress(recipe.name, recipe.steps, console) as progress:
@@ -250,7 +255,12 @@ def _source(recipe: Recipe, folder: RunFolder) -> ModelSource:
 
 
 def words(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
-    """The tokenizer, and the positions that the model has, also of a model that has yet to be made."""
+    """The tokenizer as the run uses it, and the positions of the model, also of one that has yet to be made."""
+    tokenizer, num_positions = _words_of_model(recipe)
+    return with_template(tokenizer, recipe.model.chat_template), num_positions
+
+
+def _words_of_model(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
     match recipe.model:
         case TinyModel() as tiny:
             return byte_tokenizer(tiny.max_position_embeddings), tiny.max_position_embeddings

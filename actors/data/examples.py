@@ -1,18 +1,17 @@
-"""`example(ordinal)` is a pure function, and its loss is on the completion alone, the end of sequence included.
+"""`example(ordinal)` is a pure function, and its loss is on what the model must say: the completion alone.
 
-With `assistant_only_loss` it is on what the assistant says, in every turn, and on nothing else.
+Of text that is the whole completion and EOS, of a conversation the assistant's words and what closes its turns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from actors.data.chat import assistant_tokens
 from actors.data.dataset import Rows, prompt_of
-from actors.data.prompts import conversation_ids, prompt_ids, text_ids
+from actors.data.prompts import prompt_ids, text_ids
 from actors.recipe.schema import GrpoRecipe
 from algorithms.order import row_of
 from algorithms.types import Messages, Rollout
@@ -57,14 +56,19 @@ class ExampleStream:
     def _example_of_row(self, index: int) -> Rollout:
         where = f"{self.rows.source}: row {index}"
         row = self.rows.row(index)
-        if self.assistant_only_loss:
-            messages, first = _conversation(row, where)
-            return as_rollout(*assistant_tokens(self.tokenizer, messages, where, first), self.max_length, where)
+        if "prompt" not in row:
+            messages = prompt_of(row, "messages", where)
+            if not isinstance(messages, list):
+                raise ValueError(f"{where}: 'messages' must be a list of messages; correct the row or remove it")
+            return as_rollout(*assistant_tokens(self.tokenizer, messages, where), self.max_length, where)
         prompt, completion = prompt_of(row, "prompt", where), prompt_of(row, "completion", where)
+        if self.assistant_only_loss and not (isinstance(prompt, list) and isinstance(completion, list)):
+            raise ValueError(
+                f"{where}: assistant_only_loss learns from conversations, and 'prompt' or 'completion' is text; write "
+                "both as messages, or set assistant_only_loss to false"
+            )
         given_ids = prompt_ids(self.tokenizer, prompt, where)
-        learned_ids = completion_ids(self.tokenizer, prompt, given_ids, completion, where)
-        learned_T = [False] * len(given_ids) + [True] * len(learned_ids)
-        return as_rollout(given_ids + learned_ids, learned_T, self.max_length, where)
+        return as_rollout(*answered(self.tokenizer, prompt, given_ids, completion, where), self.max_length, where)
 
 
 def data_examples(recipe: GrpoRecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> ExampleStream | None:
@@ -78,22 +82,6 @@ def data_examples(recipe: GrpoRecipe, rows: Rows, tokenizer: PreTrainedTokenizer
         raise ValueError(
             f"distillation.lmbda: {recipe.distillation.lmbda:g} learns from the data, too: {error}"
         ) from None
-
-
-def _conversation(row: Mapping[str, Any], where: str) -> tuple[Messages, int]:
-    """The conversation of a row, and the message from which on it is learned: that after the prompt."""
-    if "prompt" not in row:
-        messages = prompt_of(row, "messages", where)
-        if isinstance(messages, list):
-            return messages, 0
-        raise ValueError(f"{where}: 'messages' must be a list of messages; correct the row or remove it")
-    prompt, completion = prompt_of(row, "prompt", where), prompt_of(row, "completion", where)
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        raise ValueError(
-            f"{where}: assistant_only_loss learns from conversations, and 'prompt' or 'completion' is text; write "
-            "both as messages, or set assistant_only_loss to false"
-        )
-    return prompt + completion, len(prompt)
 
 
 def as_rollout(token_ids: Sequence[int], learned_T: Sequence[bool], max_length: int, where: str) -> Rollout:
@@ -113,32 +101,27 @@ def as_rollout(token_ids: Sequence[int], learned_T: Sequence[bool], max_length: 
     )
 
 
-def completion_ids(
+def answered(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | Messages,
     given_ids: list[int],
     completion: str | Messages,
     where: str,
     column: str = "completion",
-) -> list[int]:
-    """Token ids that follow the prompt's `given_ids`, with EOS at their end unless the template has written it."""
-    if isinstance(prompt, str) and isinstance(completion, str):
-        # Tokenized apart from the prompt, as it is when the policy samples it: no token spans the border.
-        learned_ids = text_ids(tokenizer, completion, where, special_tokens=False)
-    elif isinstance(prompt, list) and isinstance(completion, list):
-        full_ids = conversation_ids(tokenizer, prompt + completion, where, add_generation_prompt=False)
-        if full_ids[: len(given_ids)] != given_ids:
-            raise ValueError(
-                f"{where}: the chat template renders the prompt differently when the completion follows, so the "
-                "completion cannot be told from the prompt; use a chat template whose generation prompt begins the "
-                "assistant's turn, and a completion that begins with an assistant message without leading blanks"
-            )
-        learned_ids = full_ids[len(given_ids) :]
-    else:
+) -> tuple[list[int], list[bool]]:
+    """Token ids of the prompt, whose are `given_ids`, with the completion, and which of them are learned.
+
+    Of text that is all of the completion and one EOS; of messages what the assistant says in the completion.
+    """
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return assistant_tokens(tokenizer, prompt + completion, where, len(prompt), given_ids)
+    if not (isinstance(prompt, str) and isinstance(completion, str)):
         raise ValueError(
             f"{where}: 'prompt' and '{column}' must both be text or both be messages; correct the row or remove it"
         )
     assert tokenizer.eos_token_id is not None
-    # Templates often close a turn with EOS and a line break.
-    ended = learned_ids[-1:] if isinstance(completion, str) else learned_ids
-    return learned_ids if tokenizer.eos_token_id in ended else [*learned_ids, tokenizer.eos_token_id]
+    # Tokenized apart from the prompt, as it is when the policy samples it: no token spans the border.
+    learned_ids = text_ids(tokenizer, completion, where, special_tokens=False)
+    if learned_ids[-1:] != [tokenizer.eos_token_id]:
+        learned_ids.append(tokenizer.eos_token_id)
+    return given_ids + learned_ids, [False] * len(given_ids) + [True] * len(learned_ids)

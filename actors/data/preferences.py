@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from actors.data.dataset import Rows, prompt_of
-from actors.data.examples import as_rollout, completion_ids
+from actors.data.examples import answered, as_rollout
 from actors.data.prompts import prompt_ids
 from algorithms.order import row_of
 from algorithms.types import Messages, Rollout
@@ -66,9 +66,8 @@ class PairStream:
         answers = []
         for column, answer in (("chosen", chosen), ("rejected", rejected)):
             at = f"{where}: {column}"
-            learned_ids = completion_ids(self.tokenizer, prompt, given_ids, answer, at, column)
-            learned_T = [False] * len(given_ids) + [True] * len(learned_ids)
-            answers.append(as_rollout(given_ids + learned_ids, learned_T, self.max_length, at))
+            tokens = answered(self.tokenizer, prompt, given_ids, answer, at, column)
+            answers.append(as_rollout(*tokens, self.max_length, at))
         if np.array_equal(answers[0].token_ids_T, answers[1].token_ids_T):
             raise ValueError(f"{where}: chosen and rejected are the same, so neither is better; remove the row")
         return Pair(answers[0], answers[1], _margin(row, where))
@@ -103,18 +102,19 @@ class JudgementStream:
             )
         prompt, completion = prompt_of(row, "prompt", where), prompt_of(row, "completion", where)
         given_ids = prompt_ids(self.tokenizer, prompt, where)
-        learned_ids = completion_ids(self.tokenizer, prompt, given_ids, completion, where)
-        learned_T = [False] * len(given_ids) + [True] * len(learned_ids)
-        example = as_rollout(given_ids + learned_ids, learned_T, self.max_length, where)
-        return Judgement(example, row["label"])
+        tokens = answered(self.tokenizer, prompt, given_ids, completion, where)
+        return Judgement(as_rollout(*tokens, self.max_length, where), row["label"])
 
 
 def mismatched(prompt_of: Rollout, completion_of: Rollout, max_length: int) -> Rollout:
     """One example's prompt with another's completion, which is cut where the sequence would be too long."""
-    given_T = prompt_of.token_ids_T[~prompt_of.loss_mask_T]
-    completion_T = completion_of.token_ids_T[completion_of.loss_mask_T][: max_length - len(given_T)]
-    learned_T = [False] * len(given_T) + [True] * len(completion_T)
-    return as_rollout([*given_T, *completion_T], learned_T, max_length, "a completion of another prompt")
+    given_T = prompt_of.token_ids_T[: int(np.argmax(prompt_of.loss_mask_T))]
+    # Between what is learned of a completion may stand what others say.
+    kept = slice(int(np.argmax(completion_of.loss_mask_T)), None)
+    completion_T, said_T = completion_of.token_ids_T[kept], completion_of.loss_mask_T[kept]
+    room = max_length - len(given_T)
+    learned_T = [False] * len(given_T) + said_T[:room].tolist()
+    return as_rollout([*given_T, *completion_T[:room]], learned_T, max_length, "a completion of another prompt")
 
 
 def split_preference(row: Mapping[str, Any], where: str) -> tuple[Answer, Answer, Answer]:

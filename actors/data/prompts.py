@@ -122,7 +122,8 @@ def conversation_ids(
     if not tokenizer.chat_template:
         raise ValueError(
             f"{where}: the row is a conversation, but the model's tokenizer has no chat template; use an instruct "
-            "model, add chat_template.jinja to the model's folder, or write the prompts as strings"
+            "model, give it one (model.chat_template, or chat_template.jinja in its folder), or write the prompts as "
+            "strings"
         )
     for message in messages:
         try:

@@ -4,6 +4,7 @@ load.py     weights and tokenizer
 tiny.py     make a small one from a config
 size.py     how large it is, from its files
 costs.py    where its work goes, from its config
+template.py  a chat template of the recipe's own
 files.py    a folder that others load as it is
 forward.py  log-probabilities of a packed row
 segments.py which of its tokens attend to which, and in which calls

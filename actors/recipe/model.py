@@ -6,6 +6,10 @@ from pydantic import BaseModel, Field
 
 from actors.recipe.closed import CLOSED
 
+ChatTemplate = Annotated[str, Field(min_length=1)] | None
+"""Path of a Jinja file, relative to the working directory, that renders conversations in place of the tokenizer's own
+template wherever the run does, and is left with the trained model; null takes the tokenizer's."""
+
 
 class PretrainedModel(BaseModel):
     """A Hugging Face causal language model: a hub name or a local folder in Hugging Face layout."""
@@ -31,6 +35,7 @@ class TinyModel(BaseModel):
     num_heads: int = Field(2, ge=1)
     max_position_embeddings: int = Field(256, ge=16)
     tie_word_embeddings: bool = False
+    chat_template: ChatTemplate = None
 
 
 class RecipeModel(BaseModel):
@@ -43,6 +48,18 @@ class RecipeModel(BaseModel):
     """Path of the other recipe's YAML file, relative to the working directory."""
 
 
-ModelConfig = Annotated[PretrainedModel | TinyModel | RecipeModel, Field(discriminator="kind")]
+class FirstPretrained(PretrainedModel):
+    """A pretrained model that the run begins with."""
+
+    chat_template: ChatTemplate = None
+
+
+class FirstOfRecipe(RecipeModel):
+    """Another recipe's model that the run begins with."""
+
+    chat_template: ChatTemplate = None
+
+
+ModelConfig = Annotated[FirstPretrained | TinyModel | FirstOfRecipe, Field(discriminator="kind")]
 
 ReferenceConfig = Annotated[PretrainedModel | RecipeModel, Field(discriminator="kind")]

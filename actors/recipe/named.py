@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from actors.recipe.model import ModelConfig, PretrainedModel, RecipeModel
+from actors.recipe.model import ModelConfig, PretrainedModel, RecipeModel, ReferenceConfig
 from actors.recipe.schema import GrpoRecipe, Recipe
 
 
@@ -22,6 +22,8 @@ def named(recipe: Recipe) -> Iterator[Named]:
     """All that has to be where the run is; the run folder, and modules that are imported, are not among it."""
     yield Named("dataset.path", recipe.dataset.path, "data")
     yield from _model("model", recipe.model)
+    if recipe.model.chat_template is not None:
+        yield Named("model.chat_template", recipe.model.chat_template, "file")
     if isinstance(recipe, GrpoRecipe):
         if recipe.reference is not None:
             yield from _model("reference", recipe.reference)
@@ -36,7 +38,7 @@ def named(recipe: Recipe) -> Iterator[Named]:
                 yield Named(f"rewards.functions.{index}.model", reward.model, "model")
 
 
-def _model(key: str, model: ModelConfig) -> Iterator[Named]:
+def _model(key: str, model: ModelConfig | ReferenceConfig) -> Iterator[Named]:
     match model:
         case PretrainedModel(path=path):
             yield Named(f"{key}.path", path, "model")

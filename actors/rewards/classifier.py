@@ -1,4 +1,4 @@
-"""A reward model scores a completion on the token ids that it was trained on: prompt, completion and one EOS."""
+"""A reward model scores a completion on the token ids that it was trained on, made by the same function."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from actors.data.examples import completion_ids
+from actors.data.examples import answered
 from actors.data.prompts import prompt_ids
 from actors.model.load import load_tokenizer
 from algorithms.types import Messages
@@ -69,4 +69,4 @@ def reward_model(path: str) -> Callable[..., list[float]]:
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, completion: str | Messages) -> list[int]:
     given = prompt_ids(tokenizer, prompt, "rewards")
-    return given + completion_ids(tokenizer, prompt, given, completion, "rewards")
+    return answered(tokenizer, prompt, given, completion, "rewards")[0]

@@ -10,7 +10,6 @@ from actors.data.chat import assistant_tokens
 from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.prompts import PromptStream, conversation_ids, text_ids
 from actors.model.load import load_tokenizer, stop_token_ids
-from actors.model.tiny import byte_tokenizer
 from actors.recipe.file import load_recipe
 from actors.recipe.model import RecipeModel, TinyModel
 from actors.recipe.schema import Recipe
@@ -77,11 +76,13 @@ def check_tokenizer(recipe: Recipe) -> Finding:
     rows = rows_of(recipe)
     chats = rows is not None and talks(rows.row(0))
     source = first_model(recipe)
+    tokenizer, _ = words(recipe)
     if isinstance(source, TinyModel):
-        return judged(byte_tokenizer(source.max_position_embeddings), chats)
+        return judged(tokenizer, chats)
     place = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     whole = load_tokenizer(source.path, source.revision, source.trust_remote_code)
     raw: Any = AutoTokenizer.from_pretrained(source.path, **place)
+    raw.chat_template = tokenizer.chat_template
     config: Any = AutoConfig.from_pretrained(source.path, **place)
     stops = stop_token_ids(source.path, whole, source.revision)
     return judged(raw, chats, int(config.get_text_config().vocab_size), stops)
@@ -113,7 +114,7 @@ def judged(
     if chats and not tokenizer.chat_template:
         return failed(
             "prompts are conversations, and the tokenizer has no chat template",
-            "use an instruct model, or add chat_template.jinja to the model's folder",
+            "use an instruct model, or give it one: model.chat_template, or chat_template.jinja in its folder",
         )
     bos = tokenizer.bos_token_id
     text = text_ids(tokenizer, "Hello", "a text", special_tokens=True)

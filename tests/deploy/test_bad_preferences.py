@@ -45,6 +45,7 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], list[str], list[str]]] = {
         ["assistant_only_loss=true"],
         ["row 0: the assistant says nothing"],
     ),
+    "no such template": ("dpo", [PAIR], ["model.chat_template=none.jinja"], ["model.chat_template: there is no file"]),
     "longer than the model": ("dpo", [PAIR], ["max_length=999"], ["max_length: 999", "256 positions"]),
     "no such loss": ("dpo", [PAIR], ["algorithm.loss_type=sigmoit"], ["algorithm.loss_type", "choose from sigmoid"]),
     "no such loss of CPO": ("cpo", [PAIR], ["algorithm.loss_type=sigmoit"], ["loss_type", "did you mean 'sigmoid'"]),

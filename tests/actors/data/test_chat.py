@@ -66,15 +66,20 @@ def test_whole_conversations_are_examples(family: Family) -> None:
 
 
 @families
-def test_a_completion_is_all_that_follows_the_prompt(family: Family) -> None:
+@pytest.mark.parametrize("num_turns", [2, 4])
+def test_of_a_completion_all_that_the_assistant_says_is_learned(family: Family, num_turns: int) -> None:
+    """And nothing of what the user says in it, with and without `assistant_only_loss`."""
     tokenizer = family.tokenizer()
-    example = ExampleStream(
-        ListRows(({"prompt": TURNS[:1], "completion": TURNS[1:2]},)), tokenizer, 0, False, 400
-    ).example(0)
-    token_ids, mask = example.token_ids_T.tolist(), example.loss_mask_T.tolist()
-    prompt = tokenizer.apply_chat_template(TURNS[:1], tokenize=False, add_generation_prompt=True)
-    assert text(tokenizer, token_ids, mask, wanted=False) == prompt
-    assert text(tokenizer, token_ids, mask).rstrip("\n") == family.before + "ho" + family.closes
+    rows = ListRows(({"prompt": TURNS[:1], "completion": TURNS[1:num_turns]},))
+    for assistant_only in (False, True):
+        example = ExampleStream(rows, tokenizer, 0, False, 400, assistant_only).example(0)
+        token_ids, mask = example.token_ids_T.tolist(), example.loss_mask_T.tolist()
+        prompt = tokenizer.apply_chat_template(TURNS[:1], tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(token_ids[: mask.index(True)]) == prompt
+        assert spans(tokenizer, token_ids, mask) == [
+            family.before + message["content"] + family.closes for message in TURNS[1:num_turns:2]
+        ]
+        assert tokenizer.decode(token_ids) == tokenizer.apply_chat_template(TURNS[:num_turns], tokenize=False)
 
 
 @families
@@ -106,13 +111,22 @@ def test_a_template_that_marks_what_the_assistant_says_is_believed() -> None:
     tokenizer = FAMILIES["ChatML"].tokenizer(MARKED)
     found = assistant_tokens(tokenizer, TURNS, "row 0")
     assert spans(tokenizer, *found) == ["ho<|im_end|>", " un-\n\nusual <|im_end|>"]
-    assert spans(tokenizer, *assistant_tokens(tokenizer, TURNS, "row 0", first=3)) == [" un-\n\nusual <|im_end|>"]
+    rows = ListRows(({"prompt": TURNS[:3], "completion": TURNS[3:]},))
+    example = ExampleStream(rows, tokenizer, 0, False, 400).example(0)
+    assert spans(tokenizer, example.token_ids_T.tolist(), example.loss_mask_T.tolist()) == [" un-\n\nusual <|im_end|>"]
 
 
 BAD = {
     "forgets": (TURNS, FAMILIES["ChatML"].tokenizer(FORGETFUL), "differently when others follow.*% generation %"),
     "no template": (TURNS, bos_tokenizer(None), "row 0: .*no chat template"),
     "assistant first": (TURNS[1:], FAMILIES["ChatML"].tokenizer(), "row 0: the conversation begins with the assistant"),
+    "marked from the first token on": (
+        TURNS[1:2],
+        FAMILIES["ChatML"].tokenizer(
+            "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+        ),
+        "row 0: the conversation begins with what the assistant says",
+    ),
     "refused": (TURNS[:1] * 2, FAMILIES["Mistral"].tokenizer(), "row 0: .*roles must alternate"),
     "nothing said": (TURNS[:1], FAMILIES["ChatML"].tokenizer(), "row 0: the assistant says nothing"),
 }

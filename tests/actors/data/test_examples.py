@@ -1,4 +1,4 @@
-"""An example is its prompt, its completion and one EOS, and the loss is on the last two."""
+"""An example is its prompt and its completion, and the loss is on what the model must say, its end included."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def learned(example: Rollout) -> list[int]:
 
 
 def given(example: Rollout) -> list[int]:
-    return example.token_ids_T[~example.loss_mask_T].tolist()
+    return example.token_ids_T[: int(np.argmax(example.loss_mask_T))].tolist()
 
 
 def test_strings() -> None:
@@ -38,15 +38,25 @@ def test_strings() -> None:
 
 
 def test_conversations() -> None:
+    """The tiny model's EOS is another token than the one that closes its turns, at which generation stops, too."""
     example = stream(TALK, ANSWER).example(0)
     assert given(example) == BYTES(TALK_TEXT)["input_ids"]
-    assert learned(example) == [*BYTES("ho<|im_end|>\n")["input_ids"], BYTES.eos_token_id]
+    assert learned(example) == BYTES("ho<|im_end|>")["input_ids"]
+    assert BYTES.decode(example.token_ids_T) == TALK_TEXT + "ho<|im_end|>\n", "as it is rendered"
 
 
 def test_conversation_of_several_turns() -> None:
     more = [*ANSWER, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "hum"}]
+    example = stream(TALK, more).example(0)
+    assert given(example) == BYTES(TALK_TEXT)["input_ids"]
+    assert learned(example) == BYTES("ho<|im_end|>hum<|im_end|>")["input_ids"]
     text = "ho<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\nhum<|im_end|>\n"
-    assert learned(stream(TALK, more).example(0)) == [*BYTES(text)["input_ids"], BYTES.eos_token_id]
+    assert BYTES.decode(example.token_ids_T) == TALK_TEXT + text
+
+
+def test_what_the_user_says_at_the_end_of_a_completion_is_not_learned() -> None:
+    example = stream(TALK, [*ANSWER, {"role": "user", "content": "and?"}]).example(0)
+    assert learned(example) == BYTES("ho<|im_end|>")["input_ids"]
 
 
 @pytest.mark.parametrize(("completion", "text"), [("c<eos>", "c<eos>"), ("<eos>c", "<eos>c<eos>"), ("", "<eos>")])
@@ -57,7 +67,17 @@ def test_eos_is_there_once(completion: str, text: str) -> None:
 def test_eos_that_the_template_writes_is_not_repeated() -> None:
     tokenizer = byte_tokenizer(256)
     tokenizer.eos_token = "<|im_end|>"
-    assert learned(stream(TALK, ANSWER, tokenizer).example(0)) == BYTES("ho<|im_end|>\n")["input_ids"]
+    assert learned(stream(TALK, ANSWER, tokenizer).example(0)) == BYTES("ho<|im_end|>")["input_ids"]
+
+
+def test_eos_closes_a_turn_that_the_template_does_not() -> None:
+    tokenizer = bos_tokenizer(WRITES_BOS)
+    talk = [*TALK, *ANSWER, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "hum"}]
+    text, eos = "[user]hi[assistant]ho[user]and?[assistant]hum", tokenizer.eos_token_id
+    for row in ({"messages": talk}, {"prompt": talk[:1], "completion": talk[1:]}):
+        example = ExampleStream(ListRows((row,)), tokenizer, 0, False, 100, assistant_only_loss=True).example(0)
+        assert example.token_ids_T.tolist() == [tokenizer.bos_token_id, *text.encode(), eos]
+        assert learned(example) == [*b"hohum", eos]
 
 
 def test_one_bos_at_the_start() -> None:
@@ -78,6 +98,7 @@ BAD = {
     "messages and text": (TALK, "ho", BYTES, "must both be text or both be messages"),
     "no completion": ("ab", None, BYTES, "'completion' must be text or a list of messages, it is NoneType"),
     "number": ("ab", 3, BYTES, "'completion' must be text or a list of messages, it is int"),
+    "no assistant": (TALK, [{"role": "user", "content": "and?"}], BYTES, "renders the prompt differently"),
     "no messages": (TALK, [], BYTES, "'completion' is an empty conversation"),
     "no content": (TALK, [{"role": "assistant"}], BYTES, "'completion' must hold messages"),
     "empty prompt": ("", "a", BYTES, "the prompt is empty"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors.data.dataset import load_rows
@@ -23,8 +24,9 @@ def stream(row: dict[str, Any], tokenizer: Any = BYTES, max_length: int = 100) -
 
 
 def parts(rollout: Rollout) -> tuple[str, str]:
+    """What both answers follow, and what is learned."""
     ids, mask = rollout.token_ids_T, rollout.loss_mask_T
-    return str(BYTES.decode(ids[~mask])), str(BYTES.decode(ids[mask]))
+    return str(BYTES.decode(ids[: int(np.argmax(mask))])), str(BYTES.decode(ids[mask]))
 
 
 def answers(pair: Pair) -> tuple[str, str, str]:
@@ -35,8 +37,8 @@ def answers(pair: Pair) -> tuple[str, str, str]:
 
 CONVERSATION = (
     "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-    "ho<|im_end|>\n<eos>",
-    "no<|im_end|>\n<eos>",
+    "ho<|im_end|>",
+    "no<|im_end|>",
 )
 FORMS: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     "plain": ({"prompt": "1+1=", "chosen": "2", "rejected": "3"}, ("1+1=", "2<eos>", "3<eos>")),
@@ -70,11 +72,11 @@ def test_margins() -> None:
 def test_the_common_prefix_is_token_identical_in_every_family(family: Any) -> None:
     tokenizer = family.tokenizer()
     pair = stream({"chosen": [ASKED, GOOD, ASKED, GOOD], "rejected": [ASKED, GOOD, ASKED, BAD]}, tokenizer, 400).pair(0)
-    lengths = [int((~answer.loss_mask_T).sum()) for answer in (pair.chosen, pair.rejected)]
+    lengths = [int(np.argmax(answer.loss_mask_T)) for answer in (pair.chosen, pair.rejected)]
     assert lengths[0] == lengths[1]
     assert (pair.chosen.token_ids_T[: lengths[0]] == pair.rejected.token_ids_T[: lengths[0]]).all()
     learned = tokenizer.decode(pair.chosen.token_ids_T[pair.chosen.loss_mask_T])
-    assert learned.rstrip("\n") == family.before + "ho" + family.closes
+    assert learned == family.before + "ho" + family.closes
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -130,7 +132,7 @@ def judged(*rows: dict[str, Any]) -> JudgementStream:
 def test_judgements() -> None:
     good, bad = (judged(*ROWS).judgement(ordinal) for ordinal in range(2))
     assert (parts(good.example), good.good) == (("1+1=", "2<eos>"), True)
-    assert (parts(bad.example), bad.good) == ((CONVERSATION[0], "no<|im_end|>\n<eos>"), False)
+    assert (parts(bad.example), bad.good) == ((CONVERSATION[0], "no<|im_end|>"), False)
 
 
 ROWS = (
@@ -147,8 +149,19 @@ def test_a_label_is_true_or_false(label: Any) -> None:
 
 def test_a_completion_of_another_prompt() -> None:
     one, other = (judged(*ROWS).judgement(ordinal).example for ordinal in range(2))
-    assert parts(mismatched(one, other, 100)) == ("1+1=", "no<|im_end|>\n<eos>")
+    assert parts(mismatched(one, other, 100)) == ("1+1=", "no<|im_end|>")
     assert parts(mismatched(one, other, 6)) == ("1+1=", "no")
+
+
+def test_a_completion_of_several_turns_follows_another_prompt_whole() -> None:
+    """What the user says in it stays where it is, and is not learned there, either."""
+    rows = (ROWS[0], {"prompt": [ASKED], "completion": [BAD, ASKED, GOOD], "label": True})
+    one, other = (judged(*rows).judgement(ordinal).example for ordinal in range(2))
+    learned = parts(other)[1]
+    assert learned == "no<|im_end|>ho<|im_end|>"
+    moved = mismatched(one, other, 100)
+    assert parts(moved) == ("1+1=", learned)
+    assert BYTES.decode(moved.token_ids_T) == "1+1=" + str(BYTES.decode(other.token_ids_T))[len(CONVERSATION[0]) :]
 
 
 def test_a_pair_is_a_pure_function_of_its_ordinal() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from actors.recipe.errors import all_keys
 from actors.recipe.file import RecipeError, dump_recipe, load_recipe
-from actors.recipe.model import PretrainedModel, TinyModel
+from actors.recipe.model import FirstPretrained, TinyModel
 from actors.recipe.plain_yaml import PlainYamlError, parse, write
 from actors.recipe.pools import used_pools
 from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
@@ -107,7 +107,7 @@ OVERRIDES: list[tuple[str, str, Any]] = [
     ("dataset.revision=2024-01-01", "dataset.revision", "2024-01-01"),
     ("dataset.revision=12:30:00", "dataset.revision", "12:30:00"),
     ("dataset.task.min_word_len=3", "dataset.task", {"min_word_len": 3}),
-    ("model={kind: pretrained, path: a/b}", "model", PretrainedModel(kind="pretrained", path="a/b")),
+    ("model={kind: pretrained, path: a/b}", "model", FirstPretrained(kind="pretrained", path="a/b")),
     ("model.hidden_size=64", "model", TinyModel(kind="tiny", hidden_size=64)),
     ("run_dir=runs/y", "run_dir", Path("runs/y")),
 ]

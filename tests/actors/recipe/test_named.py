@@ -18,7 +18,7 @@ kind: grpo
 name: whole
 steps: 1
 groups_per_batch: 2
-model: {kind: recipe, recipe: first.yaml}
+model: {kind: recipe, recipe: first.yaml, chat_template: chat.jinja}
 reference: {kind: pretrained, path: Qwen/teacher}
 critic: {model: {kind: pretrained, path: models/critic}}
 dataset: {path: data/rows.jsonl}
@@ -58,6 +58,7 @@ def test_what_a_recipe_names_is_listed(tmp_path: Path) -> None:
     assert found == {
         "dataset.path": ("data/rows.jsonl", "data"),
         "model.recipe": ("first.yaml", "file"),
+        "model.chat_template": ("chat.jinja", "file"),
         "reference.path": ("Qwen/teacher", "model"),
         "critic.model.path": ("models/critic", "model"),
         "rewards.functions.0.function": ("rewards/mine.py", "file"),
@@ -75,7 +76,7 @@ def test_a_judge_is_a_file_as_well(tmp_path: Path) -> None:
 
 def test_every_text_of_a_recipe_is_known_to_name_a_file_or_not() -> None:
     listed = {
-        "dataset.path", "model.path", "model.recipe", "reference.path", "reference.recipe", "critic.model.path",
-        "rewards.functions.function", "rewards.functions.judge", "rewards.functions.model",
+        "dataset.path", "model.path", "model.recipe", "model.chat_template", "reference.path", "reference.recipe",
+        "critic.model.path", "rewards.functions.function", "rewards.functions.judge", "rewards.functions.model",
     }  # fmt: skip
     assert set(texts(Recipe)) == listed | NO_FILES

@@ -145,6 +145,14 @@ def test_the_files_of_a_model_are_looked_at(tmp_path: Path, tiny_models: dict[st
     assert "generation does not stop there" in check_tokenizer(recipe).text
 
 
+def test_a_template_of_the_recipes_own_is_judged(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    """Also where the model is here: not that of its folder."""
+    (tmp_path / "own.jinja").write_text(MISTRAL.template.replace("eos_token", "'<|im_start|>'"))
+    model = f"{{kind: pretrained, path: {tiny_models['tied']}, chat_template: {tmp_path}/own.jinja}}"
+    found = check_tokenizer(recipe_of(tmp_path, f"model={model}", rows=CHAT))
+    assert "closes with '<|im_start|>', and generation does not stop there" in found.text
+
+
 def test_the_tokenizer_of_a_model_that_is_yet_to_be_trained_is_the_one_it_begins_with(tmp_path: Path) -> None:
     first = tmp_path / "first.yaml"
     first.write_text(Path("recipes/demo_sft.yaml").read_text() + f"run_dir: {tmp_path}/first\n")
