@@ -38,19 +38,41 @@ class Quarantined:
 
 
 @dataclass(slots=True)
+class Stretch:
+    """The steps from where the run began, or went on, to where it went on again."""
+
+    groups_per_batch: int | None = None
+    """What the journal says that each of them takes; journals of before it was written say nothing."""
+    by_step: Counter[int] = field(default_factory=Counter)
+    """How many groups each has taken: trained, or left out where the step was skipped."""
+
+    def problems(self) -> Iterator[str]:
+        size = self.groups_per_batch
+        if size is None:
+            if len(sizes := sorted(set(self.by_step.values()))) > 1:
+                yield f"steps have trained {', '.join(map(str, sizes))} groups; each must train equally many"
+            return
+        for step, count in sorted(self.by_step.items()):
+            if count != size:
+                yield f"step {step} has taken {count} groups, and groups_per_batch is {size}"
+
+
+@dataclass(slots=True)
 class Fates:
     """Every ordinal that was dispatched is trained once, or left out for one cause, or has no fate yet."""
 
     dispatched: dict[int, float] = field(default_factory=dict)
     """When the latest attempt began."""
     trained: Counter[int] = field(default_factory=Counter)
-    left_out: dict[int, str] = field(default_factory=dict)
-    """Cause by ordinal."""
+    left_out: dict[int, list[str]] = field(default_factory=dict)
+    """By ordinal, the cause of each time that it was; more than one is a problem."""
     quarantined: dict[int, Quarantined] = field(default_factory=dict)
     waste: dict[str, Waste] = field(default_factory=dict)
     """By cause."""
     by_step: Counter[int] = field(default_factory=Counter)
     """How many groups each step has trained."""
+    stretches: list[Stretch] = field(default_factory=lambda: [Stretch()])
+    """In the order of the journal; a recipe may be given another `groups_per_batch` where it goes on."""
     skipped: set[int] = field(default_factory=set)
     """Steps that have trained nothing, because loss or gradient were not finite; their groups are left out."""
     num_redispatched: int = 0
@@ -82,20 +104,24 @@ class Fates:
             case "requeued":
                 self._wasted("requeued", sum(event["lengths"]), seconds)
             case "quarantined":
-                self.left_out[ordinal] = "quarantined"
+                self._leave_out(ordinal, "quarantined")
                 found = Quarantined(event.get("row", -1), event["cause"], ordinal in self.dispatched)
                 self.quarantined[ordinal] = found
             case "filtered":
-                self.left_out[ordinal] = event["cause"]
+                self._leave_out(ordinal, event["cause"])
                 if "step" in event:
                     self.skipped.add(event["step"])
+                    self.stretches[-1].by_step[event["step"]] += 1
                 if tokens:
                     self._wasted(event["cause"], tokens, seconds)
             case "trained":
                 self.trained[ordinal] += 1
                 self.by_step[event["step"]] += 1
+                self.stretches[-1].by_step[event["step"]] += 1
                 if tokens:
                     self._wasted("masked", tokens, seconds)
+            case "began" | "resumed":
+                self.stretches.append(Stretch(event.get("groups_per_batch")))
             case "rolled back":
                 self.num_roll_backs += 1
             case "scored" | "interrupted":
@@ -106,6 +132,12 @@ class Fates:
     def lost(self) -> set[int]:
         """Ordinals without a fate; empty when the run is over."""
         return set(self.dispatched) - set(self.trained) - set(self.left_out)
+
+    @property
+    def num_doubled(self) -> int:
+        """Fates beyond the first one of an ordinal, trained or left out; must be 0."""
+        fates = self.trained.total() + sum(map(len, self.left_out.values()))
+        return fates - len({*self.trained, *self.left_out})
 
     def passed_over(self) -> list[int]:
         """Ordinals that were neither dispatched nor left out, though later ones were; empty when the run is over."""
@@ -118,17 +150,26 @@ class Fates:
             if count > 1:
                 yield f"ordinal {ordinal} was trained {count} times"
             if ordinal in self.left_out:
-                yield f"ordinal {ordinal} was trained and left out ({self.left_out[ordinal]})"
+                yield f"ordinal {ordinal} was trained and left out ({', '.join(self.left_out[ordinal])})"
+        for ordinal, causes in sorted(self.left_out.items()):
+            if len(causes) > 1:
+                yield f"ordinal {ordinal} was left out {len(causes)} times ({', '.join(causes)})"
         for ordinal in sorted({*self.trained, *self.left_out} - {*self.dispatched, *self.quarantined}):
             yield f"ordinal {ordinal} has a fate and was never dispatched"
-        # A run that goes on may have been given another size of its steps.
-        if self.num_cuts == 0 and len(sizes := sorted(set(self.by_step.values()))) > 1:
-            yield f"steps have trained {', '.join(map(str, sizes))} groups; each must train equally many"
+        taken: set[int] = set()
+        for stretch in self.stretches:
+            yield from stretch.problems()
+            for step in sorted(taken & set(stretch.by_step)):
+                yield f"step {step} was taken before the run went on, and after"
+            taken |= set(stretch.by_step)
         steps = {*self.by_step, *self.skipped}
         if missing := sorted(set(range(len(steps))) - steps):
             yield f"step {missing[0]} has trained nothing, and was not skipped"
         for step in sorted(self.skipped & set(self.by_step)):
             yield f"step {step} was skipped, and has trained groups"
+
+    def _leave_out(self, ordinal: int, cause: str) -> None:
+        self.left_out.setdefault(ordinal, []).append(cause)
 
     def _wasted(self, cause: str, tokens: int, seconds: float) -> None:
         self.waste.setdefault(cause, Waste()).add(tokens, seconds)

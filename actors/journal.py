@@ -61,7 +61,7 @@ def fates(events: Iterable[Event]) -> Fates:
     for number, event in enumerate(events):
         if event["event"] == "resumed":
             undone += [past for line, past in standing if line >= event["lines"] and past["event"] == "scored"]
-            standing = [(line, past) for line, past in standing if line < event["lines"]]
+            standing = [(line, past) for line, past in standing if line < event["lines"]] + [(number, event)]
             num_cuts += 1
         elif event["event"] == "rolled back":  # whatever was undone, that it was is not
             num_roll_backs += 1

@@ -33,14 +33,26 @@ class Ledger:
         """Whether what is trained differs from what is sampled."""
 
     @classmethod
-    def resume(cls, path: Path, lines: int, version: int) -> Self:
-        """Go on with a journal whose first `lines` lines count, at weight version `version`."""
+    def begin(cls, path: Path, groups_per_batch: int) -> Self:
+        """A new journal that says how many groups each step takes, so that it can be held to it."""
+        ledger = cls(path)
+        ledger._write("began", -1, groups_per_batch=groups_per_batch)
+        return ledger
+
+    @classmethod
+    def resume(cls, path: Path, lines: int, version: int, groups_per_batch: int | None = None) -> Self:
+        """Go on with a journal whose first `lines` lines count, at weight version `version`.
+
+        `groups_per_batch`: of the steps from here on; None leaves it open, as journals of before it was written do.
+        """
         journal.mend(path)
         ledger = cls(path)
         events = journal.read(path)
         ledger.num_lines = len(events)
         ledger._started -= max((event["t"] for event in events), default=0.0)
         event = {"event": "resumed", "ordinal": -1, "t": ledger._now(), "lines": lines, "version": version}
+        if groups_per_batch is not None:
+            event["groups_per_batch"] = groups_per_batch
         ledger._append(event)
         ledger._fates = journal.fates([*events, event])
         # Now, whatever becomes of this life: a line that is left in a buffer may be written behind those of the next.
@@ -80,10 +92,11 @@ class Ledger:
 
     @property
     def num_duplicated(self) -> int:
-        return sum(count - 1 for count in self._fates.trained.values())
+        """Fates that an ordinal has beyond its first: trained again, left out again, or both."""
+        return self._fates.num_doubled
 
     def num_left_out(self, cause: str) -> int:
-        return sum(other == cause for other in self._fates.left_out.values())
+        return sum(cause in causes for causes in self._fates.left_out.values())
 
     @property
     def num_skipped(self) -> int:

@@ -36,7 +36,7 @@ def show(run_dir: Path) -> bool:
 
 def _fates(found: Fates) -> Table:
     table = Table("fate", "groups", title="What became of every prompt group")
-    counts = Counter({"trained": len(found.trained)}) + Counter(found.left_out.values())
+    counts = Counter({"trained": len(found.trained)}) + Counter(causes[0] for causes in found.left_out.values())
     counts["open"] = len(found.lost())
     for fate, count in counts.most_common():
         table.add_row(fate, str(count))

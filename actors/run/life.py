@@ -110,7 +110,7 @@ class Life:
 async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
     """A life from the cut on, or from the first step; the learners have just been started."""
     recipe, folder, policy = run.recipe, run.folder, learners.policy
-    ledger = _ledger(folder, resume)
+    ledger = _ledger(folder, resume, recipe.groups_per_batch)
     pacer = _pacer(recipe)
     waiting = AsyncPacer(pacer, stall_timeout_s(recipe))
     version = 0
@@ -222,12 +222,12 @@ def _watchdog(
     )
 
 
-def _ledger(folder: RunFolder, resume: Resume | None) -> Ledger:
+def _ledger(folder: RunFolder, resume: Resume | None, groups_per_batch: int) -> Ledger:
     if resume is not None:
-        return Ledger.resume(folder.ledger, resume.cut.lines, resume.cut.version)
+        return Ledger.resume(folder.ledger, resume.cut.lines, resume.cut.version, groups_per_batch)
     if folder.ledger.exists():  # of a life that ended before its first cut
-        return Ledger.resume(folder.ledger, lines=0, version=0)
-    return Ledger(folder.ledger)
+        return Ledger.resume(folder.ledger, 0, 0, groups_per_batch)
+    return Ledger.begin(folder.ledger, groups_per_batch)
 
 
 def _ready(resume: Resume) -> list[ReadyGroup]:

@@ -93,6 +93,31 @@ def test_what_must_not_be_is_named(tmp_path: Path, change, problem: str) -> None
     assert any(problem in found for found in journal.fates(journal.read(path)).problems())
 
 
+def test_what_is_taken_back_takes_its_fates_and_its_size_with_it(tmp_path: Path) -> None:
+    """An ordinal that was left out before and after a cut was left out once, and a life that left nothing has no
+    size."""
+    path = tmp_path / "ledger.jsonl"
+    with Ledger.begin(path, groups_per_batch=4) as ledger:
+        write(ledger, range(4), step=0)
+        write(ledger, range(4, 6), step=None)
+        lines = ledger.num_lines
+        ledger.unneeded([4])
+    with Ledger.resume(path, lines, version=1, groups_per_batch=3) as ledger:
+        ledger.unneeded([4])
+        write(ledger, range(6, 8), step=None)
+    with Ledger.resume(path, lines, version=1, groups_per_batch=2) as ledger:
+        ledger.unneeded([4])
+        write(ledger, range(6, 8), step=1)
+        assert ledger.num_duplicated == 0
+    found = journal.fates(journal.read(path))
+    assert list(found.problems()) == []
+    assert found.left_out == {4: ["surplus"]}
+    assert [stretch.groups_per_batch for stretch in found.stretches] == [None, 4, 2]
+    with Ledger.resume(path, ledger.num_lines, version=2, groups_per_batch=2) as ledger:
+        ledger.unneeded([4])
+        assert ledger.num_duplicated == 1
+
+
 def test_a_line_that_is_no_event_is_named(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     path.write_text('{"event": "late", "ordinal": 1, "t": 0}\nhello\n')

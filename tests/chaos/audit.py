@@ -40,11 +40,13 @@ def audit(folder: Path, groups_per_batch: int, num_steps: int) -> Audit:
     lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     standing = _standing(lines)
     by_step = _by_step(standing)
-    booked = Counter(ordinal for ordinals in by_step.values() for ordinal in ordinals)
+    booked = _trained_in(by_step)
     if booked != found.trained:
         notes.append("the two counts of the journal differ")
     dispatched = {line["ordinal"] for line in standing if line["event"] == "dispatched"}
+    fated = _fated(standing)
     lost |= set(range(max(dispatched, default=-1) + 1)) - dispatched  # an ordinal that was skipped
+    lost |= dispatched - set(fated)
     if {step: len(by_step[step]) for step in by_step} != dict.fromkeys(range(num_steps), groups_per_batch):
         notes.append("some step has not trained as many groups as the others")
     trained = _trained(run / "model" / "policy.json")
@@ -54,7 +56,9 @@ def audit(folder: Path, groups_per_batch: int, num_steps: int) -> Audit:
         booked = booked | own
         if own != found.trained or [sorted(by_step[step]) for step in sorted(by_step)] != trained:
             notes.append("the policy has trained other groups than the journal says")
-    duplicated = sum(count - 1 for count in booked.values()) + len(set(booked) - set(found.trained))
+    left_out = fated - _trained_in(by_step)
+    duplicated = sum(count - 1 for count in (booked + left_out).values()) + len(set(booked) - set(found.trained))
+    notes += [f"ordinal {ordinal} has {count} fates" for ordinal, count in sorted(fated.items()) if count > 1]
     tokens, rewards = _findings(folder / "faults" / "findings.txt", notes)
     tokens += _uncommitted(lines, notes)
     if notes and not (lost or duplicated or tokens or rewards):
@@ -80,6 +84,15 @@ def _by_step(standing: list[dict[str, Any]]) -> dict[int, list[int]]:
         if line["event"] == "trained":
             by_step.setdefault(line["step"], []).append(line["ordinal"])
     return by_step
+
+
+def _trained_in(by_step: dict[int, list[int]]) -> Counter[int]:
+    return Counter(ordinal for ordinals in by_step.values() for ordinal in ordinals)
+
+
+def _fated(standing: list[dict[str, Any]]) -> Counter[int]:
+    """How many fates each ordinal has: trained, filtered or quarantined."""
+    return Counter(line["ordinal"] for line in standing if line["event"] in ("trained", "filtered", "quarantined"))
 
 
 def _trained(path: Path) -> list[list[int]] | None:

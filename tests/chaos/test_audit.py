@@ -62,6 +62,30 @@ def twice(lines: Lines) -> None:
     lines.append(lines[-1])
 
 
+def left_out_twice(lines: Lines) -> None:
+    lines += [{"event": "dispatched", "ordinal": 6, "t": 9.0, "attempt": 0, "resumed": False, "replica": 0}]
+    lines += [{"event": "filtered", "ordinal": 6, "t": 9.0, "cause": cause} for cause in ("zero_std", "surplus")]
+
+
+def set_aside_and_filtered(lines: Lines) -> None:
+    lines += [
+        {"event": "quarantined", "ordinal": 6, "t": 9.0, "cause": "empty", "row": 1, "attempt": 0},
+        {"event": "filtered", "ordinal": 6, "t": 9.0, "cause": "surplus"},
+    ]
+
+
+def trained_and_left_out(lines: Lines) -> None:
+    lines.append({"event": "filtered", "ordinal": 5, "t": 9.0, "cause": "surplus"})
+
+
+def of_another_size(lines: Lines) -> None:
+    """The last step has taken one more group than the journal says that it takes."""
+    lines += [
+        {"event": "dispatched", "ordinal": 6, "t": 9.0, "attempt": 0, "resumed": False, "replica": 0},
+        {"event": "trained", "ordinal": 6, "t": 9.0, "step": 2, "version": 3},
+    ]
+
+
 def skipped(lines: Lines) -> None:
     for line in lines:
         if line["ordinal"] == 5:
@@ -75,7 +99,16 @@ def of_the_future(lines: Lines) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "place"),
-    [(without_a_fate, 0), (skipped, 0), (twice, 1), (of_the_future, 2)],
+    [
+        (without_a_fate, 0),
+        (skipped, 0),
+        (of_another_size, 0),
+        (twice, 1),
+        (left_out_twice, 1),
+        (set_aside_and_filtered, 1),
+        (trained_and_left_out, 1),
+        (of_the_future, 2),
+    ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_a_journal_that_is_not_in_order_is_found(
