@@ -25,8 +25,9 @@ class CheckpointConfig(BaseModel):
 
     every: int = Field(50, ge=0)
     """Steps from one cut to the next; 0 makes none but on SIGTERM."""
-    keep: int = Field(2, ge=1)
-    """The newest so many are kept; each holds the float32 weights and AdamW's two moments, 12 bytes a parameter."""
+    keep: int = Field(2, ge=2)
+    """The newest so many are kept, two at least: where the newest turns out to be damaged, the run goes on from the one
+    before. Each holds the float32 weights and AdamW's two moments, 12 bytes a parameter."""
     best: BestConfig | None = None
     """Keep the best one besides, as `{metric: reward, mode: max}`; null keeps the newest alone."""
     timeout_s: float = Field(1800.0, gt=0.0)

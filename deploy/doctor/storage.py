@@ -75,7 +75,8 @@ def check_disk(free: float, needed: float | None, keep: int, folder: Path) -> Fi
         return skipped(f"{folder}: {free / GB:.1f} GB free; what checkpoints take is not known: the model is not here")
     has = f"{folder}: {free / GB:.1f} GB free, and {keep + 1} checkpoints and the model take {needed / GB:.2g}"
     if free < needed:
-        return failed(has, "make room, lower checkpoint.keep, or choose another run_dir")
+        lower = "lower checkpoint.keep, " if keep > 2 else ""  # two are kept at least
+        return failed(has, f"make room, {lower}or choose another run_dir")
     if free < 1.5 * needed:
         return warned(has, "leave room for samples and logs beside them")
     return passed(has)

@@ -63,9 +63,9 @@ def test_a_disk_holds_all_checkpoints_and_the_model(free_gb: float, level: str) 
 
 
 def test_the_best_checkpoint_takes_room_and_adapters_take_little() -> None:
-    best = CheckpointConfig(keep=1, best=BestConfig())
-    assert bytes_of(1000, 1000, best) == 3 * 12_000 + 4000
-    assert bytes_of(1_000_000, 1000, best) == 3 * 12_000 + 4_000_000
+    best = CheckpointConfig(keep=2, best=BestConfig())
+    assert bytes_of(1000, 1000, best) == 4 * 12_000 + 4000
+    assert bytes_of(1_000_000, 1000, best) == 4 * 12_000 + 4_000_000
 
 
 def test_a_disk_that_is_full_of_what_will_be_replaced_has_room(tmp_path: Path) -> None:
