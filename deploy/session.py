@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from actors.errors import RunError, last_line
+from deploy.jobs.shipment import EXCLUDES
 from deploy.stopping import disarmed
 
 # Ray binds to loopback alone where it does not mean to form clusters, which this says on Linux as well.
@@ -130,7 +131,12 @@ def _init(address: str | None) -> None:
     elif "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         ray.init(address, **quiet)  # a submitted job has brought its working directory already
     else:
-        ray.init(address, runtime_env={"working_dir": here}, **quiet)
+        ray.init(address, runtime_env=sent_along(here), **quiet)
+
+
+def sent_along(folder: str) -> dict[str, Any]:
+    """What Ray packs and sends to a cluster that is joined: the folder, without what `submit` leaves here, too."""
+    return {"working_dir": folder, "excludes": [*EXCLUDES]}
 
 
 @contextlib.contextmanager

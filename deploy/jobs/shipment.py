@@ -24,6 +24,8 @@ FILES = ("*.pyc", ".env", ".env.*", ".netrc", "*.pem", "id_rsa*", "id_ed25519*",
 """Files that are left out wherever they are."""
 RUNS = "runs"
 """Where runs leave everything when their recipes do not say; left out at the top."""
+EXCLUDES = (*FOLDERS, *FILES, f"/{RUNS}")
+"""The same for Ray, which packs the folder itself where a cluster is joined: patterns as in a `.gitignore`."""
 
 _QUIET = logging.getLogger("paceline.shipment")
 _MB = 10**6

@@ -6,9 +6,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
 from deploy.jobs import shipment
 from deploy.jobs.shipment import pack
+from deploy.session import sent_along
+
+SENT = ["my.yaml", "rewards/mine.py", "rewards/runs/helper.py", "data/train.jsonl", ".rayignore", "keep/.gitignore"]
+LEFT = [
+    ".git/config", ".venv/bin/python", ".venv-gpu/x", "runs/a/model.bin", "a/__pycache__/b.pyc", "c.pyc",
+    ".mypy_cache/x", "wandb/run/x", ".env", ".env.local", "deep/.netrc", "k.pem", ".ssh/id_rsa", "id_rsa",
+    "deep/.env", "deep/id_ed25519.old", "deep/auth_token", ".aws/credentials", "deep/.venv",
+    "secret.txt", "keep/big.bin", "out/far/x.log",
+]  # fmt: skip
 
 
 def lay(root: Path, *names: str, text: str = "x") -> None:
@@ -18,24 +28,34 @@ def lay(root: Path, *names: str, text: str = "x") -> None:
 
 
 def test_environments_runs_caches_and_secrets_stay_here(tmp_path: Path) -> None:
-    sent = ["my.yaml", "rewards/mine.py", "rewards/runs/helper.py", "data/train.jsonl", ".rayignore", "keep/.gitignore"]
-    left = [
-        ".git/config", ".venv/bin/python", ".venv-gpu/x", "runs/a/model.bin", "a/__pycache__/b.pyc", "c.pyc",
-        ".mypy_cache/x", "wandb/run/x", ".env", ".env.local", "deep/.netrc", "k.pem", ".ssh/id_rsa", "id_rsa",
-        "secret.txt", "keep/big.bin", "out/far/x.log",
-    ]  # fmt: skip
-    lay(tmp_path, *sent, *left)
+    lay(tmp_path, *SENT, *LEFT)
     (tmp_path / ".rayignore").write_text("secret.txt\nout/\n")
     (tmp_path / "keep/.gitignore").write_text("*.bin\n")
     (tmp_path / "outside").symlink_to(tmp_path.parent, target_is_directory=True)
     (tmp_path / "dangling").symlink_to("nowhere")
     found = pack(tmp_path)
-    assert sorted(found.sizes) == sorted(sent)
+    assert sorted(found.sizes) == sorted(SENT)
     assert found.has("rewards/mine.py")
     assert found.has("./rewards")
     assert found.has("data/")
     assert not found.has("outside")
     assert not found.has("reward")
+
+
+def test_the_same_stays_here_where_ray_packs_the_folder(tmp_path: Path) -> None:
+    """`train --address`: by Ray's own packing, of the runtime environment with which the cluster is joined."""
+    project, archive = tmp_path / "project", tmp_path / "sent.zip"
+    lay(project, *SENT, *LEFT)
+    (project / ".env").write_text("WANDB_API_KEY=canary-8f21\n")
+    (project / ".rayignore").write_text("secret.txt\nout/\n")
+    (project / "keep/.gitignore").write_text("*.bin\n")
+    env = sent_along(str(project))
+    assert env["working_dir"] == str(project)
+    create_package(str(project), archive, include_gitignore=True, excludes=env["excludes"])
+    with zipfile.ZipFile(archive) as packed:
+        names = [name for name in packed.namelist() if not name.endswith("/")]
+        assert sorted(names) == sorted(SENT)
+        assert not any(b"canary-8f21" in packed.read(name) for name in names)
 
 
 def test_equal_files_make_equal_archives_that_can_be_unpacked(tmp_path: Path) -> None:
