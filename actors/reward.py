@@ -24,14 +24,21 @@ from algorithms.types import Group, ScoredGroup
 class RewardActor:
     """Scores groups, side by side as far as their functions are async; several actors score side by side."""
 
-    def __init__(self, functions: tuple[RewardConfig, ...], timeout_s: float, max_concurrent_groups: int = 1) -> None:
-        """`max_concurrent_groups`: whose async functions are called at one time."""
+    def __init__(
+        self,
+        functions: tuple[RewardConfig, ...],
+        timeout_s: float,
+        max_concurrent_groups: int = 1,
+        max_memory_gb: float | None = None,
+    ) -> None:
+        """`max_concurrent_groups`: whose async functions are called at one time; `max_memory_gb`: of each child."""
         self._sources = tuple(config.source for config in functions)
         self._names = score_names(self._sources)
         self._weights = tuple(config.weight for config in functions)
         self._timeout_s = timeout_s
         self._max_concurrent_groups = max_concurrent_groups
-        self._first = Lane(self._sources, timeout_s, max_concurrent_groups)
+        self._max_memory_gb = max_memory_gb
+        self._first = self._lane(self._sources)
         self._second: Lane | None = None  # for the async functions, when there are others
         self._reported: set[tuple[str, str]] = set()
 
@@ -75,6 +82,9 @@ class RewardActor:
         if self._second is not None:
             self._second.close()
 
+    def _lane(self, sources: tuple[str, ...]) -> Lane:
+        return Lane(sources, self._timeout_s, self._max_concurrent_groups, max_memory_gb=self._max_memory_gb)
+
     async def _loaded(self) -> list[tuple[Lane, list[list[int]]]]:
         """The children, and which functions are called in which, step after step; ChildError before one has loaded."""
         is_async = await asyncio.wrap_future(self._first.load())
@@ -83,7 +93,7 @@ class RewardActor:
             return [(self._first, alone or [together])]
         if self._second is None:
             sources = tuple(self._sources[index] for index in together)
-            self._second = Lane(sources, self._timeout_s, self._max_concurrent_groups)
+            self._second = self._lane(sources)
             self._second.load()  # what becomes of that is told by the first call
         return [(self._first, alone), (self._second, [together])]
 

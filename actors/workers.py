@@ -223,7 +223,8 @@ def _spawn_all(
         options = (pools.options(pool, index) for index in range(num_workers))
         return tuple(actor.options(max_restarts=restarts, **option).remote(*arguments) for option in options)
 
-    called = reward_functions(recipe), recipe.rewards.timeout_s, recipe.rewards.max_concurrent_groups
+    how = recipe.rewards
+    called = reward_functions(recipe), how.timeout_s, how.max_concurrent_groups, how.max_memory_gb
     rewards = scorers(roles.reward, "reward", recipe.pools.reward.num_workers, *called)
     num_references = recipe.pools.reference.num_workers if recipe.has_reference_workers else 0
     references = scorers(roles.reference, "reference", num_references, reference_settings(recipe, model))

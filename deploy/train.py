@@ -82,11 +82,12 @@ def prepare(
     for run in [before for _, before in trained_before(recipe, path)] + [recipe]:
         rows = load_rows(run.dataset, needed_columns(run))
         if isinstance(run, GrpoRecipe):
+            names = reward_column_names(rows.column_names)
             for reward in run.rewards.functions:
                 if reward.model is not None:
                     check_reward_model(reward.model)
                 else:
-                    check_reward(reward.source, reward_column_names(rows.column_names))
+                    check_reward(reward.source, names, max_memory_gb=run.rewards.max_memory_gb)
         if address is None:
             plan(first_pools(run), this_machine())
         check_tracker(run.logging.wandb_project)

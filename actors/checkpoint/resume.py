@@ -18,7 +18,7 @@ _FREE = (
     "policy.zero_stage", "policy.num_threads", "policy.timeout_s", "policy.max_restarts",
     "policy.gradient_checkpointing", "policy.sequence_parallel_size", "policy.offload", "policy.liger",
     "critic.zero_stage", "critic.sequence_parallel_size", "rewards.timeout_s", "rewards.max_failed_share",
-    "rewards.max_concurrent_groups",
+    "rewards.max_concurrent_groups", "rewards.max_memory_gb",
     "dataset.max_bad_rows", "generation.timeout_s",
 )  # fmt: skip
 """How and where a run computes may change when it goes on; what it computes may not, but by name."""

@@ -57,5 +57,10 @@ class RewardsConfig(BaseModel):
     max_concurrent_groups: int = Field(32, ge=1, le=512)
     """Groups whose async functions and judges one reward worker calls at one time, all in one process and event loop;
     1 calls them one after another. Sync functions and models are called for one group at a time, whatever it says."""
+    max_memory_gb: float | None = Field(None, gt=0.0)
+    """Most memory of its own (heap, arrays, stacks; in 10^9 bytes) that a process of reward functions may take, and
+    each that it starts; a call that wants more raises MemoryError and is unscorable, cause `memory`. null: no limit.
+    Each reward worker has one such process, or two where functions are both sync and async; a model in host memory
+    counts with its weights."""
     max_failed_share: float = Field(0.1, ge=0.0, le=1.0)
     """A run stops when calls failed in more than this share of its last 100 groups; 1.0 tolerates every failure."""

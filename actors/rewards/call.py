@@ -5,11 +5,12 @@ In the child process, where the output's own code may do what it likes.
 
 import copy
 import inspect
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from actors.rewards.functions import checked_scores, describe
+from actors.rewards.functions import MEMORY, checked_scores, describe
 
 RewardFunction = Callable[..., Any]
 
@@ -19,6 +20,17 @@ class Raised:
     """A call that raised, in place of its output."""
 
     detail: str
+    cause: str = "exception"
+
+
+def raised(error: BaseException, file: str | None = None) -> Raised:
+    """What a call has raised, `memory` by a name of its own; `file` is where the user's code is."""
+    detail = describe(error, file)
+    if not isinstance(error, MemoryError):
+        return Raised(detail)
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = "" if limit == resource.RLIM_INFINITY else f" (rewards.max_memory_gb is {limit / 10**9:g})"
+    return Raised(f"{detail}{allowed}", MEMORY)
 
 
 def keywords(arguments: dict[str, Any]) -> dict[str, list[Any]]:
@@ -33,10 +45,10 @@ def keywords(arguments: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def result_of(output: Any, num_completions: int) -> dict[str, Any]:
-    """`scores` (one float or None per completion), `cause` (None, `exception` or `bad_output`) and `detail`."""
+    """`scores` (a float or None per completion), `cause` (None, `exception`, `memory`, `bad_output`) and `detail`."""
     nothing = [None] * num_completions
     if isinstance(output, Raised):
-        return {"scores": nothing, "cause": "exception", "detail": output.detail}
+        return {"scores": nothing, "cause": output.cause, "detail": output.detail}
     try:
         scores, problem = checked_scores(output, num_completions)
     except BaseException as error:  # noqa: BLE001 - looking at the output runs user code as well

@@ -1,8 +1,8 @@
 """The process in which reward functions run: it may hang, print or die at any moment, and its parent notices.
 
-`python -m actors.rewards.child REQUEST_FD RESPONSE_FD PARENT_PID COLUMNS FUNCTION...` loads the functions, says whether
-each is async, and then answers requests until the pipe closes: one after another, or, when all of its functions are
-async, as many at a time as it is asked (together.py). See process.py for the other side.
+`python -m actors.rewards.child REQUEST_FD RESPONSE_FD PARENT_PID MEMORY COLUMNS FUNCTION...` loads the functions, says
+whether each is async, and then answers requests until the pipe closes: one after another, or, when all of its functions
+are async, as many at a time as it is asked (together.py). See process.py for the other side.
 """
 
 import asyncio
@@ -10,22 +10,27 @@ import ctypes
 import inspect
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable
 from typing import Any
 
-from actors.rewards.call import Raised, RewardFunction, file_of, is_async, keywords, result_of
-from actors.rewards.functions import RewardError, describe, load
+from actors.rewards.call import RewardFunction, file_of, is_async, keywords, raised, result_of
+from actors.rewards.functions import RewardError, load
 from actors.rewards.pipe import receive, send
 from actors.rewards.together import Together
 
 _PR_SET_PDEATHSIG = 1
 
 
-def main(request_fd: int, response_fd: int, parent: int, columns: list[str] | None, names: list[str]) -> None:
+def main(
+    request_fd: int, response_fd: int, parent: int, memory: int | None, columns: list[str] | None, names: list[str]
+) -> None:
     """Serve requests until the parent closes the pipe; when a function cannot be loaded, say so and end."""
     _die_with(parent)
+    if memory is not None:
+        _limit_memory(memory)
     for descriptor in (request_fd, response_fd):
         # Programs that reward functions start must not keep the pipe open.
         os.set_inheritable(descriptor, False)
@@ -33,7 +38,10 @@ def main(request_fd: int, response_fd: int, parent: int, columns: list[str] | No
     try:
         functions = [load(name, columns) for name in names]
     except RewardError as error:
-        send(response_fd, json.dumps({"error": str(error)}).encode(), None)
+        fix = ""
+        if memory is not None and isinstance(error.__cause__, MemoryError):
+            fix = f"; raise rewards.max_memory_gb, which is {memory / 10**9:g}"
+        send(response_fd, json.dumps({"error": f"{error}{fix}"}).encode(), None)
         return
     kinds = [is_async(function) for function in functions]
     send(response_fd, json.dumps({"is_async": kinds}).encode(), None)
@@ -61,7 +69,7 @@ def _serve(request_fd: int, response_fd: int, functions: list[RewardFunction]) -
             try:
                 outputs = loop.run_until_complete(_gathered(outputs))
             except BaseException as error:  # noqa: BLE001 - raised by a task that a function left behind
-                outputs = [Raised(describe(error))] * len(called)
+                outputs = [raised(error)] * len(called)
                 loop = _new_loop()
         results = [result_of(output, len(request["arguments"]["completions"])) for output in outputs]
         if os.getpid() != own_pid:
@@ -75,7 +83,7 @@ def _called(function: RewardFunction, arguments: dict[str, list[Any]]) -> Any:
     try:
         return function(**arguments)
     except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt of user code are failures, too
-        return Raised(describe(error, file_of(function)))
+        return raised(error, file_of(function))
 
 
 async def _gathered(outputs: list[Any]) -> list[Any]:
@@ -85,7 +93,7 @@ async def _gathered(outputs: list[Any]) -> list[Any]:
         try:
             return await output
         except BaseException as error:  # noqa: BLE001 - as above, and CancelledError
-            return Raised(describe(error))
+            return raised(error)
 
     async def given(output: Any) -> Any:
         return output
@@ -100,6 +108,17 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def _limit_memory(num_bytes: int) -> None:
+    """Beyond so many bytes of its own, this process gets no more memory: Python raises MemoryError.
+
+    What is counted is private and writable: heap, arrays, stacks. Address space that is only reserved, as torch and
+    CUDA do by the gigabyte, is not (RLIMIT_AS would count it).
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
 def _die_with(parent: int) -> None:
     """The kernel kills this process when its parent dies, even in the middle of a call that never returns."""
     if sys.platform == "linux":
@@ -109,6 +128,6 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5:])
+    main(*map(int, sys.argv[1:4]), json.loads(sys.argv[4]), json.loads(sys.argv[5]), sys.argv[6:])
     # Threads that reward functions have started must not keep the process.
     os._exit(0)

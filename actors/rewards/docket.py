@@ -20,7 +20,7 @@ class Outcome:
 
     scores: tuple[float | None, ...]
     cause: str | None = None
-    """None, `timeout`, `exception`, `died` or `bad_output`."""
+    """None, `timeout`, `exception`, `memory`, `died` or `bad_output`."""
     detail: str = ""
 
 

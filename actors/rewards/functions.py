@@ -28,6 +28,9 @@ CLASSIFIER = "sequence-classifier:"
 JUDGE = "pairwise-judge:"
 """The same before the name of a function that compares two completions."""
 
+MEMORY = "memory"
+"""The cause of a failure: the function took more than the process may have."""
+
 TRL_ONLY = ("trainer_state", "log_extra", "log_metric", "environments")
 """Objects of TRL's trainer, which no function in another process can hold; with a default of None they are optional."""
 
@@ -36,7 +39,12 @@ class RewardError(ValueError):
     """A reward function that cannot be used, and why; the message names the function and the fix."""
 
 
-def check_reward(function: str, columns: Collection[str] | None = None, timeout_s: float = 120.0) -> None:
+def check_reward(
+    function: str,
+    columns: Collection[str] | None = None,
+    timeout_s: float = 120.0,
+    max_memory_gb: float | None = None,
+) -> None:
     """Returns when the function loads and can be called; else ValueError. It is loaded in a process of its own.
 
     With `columns` (those of the data set) the function's parameters are checked against them, too.
@@ -44,7 +52,7 @@ def check_reward(function: str, columns: Collection[str] | None = None, timeout_
     # The process imports what is above, so it is imported where it is used.
     from actors.rewards.process import ChildError, RewardProcess
 
-    process = RewardProcess((function,), None if columns is None else tuple(columns))
+    process = RewardProcess((function,), None if columns is None else tuple(columns), max_memory_gb)
     try:
         process.start(timeout_s)
     except ChildError as error:

@@ -18,6 +18,7 @@ from typing import Any
 
 from actors.recipe.rewards import CANCEL_GRACE_S, LOAD_TIMEOUT_S
 from actors.rewards.docket import Docket, Outcome, Visit
+from actors.rewards.functions import MEMORY
 from actors.rewards.process import WROTE_INTO_PIPE, ChildError, RewardProcess
 
 _HELD_SHARE = 0.1
@@ -54,11 +55,16 @@ class Lane:
     """A child process and the visits to it: `width` at a time when all of its functions are async, else one."""
 
     def __init__(
-        self, functions: tuple[str, ...], timeout_s: float, width: int, columns: tuple[str, ...] | None = None
+        self,
+        functions: tuple[str, ...],
+        timeout_s: float,
+        width: int,
+        columns: tuple[str, ...] | None = None,
+        max_memory_gb: float | None = None,
     ) -> None:
         self.news: deque[str] = deque()
         """What somebody should be told, once."""
-        self._process = RewardProcess(functions, columns)
+        self._process = RewardProcess(functions, columns, max_memory_gb)
         self._timeout_s = timeout_s
         self._most = width
         self._width = 1  # that was last told
@@ -249,7 +255,14 @@ class Lane:
             self._finish(visit)
             return
         del self._asked[told.number]
-        if visit.step:
+        if not self._process.is_together and any(outcome.cause == MEMORY for outcome in told.found.values()):
+            self._process.kill()  # what a function keeps would leave the next call too little
+            self._docket.ended_by(visit)
+            if visit.step:
+                self._docket.again(visit)
+            else:
+                self._finish(visit)
+        elif visit.step:
             self._ask(visit)
         else:
             self._docket.done(visit, in_time=not late)

@@ -39,9 +39,15 @@ class RewardProcess:
     The thread that starts the child must live as long as the child may: the kernel kills the child with that thread.
     """
 
-    def __init__(self, functions: tuple[str, ...], columns: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        functions: tuple[str, ...],
+        columns: tuple[str, ...] | None = None,
+        max_memory_gb: float | None = None,
+    ) -> None:
         self._functions = functions
         self._columns = columns
+        self._memory = None if max_memory_gb is None else round(max_memory_gb * 10**9)
         self._child: _Child | None = None
         self._interrupted = False
         self.is_async: tuple[bool, ...] = ()
@@ -63,7 +69,7 @@ class RewardProcess:
             return
         self.kill()
         try:
-            self._child = child = _spawn(self._functions, self._columns)
+            self._child = child = _spawn(self._functions, self._columns, self._memory)
         except OSError as error:  # this machine has no process, or no memory, to spare
             raise ChildError("died", f"no process could be started: {error}") from error
         if self._interrupted:
@@ -152,13 +158,13 @@ class _Child:
     inbox: Inbox
 
 
-def _spawn(functions: tuple[str, ...], columns: tuple[str, ...] | None) -> _Child:
+def _spawn(functions: tuple[str, ...], columns: tuple[str, ...] | None, memory: int | None) -> _Child:
     """A child in a session (and process group) of its own, tied to us by two pipes that nobody else has."""
     child_reads, request_fd = os.pipe()
     response_fd, child_writes = os.pipe()
     for descriptor in (request_fd, response_fd):
         os.set_blocking(descriptor, False)
-    numbers = (str(child_reads), str(child_writes), str(os.getpid()))
+    numbers = (str(child_reads), str(child_writes), str(os.getpid()), json.dumps(memory))
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     inherited = {name: value for name, value in os.environ.items() if name not in WITHHELD}
     try:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from actors.rewards.call import Raised, RewardFunction, file_of, keywords, result_of
+from actors.rewards.call import Raised, RewardFunction, file_of, keywords, raised, result_of
 from actors.rewards.functions import describe
 from actors.rewards.pipe import Inbox, Outbox, send
 
@@ -195,4 +195,4 @@ async def _output(function: RewardFunction, arguments: dict[str, list[Any]]) -> 
     try:
         return await function(**arguments)
     except BaseException as error:  # noqa: BLE001 - SystemExit, CancelledError and whatever else user code raises
-        return Raised(describe(error, file_of(function)))
+        return raised(error, file_of(function))

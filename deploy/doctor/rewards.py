@@ -44,7 +44,7 @@ def check_reward_function(recipe: GrpoRecipe, index: int) -> Finding:
     calls = [arguments_of(*probe(rows, row, tokenizer)) for row in range(min(_NUM_ROWS, len(rows)))]
     has_answers = all(own_answer(rows.row(row)) is not None for row in range(len(calls)))
     columns = tuple(reward_column_names(rows.column_names))
-    return called(config, calls, columns, recipe.rewards.timeout_s, has_answers)
+    return called(config, calls, columns, recipe.rewards.timeout_s, has_answers, recipe.rewards.max_memory_gb)
 
 
 def deadline_s(recipe: GrpoRecipe) -> float:
@@ -81,10 +81,15 @@ def _rollout(prompt: Prompt, said: str, tokenizer: PreTrainedTokenizerBase) -> R
 
 
 def called(
-    config: RewardConfig, calls: Sequence[str], columns: tuple[str, ...], timeout_s: float, has_answers: bool
+    config: RewardConfig,
+    calls: Sequence[str],
+    columns: tuple[str, ...],
+    timeout_s: float,
+    has_answers: bool,
+    max_memory_gb: float | None = None,
 ) -> Finding:
     """What a function gave: each of `calls` (JSON, as a reward worker writes it) once, and the first one again."""
-    lane = Lane((config.source,), timeout_s, 1, columns)
+    lane = Lane((config.source,), timeout_s, 1, columns, max_memory_gb)
     outcomes: list[Outcome] = []
     try:
         lane.load().result(LOAD_TIMEOUT_S + _SLACK_S)

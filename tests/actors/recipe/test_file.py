@@ -190,6 +190,7 @@ VALUES = {
     "dataset.task=[1]": "dataset.task: a list is not a mapping",
     # Out of range, or not in the list.
     "steps=0": "steps: 0 is out of range; it must be at least 1",
+    "rewards.max_memory_gb=0": "rewards.max_memory_gb: 0 is out of range; it must be greater than 0",
     "checkpoint.keep=1": "checkpoint.keep: 1 is out of range; it must be at least 2",
     "algorithm.epsilon=1.5": "algorithm.epsilon: 1.5 is out of range; it must be less than 1",
     "optimizer.learning_rate=0": "optimizer.learning_rate: 0 is out of range; it must be greater than 0",
