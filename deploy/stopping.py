@@ -28,7 +28,8 @@ def heard() -> Iterator[None]:
             "stopped; the same command goes on from the newest checkpoint, or begins anew where there is none"
         ) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # else the process ends with what it has said
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -48,5 +49,5 @@ def listen() -> None:
 
 
 def nothing_left() -> None:
-    """All runs have come to their end: that Ray is ended, too, is no longer to be stopped."""
+    """All runs have come to their end: that Ray and this process are ended, too, is no longer to be stopped."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

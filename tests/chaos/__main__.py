@@ -176,7 +176,8 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     for note in result.notes[:40]:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     console.print(
-        f"{result.groups} groups, {result.resumed} times killed and gone on, {result.lives} lives of the driver, "
+        f"{result.groups} groups, {result.lives} lives of the driver, {result.resumed} of them begun again after the "
+        "driver was killed or told to stop, its disk was full or its raylet was lost, "
         f"{result.seconds:.0f} s; runs: {work}",
         highlight=False,
         soft_wrap=True,

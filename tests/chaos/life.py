@@ -195,10 +195,8 @@ class Life:
                 return None
             case -9 if self.killed_by_us:
                 return None
-            case 75 if self.asked_to_stop:
+            case 75 if self.asked_to_stop:  # which no fault does before this life has trained a step (plan.py)
                 return None
-            case -15 if self.asked_to_stop:
-                return None  # asked before there was anything to leave a checkpoint of
             case 1 if re.search(r"^error: \S", text, re.MULTILINE):
                 return None
         return f"exit code {code} with no named cause"

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from tests.chaos.life import Life
 
 _WRITER = """
@@ -48,3 +50,25 @@ def test_what_was_said_before_counts_too(tmp_path: Path) -> None:
         driver.communicate("\n", timeout=30)
     assert log.read_text() == ""
     assert life.untyped() == "exit code 1 with a traceback"
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "killed", "typed"),
+    [
+        (0, False, False, True),
+        (0, True, False, True),
+        (75, True, False, True),
+        (75, False, False, False),
+        (-15, True, False, False),
+        (-9, False, True, True),
+        (-9, True, False, False),
+        (130, True, False, False),
+    ],
+)
+def test_an_end_is_one_that_the_command_line_promises(
+    code: int, asked: bool, killed: bool, typed: bool, tmp_path: Path
+) -> None:
+    life = Life("light", tmp_path, tmp_path / "log", tmp_path / "recipe.yaml")
+    life.asked_to_stop, life.killed_by_us = asked, killed
+    life._process = SimpleNamespace(pid=1, exitcode=code)
+    assert (life.untyped() is None) == typed
