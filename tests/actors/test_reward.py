@@ -71,9 +71,9 @@ FAILURES = {
         "raises unprintable",
         "raises an asyncio.CancelledError",
         "recurses for ever",
-        "runs out of memory",
         "raises from SIGALRM",
     ),
+    "memory": ("runs out of memory",),
     "died": (
         "os._exit",
         "segfaults",

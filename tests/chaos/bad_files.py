@@ -3,6 +3,7 @@
 A file of rows has at least one row of which no prompt can be made. Of a run's only checkpoint, one thing is spoiled.
 """
 
+import hashlib
 import json
 import random
 import shutil
@@ -30,7 +31,8 @@ from tests.chaos.rollouts import rollout_of
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "demo.yaml"
 
-Made = tuple[str, Callable[[], object], tuple[str, ...]]
+Made = tuple[str, Callable[[], object], tuple[str, ...], str]
+"""What it is, what must refuse it, which words that must say, and what tells it from others."""
 
 
 @cache
@@ -83,7 +85,15 @@ def bad_rows(rng: random.Random, folder: Path) -> Made:
             path.unlink(missing_ok=True)
         return None
 
-    return f"rows: {form}", intake, (name,)
+    return f"rows: {form}", intake, (name,), digest(suffix.encode(), data)
+
+
+def digest(*parts: bytes) -> str:
+    """Equal inputs alone have equal ones."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "big") + part)
+    return whole.hexdigest()
 
 
 def _lines(rows: list[Any]) -> bytes:
@@ -116,6 +126,8 @@ def bad_checkpoint(rng: random.Random, folder: Path) -> Made:
     version = run / "checkpoints" / "version-00000010"
     form = rng.choice(sorted(SPOILERS))
     SPOILERS[form](rng, version)
+    files = [path for path in sorted(version.rglob("*")) if path.is_file()]
+    parts = [part for path in files for part in (path.name.encode(), b"@" * path.is_symlink(), path.read_bytes())]
 
     def intake() -> object:
         try:
@@ -123,7 +135,7 @@ def bad_checkpoint(rng: random.Random, folder: Path) -> Made:
         finally:
             shutil.rmtree(run)
 
-    return f"checkpoint: {form}", intake, (str(run),)
+    return f"checkpoint: {form}", intake, (str(run),), digest(*parts)
 
 
 def _truncated(rng: random.Random, version: Path) -> None:

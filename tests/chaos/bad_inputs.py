@@ -22,19 +22,21 @@ import annotated_types as at
 import yaml
 from pydantic import BaseModel
 
-from actors.recipe.errors import _models
+from actors.recipe.errors import _kind, _models
 from actors.recipe.file import load_recipe
 from actors.recipe.plain_yaml import parse
 from actors.recipe.pools import used_pools
-from actors.recipe.schema import GrpoRecipe, SftRecipe
+from actors.recipe.schema import Recipe
 from placement.cluster import uniform
 from placement.plan import plan
-from tests.chaos.bad_files import bad_checkpoint, bad_rows
+from tests.chaos.bad_files import bad_checkpoint, bad_rows, digest
 
 ROOT = Path(__file__).parents[2]
 NONSENSE = {"zz_nonsense": [1]}
 FREE = ("dataset", "task")
 """A mapping in which any key may stand."""
+KINDS = {str(_kind(model)): model for model in _models(Recipe)}
+"""Recipes by their `kind`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class BadInput:
     label: str
     intake: Callable[[], object]
     words: tuple[str, ...] = ()
+    identity: str = ""
+    """Two inputs that are equal have it in common."""
 
 
 @dataclass(slots=True)
@@ -51,6 +55,7 @@ class Verdicts:
     """What became of the inputs."""
 
     inputs: int = 0
+    identities: set[str] = field(default_factory=set)
     tracebacks: int = 0
     silent_accepts: int = 0
     unclear: int = 0
@@ -60,6 +65,7 @@ class Verdicts:
 
     def judge(self, bad: BadInput) -> None:
         self.inputs += 1
+        self.identities.add(bad.identity)
         self.kinds[bad.label.partition(":")[0]] += 1
         try:
             bad.intake()
@@ -74,15 +80,23 @@ class Verdicts:
             self.silent_accepts += 1
             self.notes.append(f"{bad.label}: accepted")
 
+    @property
+    def distinct(self) -> int:
+        """How many of them were not the same as another."""
+        return len(self.identities)
+
     def to_json(self) -> dict[str, int]:
-        names = "inputs", "tracebacks", "silent_accepts", "unclear"
+        names = "inputs", "distinct", "tracebacks", "silent_accepts", "unclear"
         return {name: getattr(self, name) for name in names}
 
 
 def try_all(count: int, seed: int, folder: Path) -> Verdicts:
-    """`count` inputs: most are recipes, every tenth a file of rows, every twentieth a checkpoint."""
+    """`count` inputs: most are recipes, every tenth a file of rows, every twentieth a checkpoint.
+
+    Half of the recipes sample, which have most keys; of the others each kind has its turn as often as every other.
+    """
     rng = random.Random(seed)
-    recipes = [(path, parse(path.read_text())) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    recipes = by_kind()
     verdicts = Verdicts()
     for number in range(count):
         if number % 20 == 7:
@@ -90,10 +104,20 @@ def try_all(count: int, seed: int, folder: Path) -> Verdicts:
         elif number % 10 == 3:
             verdicts.judge(BadInput(*bad_rows(rng, folder)))
         else:
-            path, tree = rng.choice(recipes)
+            kind = "grpo" if rng.random() < 0.5 else rng.choice(sorted(recipes.keys() - {"grpo"}))
+            path, tree = rng.choice(recipes[kind])
             spoil = rng.choice(SPOILERS)
             verdicts.judge(spoil(rng, copy.deepcopy(tree), folder / path.name))
     return verdicts
+
+
+def by_kind() -> dict[str, list[tuple[Path, dict[str, Any]]]]:
+    """Every recipe that ships."""
+    found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
+        tree = parse(path.read_text())
+        found.setdefault(tree["kind"], []).append((path, tree))
+    return found
 
 
 # Recipes -------------------------------------------------------------------------------------------------------------
@@ -154,8 +178,8 @@ def wrong_kind(rng: random.Random, tree: dict[str, Any], path: Path) -> BadInput
 
 
 def other_kind(rng: random.Random, tree: dict[str, Any], path: Path) -> BadInput:
-    """Keys of one kind under the name of the other."""
-    tree["kind"] = "sft" if tree["kind"] == "grpo" else "grpo"
+    """Keys of a kind that samples under the name of one that does not, or the other way round."""
+    tree["kind"] = rng.choice(sorted(KINDS.keys() - {"grpo"})) if tree["kind"] == "grpo" else "grpo"
     return _file("other kind", ("kind",), tree, path, "batch")
 
 
@@ -170,21 +194,52 @@ def impossible_placement(rng: random.Random, tree: dict[str, Any], path: Path) -
     def intake() -> object:
         return plan(used_pools(load_recipe(path)), uniform(4, 32.0, 8))
 
-    return BadInput(f"impossible placement: {path.name}: {pool}.{key}", intake, (pool,))
+    return BadInput(f"impossible placement: {path.name}: {pool}.{key}", intake, (pool,), digest(path.read_bytes()))
 
 
 def contradiction(rng: random.Random, tree: dict[str, Any], path: Path) -> BadInput:
     """Keys that are right alone and wrong together."""
-    if tree["kind"] == "sft":
-        tree["pools"] = {"policy": {"num_workers": tree["batch_size"] + rng.randrange(1, 9)}}
-        return _file("contradiction", ("batch_size",), tree, path, "batch_size")
+    changes = _contradictions(rng, tree) if tree["kind"] == "grpo" else _offline_contradictions(rng, tree)
+    name = rng.choice(sorted(changes))
+    change, key = changes[name]
+    return _file(f"contradiction ({name})", (key,), _laid_over(tree, change), path, key)
+
+
+def _offline_contradictions(rng: random.Random, tree: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
+    """What is changed, and the key that must be named."""
+    kind = tree["kind"]
+    changes: dict[str, tuple[dict[str, Any], str]] = {
+        "ranks": ({"pools": {"policy": {"num_workers": tree["batch_size"] + rng.randrange(1, 9)}}}, "batch_size"),
+        "best of none": ({"checkpoint": {"every": 0, "best": {"metric": "loss", "mode": "min"}}}, "best"),
+        "two GPUs": ({"pools": {"policy": {"gpus_per_worker": rng.randrange(2, 9)}}}, "gpus_per_worker"),
+    }
+    if kind == "sft":
+        changes["no reward"] = ({"checkpoint": {"best": {"metric": "reward"}}}, "metric")
+    else:
+        lora = {"lora_dropout": rng.choice([0.1, 0.5])}
+        changes["dropout"] = ({"policy": {"lora": lora}}, "lora" if kind == "reward" else "lora_dropout")
+    if kind == "kto":
+        changes["alone"] = ({"batch_size": 1, "algorithm": {"loss_type": "kto"}}, "batch_size")
+    return changes
+
+
+def _contradictions(rng: random.Random, tree: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
+    """The same of a recipe that samples; what its method allows, or refuses for another reason, is left out."""
+    algorithm = tree.get("algorithm", {})
+    method = {"distillation", "online_dpo"} & tree.keys()
     changes: dict[str, tuple[dict[str, Any], str]] = {
         "one rollout": ({"algorithm": {"num_generations": 1}}, "num_generations"),
         "stale": (
-            {"algorithm": {"vllm_importance_sampling_correction": False}, "staleness": {"max_staleness": 3}},
+            {
+                "algorithm": {"old_logprobs": "recomputed", "vllm_importance_sampling_correction": False},
+                "staleness": {"max_staleness": 3},
+            },
             "max_staleness",
         ),
-        "twice": ({"algorithm": {"old_logprobs": "sampled"}}, "old_logprobs"),
+        "twice": (
+            {"algorithm": {"old_logprobs": "sampled", "vllm_importance_sampling_correction": True}},
+            "old_logprobs",
+        ),
         "mask": ({"staleness": {"max_staleness": 0, "when_stale": "mask"}}, "when_stale"),
         "shallow": ({"staleness": {"pipeline_depth": rng.randrange(1, tree["groups_per_batch"])}}, "pipeline_depth"),
         "band": ({"staleness": {"adapt_depth": {"ess_low": 0.9, "ess_high": 0.5}}}, "ess_low"),
@@ -203,9 +258,11 @@ def contradiction(rng: random.Random, tree: dict[str, Any], path: Path) -> BadIn
             "min",
         ),
     }
-    name = rng.choice(sorted(changes))
-    change, key = changes[name]
-    return _file(f"contradiction ({name})", (key,), _laid_over(tree, change), path, key)
+    if method or "kl_penalty" in algorithm:
+        del changes["kl"]  # its beta cannot be 0 at all, or nothing is measured
+    if algorithm.get("baseline") == "none":
+        del changes["one rollout"]  # which needs no other
+    return changes
 
 
 def broken_yaml(rng: random.Random, tree: dict[str, Any], path: Path) -> BadInput:
@@ -234,7 +291,8 @@ def broken_yaml(rng: random.Random, tree: dict[str, Any], path: Path) -> BadInpu
     ]
     index = rng.randrange(len(spoiled))
     path.write_bytes(spoiled[index])
-    return BadInput(f"broken YAML: {path.name}: form {index}", lambda: load_recipe(path), (path.name,))
+    label = f"broken YAML: {path.name}: form {index}"
+    return BadInput(label, lambda: load_recipe(path), (path.name,), digest(spoiled[index]))
 
 
 def bad_override(rng: random.Random, tree: dict[str, Any], path: Path) -> BadInput:
@@ -250,7 +308,8 @@ def bad_override(rng: random.Random, tree: dict[str, Any], path: Path) -> BadInp
         ]  # fmt: skip
     text = rng.choice(texts)
     path.write_text(yaml.safe_dump(tree))
-    return BadInput(f"bad override: {path.name}: {text}", lambda: load_recipe(path, [text]), (text.partition("=")[0],))
+    label, key = f"bad override: {path.name}: {text}", text.partition("=")[0]
+    return BadInput(label, lambda: load_recipe(path, [text]), (key,), digest(path.read_bytes(), text.encode()))
 
 
 SPOILERS = (
@@ -264,7 +323,8 @@ Key = tuple[str | int, ...]
 def _file(label: str, key: Key, tree: Any, path: Path, *words: object) -> BadInput:
     path.write_text(yaml.safe_dump(tree))
     where = ".".join(map(str, key))
-    return BadInput(f"{label}: {path.name}: {where}", lambda: load_recipe(path), (path.name, *map(str, words)))
+    words = (path.name, *map(str, words))
+    return BadInput(f"{label}: {path.name}: {where}", lambda: load_recipe(path), words, digest(path.read_bytes()))
 
 
 def _mappings(tree: Any, key: Key = ()) -> Iterator[tuple[Key, dict[str, Any]]]:
@@ -280,7 +340,7 @@ def _mappings(tree: Any, key: Key = ()) -> Iterator[tuple[Key, dict[str, Any]]]:
 
 def _fields(tree: dict[str, Any]) -> Iterator[tuple[Key, Any]]:
     """Every key that may stand in the recipe, with what pydantic knows of it."""
-    yield from _fields_of({"grpo": GrpoRecipe, "sft": SftRecipe}[tree["kind"]], tree, ())
+    yield from _fields_of(KINDS[tree["kind"]], tree, ())
 
 
 def _fields_of(model: type[BaseModel], tree: Any, above: Key) -> Iterator[tuple[Key, Any]]:
