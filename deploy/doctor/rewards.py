@@ -31,6 +31,13 @@ _MADE_UP = "42"
 """The completion of a row that has none of its own."""
 
 
+_FIXES = {
+    "timeout": "make it faster, or raise rewards.timeout_s",
+    "memory": "let it take less, or raise rewards.max_memory_gb",
+}
+"""By the cause of the failure."""
+
+
 def check_reward_function(recipe: GrpoRecipe, index: int) -> Finding:
     """The recipe's function `index`, on the first rows of its data set."""
     config = reward_functions(recipe)[index]
@@ -98,8 +105,7 @@ def called(
             outcomes.append(asked.result(LOAD_TIMEOUT_S + timeout_s + _SLACK_S)[0])
             cause, detail = outcomes[-1].cause, outcomes[-1].detail
             if cause is not None:
-                slow = cause == "timeout"
-                fix = "make it faster, or raise rewards.timeout_s" if slow else "mend the function"
+                fix = _FIXES.get(cause, "mend the function")
                 return failed(f"{config.source}: {cause}: {detail}", f"{fix}; its completions would be unscorable")
     except ChildError as error:
         return Finding("fail", f"{config.source}: {error.cause}: {error}")
