@@ -128,6 +128,7 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), json.loads(sys.argv[4]), json.loads(sys.argv[5]), sys.argv[6:])
+    _request, _response, _parent, _memory, _columns, *_names = sys.argv[1:]
+    main(int(_request), int(_response), int(_parent), json.loads(_memory), json.loads(_columns), _names)
     # Threads that reward functions have started must not keep the process.
     os._exit(0)
