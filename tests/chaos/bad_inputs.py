@@ -36,7 +36,11 @@ NONSENSE = {"zz_nonsense": [1]}
 FREE = ("dataset", "task")
 """A mapping in which any key may stand."""
 KINDS = {str(_kind(model)): model for model in _models(Recipe)}
-"""Recipes by their `kind`."""
+"""What a recipe of each `kind` may say."""
+Recipes = dict[str, list[tuple[Path, dict[str, Any]]]]
+"""By `kind`: where each is, and what it says."""
+_TRIES = 50
+"""So often an input is made anew that has been there before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,26 +98,33 @@ def try_all(count: int, seed: int, folder: Path) -> Verdicts:
     """`count` inputs: most are recipes, every tenth a file of rows, every twentieth a checkpoint.
 
     Half of the recipes sample, which have most keys; of the others each kind has its turn as often as every other.
+    One that was there before is made anew, as long as there are others.
     """
     rng = random.Random(seed)
     recipes = by_kind()
     verdicts = Verdicts()
     for number in range(count):
-        if number % 20 == 7:
-            verdicts.judge(BadInput(*bad_checkpoint(rng, folder)))
-        elif number % 10 == 3:
-            verdicts.judge(BadInput(*bad_rows(rng, folder)))
-        else:
-            kind = "grpo" if rng.random() < 0.5 else rng.choice(sorted(recipes.keys() - {"grpo"}))
-            path, tree = rng.choice(recipes[kind])
-            spoil = rng.choice(SPOILERS)
-            verdicts.judge(spoil(rng, copy.deepcopy(tree), folder / path.name))
+        for _ in range(_TRIES):
+            bad = _made(number, rng, recipes, folder)
+            if bad.identity not in verdicts.identities:
+                break
+        verdicts.judge(bad)
     return verdicts
 
 
-def by_kind() -> dict[str, list[tuple[Path, dict[str, Any]]]]:
+def _made(number: int, rng: random.Random, recipes: Recipes, folder: Path) -> BadInput:
+    if number % 20 == 7:
+        return BadInput(*bad_checkpoint(rng, folder))
+    if number % 10 == 3:
+        return BadInput(*bad_rows(rng, folder))
+    kind = "grpo" if rng.random() < 0.5 else rng.choice(sorted(recipes.keys() - {"grpo"}))
+    path, tree = rng.choice(recipes[kind])
+    return rng.choice(SPOILERS)(rng, copy.deepcopy(tree), folder / path.name)
+
+
+def by_kind() -> Recipes:
     """Every recipe that ships."""
-    found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    found: Recipes = {}
     for path in sorted((ROOT / "recipes").rglob("*.yaml")):
         tree = parse(path.read_text())
         found.setdefault(tree["kind"], []).append((path, tree))
