@@ -92,7 +92,7 @@ class ScoredGroup:
     scores: Mapping[str, tuple[float | None, ...]]
     """What each reward function gave, by function name."""
     failures: Mapping[str, int] = field(default_factory=dict)
-    """Failed reward calls by cause: `timeout`, `exception`, `died`, `bad_output`."""
+    """Failed reward calls by cause: `timeout`, `exception`, `memory`, `died`, `bad_output`."""
     completions: tuple[str, ...] = ()
     """The completions as text, for the sample log."""
     notes: tuple[str, ...] = ()
