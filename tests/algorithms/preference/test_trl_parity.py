@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
+from trl.experimental.cpo import CPOConfig as TrlCpoConfig
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -287,13 +288,8 @@ def test_orpo_agrees_in_loss_and_gradient(beta: float) -> None:
         metrics_agree(weighed, metrics, (*REWARDS, "nll_loss", "log_odds_chosen"))
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo"])
-@pytest.mark.parametrize("cpo_alpha", [0.0, 1.0])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_cpo_and_simpo_agree_in_loss_and_gradient(loss_type: str, cpo_alpha: float, label_smoothing: float) -> None:
-    if loss_type in ("hinge", "ipo"):
-        label_smoothing = 0.0
-    config = CpoConfig(loss_type=loss_type, beta=0.4, cpo_alpha=cpo_alpha, label_smoothing=label_smoothing)
+def cpo_agrees(config: CpoConfig) -> None:
+    their_type = "simpo" if config.loss_type == "alphapo" else config.loss_type  # as TRL's CPOConfig says it
     for seed in range(3):
         case = make_case(seed)
         logits_BCV = case.logits_BCV.clone().requires_grad_()
@@ -301,16 +297,39 @@ def test_cpo_and_simpo_agree_in_loss_and_gradient(loss_type: str, cpo_alpha: flo
             case,
             CPOTrainer,
             logits_BCV,
-            loss_type=loss_type,
+            loss_type=their_type,
             beta=config.beta,
-            label_smoothing=label_smoothing,
-            cpo_alpha=cpo_alpha,
+            label_smoothing=config.label_smoothing,
+            cpo_alpha=config.cpo_alpha,
             simpo_gamma=config.simpo_gamma,
-            alpha=0.0,
+            alpha=config.alpha,
         )
         weighed = weigh_pairs(pairs_of(case, reference=False), config)
         agree(case, weighed, loss, logits_BCV)
         metrics_agree(weighed, metrics, REWARDS)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo"])
+@pytest.mark.parametrize("cpo_alpha", [0.0, 1.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_cpo_and_simpo_agree_in_loss_and_gradient(loss_type: Any, cpo_alpha: float, label_smoothing: float) -> None:
+    if loss_type in ("hinge", "ipo"):
+        label_smoothing = 0.0
+    cpo_agrees(CpoConfig(loss_type=loss_type, beta=0.4, cpo_alpha=cpo_alpha, label_smoothing=label_smoothing))
+
+
+@pytest.mark.parametrize("alpha", [-0.3, 0.25, 1.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_alphapo_agrees_in_loss_and_gradient(alpha: float, label_smoothing: float) -> None:
+    cpo_agrees(CpoConfig(loss_type="alphapo", beta=0.4, alpha=alpha, label_smoothing=label_smoothing))
+    theirs = TrlCpoConfig(loss_type="alphapo", bf16=False, use_cpu=True)
+    assert (theirs.loss_type, theirs.cpo_alpha) == ("simpo", 0.0)
+
+
+@pytest.mark.parametrize("alpha", [-0.3, 0.05])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo"])
+def test_alpha_agrees_with_the_other_losses_too(loss_type: Any, alpha: float) -> None:
+    cpo_agrees(CpoConfig(loss_type=loss_type, beta=0.4, alpha=alpha))
 
 
 @pytest.mark.parametrize("margin", [True, False])
