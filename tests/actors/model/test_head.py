@@ -25,6 +25,7 @@ from actors.model.lora import adapt
 from actors.recipe.policy import LoraConfig
 from algorithms.packed import PackedRow, pack_row
 from algorithms.types import Rollout
+from tests.actors.model.test_scores import shared_prompts
 
 SIZES: dict[str, Any] = {
     "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -72,6 +73,34 @@ def test_values_and_every_gradient_are_those_of_full_logits(name: str) -> None:
     assert wanted.keys() == given.keys()
     for key, parameter in wanted.items():
         torch.testing.assert_close(given[key].grad, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_that_are_computed_again_change_no_value_and_no_gradient(name: str) -> None:
+    """As the policy trains with gradient_checkpointing: a scoring head, and a prompt that the row holds once."""
+    kept, again = models(CONFIGS[name])
+    calls: list[int] = []
+    results = []
+    shared = pack_row(shared_prompts(), [0.0] * 8, pad_id=0)
+    assert sum(shared.shared_S) > 0
+    upstream_N = torch.linspace(-1.0, 1.0, len(shared.targets_N))
+    for model in (kept, again):
+        assert put_scoring_head(model)
+        calls.append(0)
+        watched = model.model.layers[0].self_attn
+        watched.register_forward_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1))
+        if model is again:
+            model.gradient_checkpointing_enable()
+        model.train()
+        logprobs_N, entropy_N = row_logprobs(model, shared, 0.7)
+        (logprobs_N * upstream_N + entropy_N * upstream_N.flip(0)).sum().backward()
+        results.append((logprobs_N.detach(), entropy_N.detach()))
+    assert calls == [1, 2], "the backward pass computes the layer once more"
+    assert results[0][0].std() > 1e-3
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
+    wanted = dict(kept.named_parameters())
+    for key, parameter in again.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[key].grad, rtol=1e-5, atol=1e-6, msg=key)
 
 
 def test_outside_of_scoring_the_model_is_what_it_was() -> None:
