@@ -1,4 +1,4 @@
-"""A model whose head scores gives what its full logits give, and one whose head has not the last word is left alone."""
+"""A model whose head scores gives what its full logits give, scaled or not; one that caps them is left alone."""
 
 import copy
 from typing import Any
@@ -38,6 +38,9 @@ CONFIGS = {
     "tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
     "biases in the layers": Qwen2Config(**SIZES),
     "experts": Qwen3MoeConfig(**SIZES, **EXPERTS),
+    "scaled": CohereConfig(**SIZES, logit_scale=0.0625),
+    "scaled oddly": CohereConfig(**SIZES, logit_scale=3.3),
+    "divided": GraniteConfig(**SIZES, logits_scaling=6.0),
 }
 
 
@@ -129,21 +132,29 @@ def test_adapters_leave_the_head_alone_and_it_gets_no_gradient() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=5.0),
-        CohereConfig(**SIZES, logit_scale=0.25),
-        GraniteConfig(**SIZES, logits_scaling=4.0),
-    ],
-    ids=["capped", "scaled", "divided"],
-)
-def test_a_head_without_the_last_word_makes_full_logits(config: Any) -> None:
+def test_a_model_that_caps_its_logits_makes_them_in_full() -> None:
+    config = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=5.0)
     plain, other = models(config)
     assert not put_scoring_head(other)
     assert scoring_head(other) is None
     with torch.no_grad():
         assert torch.equal(row_logprobs(other, row(), 0.7)[0], row_logprobs(plain, row(), 0.7)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "factor"), [("tied", 1.0), ("scaled oddly", 3.3), ("divided", 1 / 6)])
+def test_the_factor_behind_the_head_is_found_exactly(name: str, factor: float, dtype: torch.dtype) -> None:
+    _, model = models(CONFIGS[name])
+    model.to(dtype)
+    assert put_scoring_head(model)
+    head = scoring_head(model)
+    assert head is not None
+    assert head.behind == pytest.approx(factor, rel=1e-15)
+
+
+def test_a_factor_that_turns_the_order_of_tokens_around_is_none() -> None:
+    _, model = models(CohereConfig(**SIZES, logit_scale=-0.5))
+    assert not put_scoring_head(model)
 
 
 def test_a_head_of_another_kind_is_left_alone() -> None:
