@@ -104,11 +104,11 @@ class PolicyActor:
             "DS_ACCELERATOR": "cuda" if settings.use_gpu else "cpu",
         }
         import deepspeed
-        from transformers import get_scheduler, set_seed
+        from transformers import set_seed
 
         from actors.model.learner import load_learner
         from actors.model.lora import trained_parameters
-        from actors.model.optimizer import adamw, deepspeed_config
+        from actors.model.optimizer import adamw, deepspeed_config, schedule
         from actors.model.teacher import load_teacher
 
         # DeepSpeed would compile a shared-memory all-reduce that training never calls, under a file lock that a process
@@ -122,17 +122,11 @@ class PolicyActor:
         self._team = Team.join(self.rank, settings.num_ranks, settings.policy.sequence_parallel_size, self._timeout)
         model, self._base = load_learner(settings)
         optimizer = adamw(model, settings.optimizer)
-        num_iterations = settings.objective.num_iterations
         self.pad_id = int(model.config.pad_token_id or 0)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            lr_scheduler=get_scheduler(
-                settings.optimizer.lr_scheduler_type,
-                optimizer,
-                num_warmup_steps=settings.optimizer.warmup_steps * num_iterations,  # it counts updates
-                num_training_steps=settings.num_steps * num_iterations,
-            ),
+            lr_scheduler=schedule(optimizer, settings.optimizer, settings.num_steps, settings.objective.num_iterations),
             config=deepspeed_config(settings.policy, settings.optimizer),
         )
         self.engine.train()

@@ -127,7 +127,7 @@ def collect(
     random = _random_states(engine.device)
     if not keep:
         return None
-    schedule = _plain(engine.lr_scheduler.state_dict())
+    schedule = plain_schedule(engine.lr_scheduler.state_dict())
     return PolicyState(version, weights, moments, random, _num_steps(engine), schedule, base=base)
 
 
@@ -298,7 +298,7 @@ def _set_num_steps(engine: Any, num_steps: int) -> None:
         state["step"].fill_(num_steps)
 
 
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+def plain_schedule(state: Mapping[str, Any]) -> dict[str, Any]:
     """Of a scheduler's state what JSON can hold; its functions are made anew from the recipe."""
     return {name: value for name, value in state.items() if name != "lr_lambdas"} | {
         "lr_lambdas": [None] * len(state.get("lr_lambdas", []))

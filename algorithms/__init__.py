@@ -2,6 +2,7 @@
 
 types.py        what travels: Prompt -> Group -> ScoredGroup -> Batch -> Update
 config.py       what a recipe may say about the algorithm, the staleness bound and the optimizer
+learning_rate.py which schedules there are, and what each can be told
 order.py        which prompt comes at which ordinal
 pacing.py       the scheduler: what may start, and what a training step takes
 slots.py        what the scheduler hands out and takes in

@@ -1,10 +1,11 @@
 """What a recipe may say about mathematics and decisions; names and defaults are TRL's where the concept is TRL's."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from algorithms.combinations import refusals
+from algorithms.learning_rate import Schedule, refusals_of_arguments, refusals_of_floors
 
 CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -219,5 +220,16 @@ class OptimizerConfig(BaseModel):
     adam_epsilon: float = Field(1e-8, gt=0.0)
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: float = Field(1.0, gt=0.0)
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    lr_scheduler_type: Schedule = "constant_with_warmup"
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """Arguments of the schedule, such as `{min_lr_rate: 0.1}`; what counts steps counts those of the run."""
     warmup_steps: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        schedule, arguments = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        for refusal in refusals_of_arguments(schedule, arguments):
+            raise ValueError(refusal)
+        for refusal in refusals_of_floors(schedule, arguments, self.learning_rate):
+            raise ValueError(refusal)
+        return self

@@ -25,10 +25,12 @@ class Head:
     hidden_NH: Tensor
     weight_VH: Tensor
     bias_V: Tensor | None = None
+    factor: float = 1.0
+    """What its logits are multiplied with."""
 
     def logits(self, columns: slice, temperature: float) -> Tensor:
         """Of a slab, over the temperature, in at least float32."""
-        return scaled(self.hidden_NH, self.weight_VH, self.bias_V, columns, temperature)
+        return scaled(self.hidden_NH, self.weight_VH, self.bias_V, columns, temperature / self.factor)
 
 
 def head_divergence(
@@ -42,7 +44,7 @@ def head_divergence(
     assert 0 <= beta <= 1, f"beta mixes teacher and student, got {beta}"
     assert len(student.hidden_NH) == len(teacher.hidden_NH), "one hidden state of each for every token"
     divergence_N, entropy_N = _HeadDivergence.apply(
-        student.hidden_NH, student.weight_VH, student.bias_V, teacher, beta, temperature, slab
+        student.hidden_NH, student.weight_VH, student.bias_V, student.factor, teacher, beta, temperature, slab
     )
     return divergence_N, entropy_N
 
@@ -54,12 +56,13 @@ class _HeadDivergence(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
+        factor: float,
         teacher: Head,
         beta: float,
         temperature: float,
         slab: int,
     ) -> tuple[Tensor, Tensor]:
-        pair = _Pair(Head(hidden_NH, weight_VH, bias_V), teacher, temperature, slab)
+        pair = _Pair(Head(hidden_NH, weight_VH, bias_V, factor), teacher, temperature, slab)
         sums = pair.logsumexps()
         of_teacher_N, of_student_N, entropy_N = (torch.zeros_like(sums[0]) for _ in range(3))
         for _, student_NW, teacher_NW in pair.logprobs(*sums):
@@ -68,7 +71,7 @@ class _HeadDivergence(torch.autograd.Function):
             of_student_N += (student_NW.exp() * (student_NW - middle_NW)).sum(-1)
             entropy_N -= (student_NW.exp() * student_NW).sum(-1)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, *sums, of_student_N)
-        ctx.teacher, ctx.beta, ctx.temperature, ctx.slab = teacher, beta, temperature, slab
+        ctx.factor, ctx.teacher, ctx.beta, ctx.temperature, ctx.slab = factor, teacher, beta, temperature, slab
         ctx.mark_non_differentiable(entropy_N)
         weight = _weight(beta)
         return weight * of_student_N + (1 - weight) * of_teacher_N, entropy_N
@@ -78,12 +81,12 @@ class _HeadDivergence(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V, *sums, of_student_N = ctx.saved_tensors
         gradients = HeadGradients(ctx.needs_input_grad, hidden_NH, weight_VH, bias_V)
-        pair = _Pair(Head(hidden_NH, weight_VH, bias_V), ctx.teacher, ctx.temperature, ctx.slab)
-        scale_N1 = (grad_N / ctx.temperature)[:, None]
+        pair = _Pair(Head(hidden_NH, weight_VH, bias_V, ctx.factor), ctx.teacher, ctx.temperature, ctx.slab)
+        scale_N1 = (grad_N / (ctx.temperature / ctx.factor))[:, None]
         for columns, student_NW, teacher_NW in pair.logprobs(*sums):
             grad_NW = _by_logits(student_NW, teacher_NW, of_student_N[:, None], ctx.beta)
             gradients.add(columns, grad_NW.mul_(scale_N1).to(weight_VH.dtype))
-        return *gradients.of_inputs(), None, None, None, None
+        return *gradients.of_inputs(), None, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)

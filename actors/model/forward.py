@@ -114,8 +114,9 @@ def row_divergences(
     share = team.share(row, row.predictor_N)
     inputs = _inputs(row, share, team)
     with torch.no_grad(), of_teacher.passing():
-        hidden_MK = teacher(**inputs).logits[0]
-    with head.comparing(Head(hidden_MK, of_teacher.weight, of_teacher.bias), beta, temperature):
+        hidden_MK = teacher(**inputs).logits[0].to(of_teacher.weight.dtype)
+    compared = Head(hidden_MK, of_teacher.weight, of_teacher.bias, of_teacher.behind)
+    with head.comparing(compared, beta, temperature):
         return _whole(scores_of(model(**inputs).logits), row, share, team)
 
 

@@ -23,6 +23,8 @@ class ScoringHead(nn.Linear):
     It is a module that is called like any other, so whatever gathers, moves or watches modules finds it.
     """
 
+    behind: float = 1.0
+    """What the model multiplies with whatever the head gives; what the head is asked for it takes out beforehand."""
     _asked: Callable[[Tensor], Tensor] | None = None
     """What is done to the hidden states instead of making logits."""
 
@@ -37,7 +39,9 @@ class ScoringHead(nn.Linear):
         """The next forward pass of the model gives, as its logits, what `scores_of` takes apart."""
 
         def score(hidden_1NH: Tensor) -> Tensor:
-            found = head_logprobs_and_entropy(hidden_1NH[0], self.weight, self.bias, targets_N, temperature)
+            found = head_logprobs_and_entropy(
+                hidden_1NH[0], self.weight, self.bias, targets_N, temperature / self.behind
+            )
             return torch.stack(found, -1)[None]
 
         with self._asking(score):
@@ -48,7 +52,7 @@ class ScoringHead(nn.Linear):
         """The same of divergences from the teacher in place of log-probabilities."""
 
         def compare(hidden_1NH: Tensor) -> Tensor:
-            student = Head(hidden_1NH[0], self.weight, self.bias)
+            student = Head(hidden_1NH[0], self.weight, self.bias, self.behind)
             return torch.stack(head_divergence(student, teacher, beta, temperature), -1)[None]
 
         with self._asking(compare):
@@ -56,7 +60,7 @@ class ScoringHead(nn.Linear):
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[None]:
-        """The model gives, as its logits, the hidden states of which they would be made."""
+        """The model gives, as its logits, the hidden states of which they would be made; maybe in float32."""
         with self._asking(lambda hidden_1NH: hidden_1NH):
             yield
 
@@ -69,7 +73,13 @@ class ScoringHead(nn.Linear):
             self._asked = None
 
     def forward(self, hidden_1NH: Tensor) -> Tensor:
-        return super().forward(hidden_1NH) if self._asked is None else self._asked(hidden_1NH)
+        if self._asked is None:
+            return super().forward(hidden_1NH)
+        found = self._asked(hidden_1NH)
+        if self.behind == 1:
+            return found
+        # In float32, so that it comes out of the model as it was to the last bits.
+        return found.to(torch.promote_types(found.dtype, torch.float32)) / self.behind
 
 
 def scores_of(logits_1N2: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,15 +91,16 @@ def scores_of(logits_1N2: Tensor) -> tuple[Tensor, Tensor]:
 def put_scoring_head(model: PreTrainedModel) -> bool:
     """Whether the model has one now; it must still be whole.
 
-    It gets none, and its logits are made in full, when its head is no plain linear layer or has not the last word:
-    some models scale or cap what it gives.
+    It gets none, and its logits are made in full, when its head is no plain linear layer, or when the model does more
+    with what it gives than to multiply it with a number: some models cap it.
     """
     linear: Any = model.get_output_embeddings()
     if type(linear) is not nn.Linear:
         return False
     head = ScoringHead.of(linear)
     model.set_output_embeddings(head)
-    if model.get_output_embeddings() is head and _has_last_word(model, head):
+    if model.get_output_embeddings() is head and (behind := _factor_behind(model, head)) is not None:
+        head.behind = behind
         return True
     model.set_output_embeddings(linear)
     return False
@@ -100,23 +111,34 @@ def scoring_head(model: nn.Module) -> ScoringHead | None:
     return next((module for module in model.modules() if isinstance(module, ScoringHead)), None)
 
 
-def _has_last_word(model: PreTrainedModel, head: ScoringHead) -> bool:
-    """Whether the model's logits are the very tensor that the head gives; the layers are left out of this pass."""
+def _factor_behind(model: PreTrainedModel, head: ScoringHead) -> float | None:
+    """What the model multiplies its head's output with; None when it does anything else. The layers are left out."""
     decoder: Any = model.base_model
     if decoder is model:
-        return False
-    given: list[Tensor] = []
-    watch = head.register_forward_hook(lambda module, inputs, output: given.append(output))
+        return None
+    # Far beyond all caps, and in float64, so that a factor is known exactly whatever the model's dtype.
+    given_11V = torch.linspace(-1e4, 1e4, head.out_features, dtype=torch.float64, device=head.weight.device)[None, None]
+    calls: list[Tensor] = []
+
+    def give(*_: Any) -> Tensor:
+        calls.append(given_11V.clone())
+        return calls[-1]
+
+    watch = head.register_forward_hook(give)
     hidden_11H: Any = head.weight.new_zeros(1, 1, head.in_features)
     decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden_11H)
     try:
         with torch.no_grad():
-            logits = model(
+            logits: Any = model(
                 input_ids=torch.zeros(1, 1, dtype=torch.long), logits_to_keep=torch.tensor([0]), use_cache=False
             ).logits
-        return len(given) == 1 and logits is given[0]
     except (AttributeError, TypeError):  # it wants more of its layers than hidden states
-        return False
+        return None
     finally:
         del decoder.forward
         watch.remove()
+    if len(calls) != 1 or logits.shape != given_11V.shape:
+        return None
+    factor = (logits[0, 0, -1].double() / given_11V[0, 0, -1]).item()
+    is_all = factor > 0 and torch.allclose(logits.double(), factor * given_11V, rtol=1e-6, atol=0.0)
+    return factor if is_all else None

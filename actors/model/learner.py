@@ -27,7 +27,7 @@ def load_learner(settings: PolicySettings) -> tuple[PreTrainedModel, str | None]
         disable_dropout(model)  # a sequence must amount to the same whenever it is asked
     if not settings.objective.has_scalar_head and not put_scoring_head(model) and settings.teacher is not None:
         raise ValueError(
-            f"model.path: the logits of '{settings.model_path}' are scaled or capped behind its head, so they "
+            f"model.path: the logits of '{settings.model_path}' are capped or changed behind its head, so they "
             "cannot be compared with a teacher's slab by slab; leave distillation out"
         )
     if settings.policy.gradient_checkpointing:

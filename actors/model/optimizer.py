@@ -1,11 +1,13 @@
-"""AdamW, and how DeepSpeed is to drive it."""
+"""AdamW, its learning rates, and how DeepSpeed is to drive it."""
 
 from typing import Any
 
 import torch
+from transformers import get_scheduler
 
 from actors.recipe.policy import PolicyConfig
 from algorithms.config import OptimizerConfig
+from algorithms.learning_rate import in_updates
 
 
 def adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -20,6 +22,17 @@ def adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimi
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+    )
+
+
+def schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, num_steps: int, num_iterations: int) -> Any:
+    """The learning rates of a run of that many steps; it counts updates, of which each step makes `num_iterations`."""
+    return get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.warmup_steps * num_iterations,
+        num_training_steps=num_steps * num_iterations,
+        scheduler_specific_kwargs=in_updates(config.lr_scheduler_kwargs, num_iterations),
     )
 
 

@@ -12,6 +12,7 @@ from actors.recipe.model import ModelConfig
 from actors.recipe.policy import PolicyConfig
 from actors.recipe.upkeep import LoggingConfig
 from algorithms.config import OptimizerConfig
+from algorithms.learning_rate import refusals_of_lengths
 from placement.config import PoolsConfig
 
 
@@ -45,6 +46,14 @@ class BaseRecipe(BaseModel):
                     f"pools.{name}.gpus_per_worker: {gpus}, but each {name} worker drives one GPU; raise "
                     f"pools.{name}.num_workers instead"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_within_the_run(self) -> Self:
+        optimizer = self.optimizer
+        kind, arguments = optimizer.lr_scheduler_type, optimizer.lr_scheduler_kwargs
+        for refusal in refusals_of_lengths(kind, arguments, optimizer.warmup_steps, self.steps):
+            raise ValueError(f"optimizer.{refusal}")
         return self
 
     @model_validator(mode="after")

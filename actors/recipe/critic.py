@@ -8,6 +8,7 @@ from actors.recipe.closed import CLOSED
 from actors.recipe.model import PretrainedModel
 from actors.recipe.policy import PolicyConfig, check_stage
 from algorithms.config import OptimizerConfig
+from algorithms.learning_rate import refusals_of_floors
 
 
 class CriticConfig(BaseModel):
@@ -40,5 +41,7 @@ class CriticConfig(BaseModel):
         return policy.model_copy(update=own | {"lora": None})
 
     def optimizer_like(self, policy: OptimizerConfig) -> OptimizerConfig:
-        """What the critic's ranks learn with."""
+        """What the critic's ranks learn with; ValueError when the schedule cannot begin at the critic's rate."""
+        for refusal in refusals_of_floors(policy.lr_scheduler_type, policy.lr_scheduler_kwargs, self.learning_rate):
+            raise ValueError(f"optimizer.{refusal}, or raise critic.learning_rate, for which the schedule holds, too")
         return policy.model_copy(update={"learning_rate": self.learning_rate})

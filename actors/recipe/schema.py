@@ -128,6 +128,7 @@ class GrpoRecipe(BaseRecipe):
                 )
             critic = self.critic or CriticConfig()
             check_teams("critic", critic.sequence_parallel_size, self.pools.critic.num_workers)
+            critic.optimizer_like(self.optimizer)
             offload = self.policy.offload
             if offload is not None and critic.zero_stage == 0:
                 raise ValueError(

@@ -32,9 +32,3 @@ def generalized_jsd(student_NV: Tensor, teacher_NV: Tensor, beta: float, tempera
 def kl_divergence(one_NV: Tensor, other_NV: Tensor) -> Tensor:
     """[N]: KL(one || other), both log-probabilities."""
     return (one_NV.exp() * (one_NV - other_NV)).sum(-1)
-
-
-def gkd_mixture(on_student: Tensor, on_data: Tensor, lmbda: float) -> Tensor:
-    """lmbda times the mean divergence on what the student has sampled, the rest on the data's completions."""
-    assert 0 <= lmbda <= 1, f"lmbda is the student's share, got {lmbda}"
-    return lmbda * on_student.mean() + (1 - lmbda) * on_data.mean()

@@ -117,23 +117,37 @@ class OrpoConfig(BaseModel):
 
 
 class CpoConfig(BaseModel):
-    """Contrastive preference optimisation (arXiv 2401.08417), or SimPO (arXiv 2405.14734): without a reference."""
+    """Contrastive preference optimisation (arXiv 2401.08417), SimPO (arXiv 2405.14734) or AlphaPO (arXiv 2501.03884):
+    without a reference."""
 
     model_config = CLOSED
 
-    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"] = "sigmoid"
     beta: float = Field(0.1, gt=0.0)
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
-    """Share of the preferences that are taken to be the wrong way round, for sigmoid and simpo."""
+    """Share of the preferences that are taken to be the wrong way round, for sigmoid, simpo and alphapo."""
     cpo_alpha: float = Field(1.0, ge=0.0)
-    """Weight of the likelihood of the chosen answer; plain SimPO has 0."""
+    """Weight of the likelihood of the chosen answer; plain SimPO has 0, and so has alphapo, where it is the default."""
     simpo_gamma: float = Field(0.5, ge=0.0)
-    """Margin by which the chosen answer's reward is to win, for simpo."""
+    """Margin by which the chosen answer's reward is to win, for simpo and alphapo."""
+    alpha: float = 0.0
+    """Shape of the rewards that are compared, of any loss: (1 - p^-alpha) / alpha of the probability p, at 0 log p."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_likelihood(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("loss_type") == "alphapo":
+            return {"cpo_alpha": 0.0, **given}
+        return given
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        if self.label_smoothing > 0 and self.loss_type not in ("sigmoid", "simpo"):
+        if self.label_smoothing > 0 and self.loss_type in ("hinge", "ipo"):
             raise ValueError(f"label_smoothing: the loss {self.loss_type} does not know it; remove it")
+        if self.loss_type == "alphapo" and self.cpo_alpha > 0:
+            raise ValueError("cpo_alpha: alphapo has no term of likelihood; remove it, or set loss_type to simpo")
+        if self.loss_type == "alphapo" and self.alpha == 0:
+            raise ValueError("alpha: alphapo at 0 is simpo; set alpha, such as to 0.25, or loss_type to simpo")
         return self
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from algorithms.preference.batch import Judged, Pairs
 from algorithms.preference.bradley_terry import bradley_terry_loss
 from algorithms.preference.config import BradleyTerryConfig, CpoConfig, DpoConfig, KtoConfig, OrpoConfig
-from algorithms.preference.cpo import cpo_loss
+from algorithms.preference.cpo import compared, cpo_loss
 from algorithms.preference.dpo import dpo_loss
 from algorithms.preference.kto import kto_loss
 from algorithms.preference.orpo import log_odds_ratio, orpo_loss
@@ -104,10 +104,10 @@ def _pair_metrics(pairs: Pairs, config: PairConfig) -> dict[str, float]:
 
 
 def _implicit(pairs: Pairs, config: OrpoConfig | CpoConfig) -> tuple[Tensor, Tensor]:
-    """The log-probabilities that the loss compares: of a token on average, or of the whole completion."""
-    if isinstance(config, OrpoConfig) or config.loss_type in ("ipo", "simpo"):
-        return pairs.chosen_P / pairs.chosen_tokens_P, pairs.rejected_P / pairs.rejected_tokens_P
-    return pairs.chosen_P, pairs.rejected_P
+    """What the loss compares; of ORPO the log-probabilities of a token on average."""
+    if isinstance(config, CpoConfig):
+        return compared(pairs, config)
+    return pairs.chosen_P / pairs.chosen_tokens_P, pairs.rejected_P / pairs.rejected_tokens_P
 
 
 @torch.no_grad()

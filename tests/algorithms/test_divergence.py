@@ -4,6 +4,7 @@ Legend: N = tokens, V = vocabulary, H and K = hidden sizes of student and teache
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_loss_and_gradient_are_trls(beta: float, temperature: float, bias: bool)
     probabilities = (full(student) / temperature).softmax(-1)
     torch.testing.assert_close(entropy_N, torch.special.entr(probabilities).sum(-1))
     assert not entropy_N.requires_grad
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_logits_that_are_multiplied_behind_the_heads(beta: float) -> None:
+    student, teacher = heads()
+    student, teacher = replace(student, factor=0.3), replace(teacher, factor=1.7)
+    divergence_N, entropy_N = head_divergence(student, teacher, beta, 0.7, slab=1)
+    expected_N = generalized_jsd(0.3 * full(student), 1.7 * full(teacher), beta, 0.7)
+    torch.testing.assert_close(divergence_N, expected_N, rtol=0, atol=1e-10)
+    wanted = [tensor for tensor in (student.hidden_NH, student.weight_VH, student.bias_V) if tensor is not None]
+    ours, expected = (torch.autograd.grad(loss.sum(), wanted) for loss in (divergence_N, expected_N))
+    for mine, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+    torch.testing.assert_close(entropy_N, torch.special.entr((0.3 * full(student) / 0.7).softmax(-1)).sum(-1))
 
 
 @pytest.mark.parametrize("beta", BETAS)

@@ -26,7 +26,8 @@ from tests.prove import PROVING
 ROOT = Path(__file__).parents[2]
 METHODS = sorted(path.stem for path in (ROOT / "recipes/methods").glob("*.yaml"))
 QUICK = ["dapo", "decoupled_ppo", "reinforce_plus_plus", "rloo"]
-"""Between them they reach every way from a recipe to the loss; the others are of `make prove`."""
+"""Ratio and correction, several iterations, dynamic sampling, a KL in the rewards. The others are of `make prove`: a
+critic, a teacher, GKD and online DPO are reached there alone."""
 OWN_LOSS = ("gkd", "online_dpo")
 """They correct for no staleness, and measure none of what corrections do."""
 TRAINED = METHODS if PROVING else QUICK

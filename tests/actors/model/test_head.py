@@ -1,4 +1,4 @@
-"""A model whose head scores gives what its full logits give, and one whose head has not the last word is left alone."""
+"""A model whose head scores gives what its full logits give, scaled or not; one that caps them is left alone."""
 
 import copy
 from typing import Any
@@ -25,6 +25,7 @@ from actors.model.lora import adapt
 from actors.recipe.policy import LoraConfig
 from algorithms.packed import PackedRow, pack_row
 from algorithms.types import Rollout
+from tests.actors.model.test_scores import shared_prompts
 
 SIZES: dict[str, Any] = {
     "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,6 +38,9 @@ CONFIGS = {
     "tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
     "biases in the layers": Qwen2Config(**SIZES),
     "experts": Qwen3MoeConfig(**SIZES, **EXPERTS),
+    "scaled": CohereConfig(**SIZES, logit_scale=0.0625),
+    "scaled oddly": CohereConfig(**SIZES, logit_scale=3.3),
+    "divided": GraniteConfig(**SIZES, logits_scaling=6.0),
 }
 
 
@@ -74,6 +78,34 @@ def test_values_and_every_gradient_are_those_of_full_logits(name: str) -> None:
         torch.testing.assert_close(given[key].grad, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_that_are_computed_again_change_no_value_and_no_gradient(name: str) -> None:
+    """As the policy trains with gradient_checkpointing: a scoring head, and a prompt that the row holds once."""
+    kept, again = models(CONFIGS[name])
+    calls: list[int] = []
+    results = []
+    shared = pack_row(shared_prompts(), [0.0] * 8, pad_id=0)
+    assert sum(shared.shared_S) > 0
+    upstream_N = torch.linspace(-1.0, 1.0, len(shared.targets_N))
+    for model in (kept, again):
+        assert put_scoring_head(model)
+        calls.append(0)
+        watched = model.model.layers[0].self_attn
+        watched.register_forward_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1))
+        if model is again:
+            model.gradient_checkpointing_enable()
+        model.train()
+        logprobs_N, entropy_N = row_logprobs(model, shared, 0.7)
+        (logprobs_N * upstream_N + entropy_N * upstream_N.flip(0)).sum().backward()
+        results.append((logprobs_N.detach(), entropy_N.detach()))
+    assert calls == [1, 2], "the backward pass computes the layer once more"
+    assert results[0][0].std() > 1e-3
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
+    wanted = dict(kept.named_parameters())
+    for key, parameter in again.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[key].grad, rtol=1e-5, atol=1e-6, msg=key)
+
+
 def test_outside_of_scoring_the_model_is_what_it_was() -> None:
     plain, scoring = models(CONFIGS["tied"])
     put_scoring_head(scoring)
@@ -100,21 +132,29 @@ def test_adapters_leave_the_head_alone_and_it_gets_no_gradient() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=5.0),
-        CohereConfig(**SIZES, logit_scale=0.25),
-        GraniteConfig(**SIZES, logits_scaling=4.0),
-    ],
-    ids=["capped", "scaled", "divided"],
-)
-def test_a_head_without_the_last_word_makes_full_logits(config: Any) -> None:
+def test_a_model_that_caps_its_logits_makes_them_in_full() -> None:
+    config = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=5.0)
     plain, other = models(config)
     assert not put_scoring_head(other)
     assert scoring_head(other) is None
     with torch.no_grad():
         assert torch.equal(row_logprobs(other, row(), 0.7)[0], row_logprobs(plain, row(), 0.7)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "factor"), [("tied", 1.0), ("scaled oddly", 3.3), ("divided", 1 / 6)])
+def test_the_factor_behind_the_head_is_found_exactly(name: str, factor: float, dtype: torch.dtype) -> None:
+    _, model = models(CONFIGS[name])
+    model.to(dtype)
+    assert put_scoring_head(model)
+    head = scoring_head(model)
+    assert head is not None
+    assert head.behind == pytest.approx(factor, rel=1e-15)
+
+
+def test_a_factor_that_turns_the_order_of_tokens_around_is_none() -> None:
+    _, model = models(CohereConfig(**SIZES, logit_scale=-0.5))
+    assert not put_scoring_head(model)
 
 
 def test_a_head_of_another_kind_is_left_alone() -> None:

@@ -34,7 +34,7 @@ OF_A_POOL = ("node_resource", "node_labels", "colocate_with")
 NO_FILES = {
     "name", "run_dir", "dataset.name", "dataset.split", "dataset.revision", "dataset.task", "dataset.prompt_suffix",
     "model.revision", "reference.revision", "critic.model.revision", "policy.lora.target_modules",
-    "logging.wandb_project", "checkpoint.best.metric", "simulation.lengths.path",
+    "optimizer.lr_scheduler_kwargs", "logging.wandb_project", "checkpoint.best.metric", "simulation.lengths.path",
     *(f"pools.{pool}.{key}" for pool in PoolsConfig.model_fields for key in OF_A_POOL),
 }  # fmt: skip
 """Texts that name neither a file nor a folder, or one that a run does not read."""

@@ -3,6 +3,7 @@
 Legend: B = rollouts, C = longest completion, V = vocabulary, N = tokens.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -13,9 +14,9 @@ from torch import Tensor
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.iw_opd import IWOPDTrainer
 
-from algorithms.config import GrpoConfig
-from algorithms.losses.distillation import generalized_jsd, gkd_mixture
+from algorithms.losses.distillation import generalized_jsd
 from tests.algorithms.methods.batch import LENGTHS, TEMPERATURE, Drifted, drifted, our_loss
+from tests.algorithms.methods.test_parity import DRIFTS, SPLITS, config_of, stated
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 
@@ -65,11 +66,6 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(beta: float) -> None
     assert torch.autograd.grad(loss_N.sum(), logits_NV)[0].abs().max() < 1e-15
 
 
-def test_the_mixture_weighs_the_students_samples_by_lmbda() -> None:
-    on_student, on_data = torch.tensor([1.0, 3.0]), torch.tensor([5.0])
-    assert [gkd_mixture(on_student, on_data, lmbda).item() for lmbda in (0.0, 0.25, 1.0)] == [5.0, 4.25, 2.0]
-
-
 def iw_opd_loss(batch: Drifted) -> tuple[float, Tensor]:
     """TRL's importance-weighted on-policy distillation with its weights at 1."""
     longest = max(LENGTHS)
@@ -94,22 +90,28 @@ def iw_opd_loss(batch: Drifted) -> tuple[float, Tensor]:
     return loss.item(), torch.autograd.grad(loss, logits_BCV)[0]
 
 
+def on_policy(seed: int, drift: float) -> Drifted:
+    """Nothing has been learned since the samples, and the rewards are all equal: TRL's IW-OPD knows neither."""
+    batch = drifted(seed, drift=drift, stale=False)
+    return dataclasses.replace(batch, logits_BCV=batch.start_BCV, rewards=(1.0,) * len(LENGTHS))
+
+
 def test_on_policy_distillation_is_trls_when_nothing_but_the_teacher_speaks() -> None:
-    """Rewards are all equal, so that the advantages are the teacher's alone; TRL knows no stale samples."""
-    batch = drifted(0, drift=0.5, stale=False)
-    fresh = Drifted(
-        batch.completions, batch.start_BCV, batch.start_BCV, batch.sampled, batch.reference, batch.ages, (1.0,) * 8
-    )
-    config = GrpoConfig(
-        beta=1.0,
-        kl_penalty="advantage",
-        loss_type="cispo",
-        epsilon_high=5.0,
-        old_logprobs="sampled",
-        vllm_importance_sampling_correction=False,
-    )
-    loss, gradient_BCV = iw_opd_loss(fresh)
-    ours, ours_BCV, _ = our_loss(fresh, config, [range(3), range(3, 8)])
-    assert gradient_BCV.abs().max() > 1e-2
+    """The gradient: the loss of r A is another number than that of A log pi, whose gradient is the same at r = 1."""
+    config, bound = config_of("on_policy_distillation"), stated("on_policy_distillation", "TRL")
+    for seed, drift in enumerate(DRIFTS):
+        batch = on_policy(seed, drift)
+        _, gradient_BCV = iw_opd_loss(batch)
+        assert gradient_BCV.abs().max() > 1e-3
+        for micro_batches in SPLITS:
+            _, ours_BCV, _ = our_loss(batch, config, micro_batches)
+            assert (ours_BCV - gradient_BCV).abs().max() <= bound
+
+
+def test_with_the_loss_of_cispo_its_value_is_trls_too() -> None:
+    config = config_of("on_policy_distillation").model_copy(update={"loss_type": "cispo", "epsilon_high": 5.0})
+    batch = on_policy(0, 0.5)
+    loss, gradient_BCV = iw_opd_loss(batch)
+    ours, ours_BCV, _ = our_loss(batch, config, [range(3), range(3, 8)])
     assert ours == pytest.approx(loss, abs=1e-12)
     torch.testing.assert_close(ours_BCV, gradient_BCV, rtol=0, atol=1e-12)

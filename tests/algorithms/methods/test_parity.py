@@ -57,7 +57,8 @@ def stated(name: str, column: str) -> float:
     header = next(row for row in rows if row.startswith("| recipe"))
     place = [cell.strip() for cell in header.split("|")].index(column)
     row = next(row for row in rows if row.startswith(f"| [`{name}`]"))
-    return float(re.sub(r"[^0-9.e-]", "", row.split("|")[place]))
+    (figure,) = re.findall(r"\d+e-\d+", row.split("|")[place])
+    return float(figure)
 
 
 def worst_difference(name: str, reference: Callable[[Drifted], tuple[float, Tensor]], *, stale: bool = True) -> float:

@@ -19,6 +19,12 @@ REFUSED: dict[str, tuple[type, dict[str, Any], str]] = {
         {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "forward_kl"},
         "only sigmoid, .* know forward_kl",
     ),
+    "AlphaPO of no shape": (CpoConfig, {"loss_type": "alphapo"}, "alpha: alphapo at 0 is simpo; set alpha"),
+    "AlphaPO with likelihood": (
+        CpoConfig,
+        {"loss_type": "alphapo", "alpha": 0.25, "cpo_alpha": 1.0},
+        "cpo_alpha: alphapo has no term of likelihood; remove it",
+    ),
     "noise for the hinge": (CpoConfig, {"loss_type": "hinge", "label_smoothing": 0.1}, "hinge does not know it"),
 }
 
@@ -33,3 +39,9 @@ def test_one_loss_or_a_list_of_losses() -> None:
     assert DpoConfig(loss_type="ipo").weighted == (("ipo", 1.0),)
     summed = DpoConfig(loss_type=["sigmoid", "sft"], loss_weights=(1.0, 0.5))
     assert summed.weighted == (("sigmoid", 1.0), ("sft", 0.5))
+
+
+def test_alphapo_has_no_likelihood_and_is_read_as_it_is_written() -> None:
+    config = CpoConfig(loss_type="alphapo", alpha=0.25)
+    assert config.cpo_alpha == 0.0
+    assert CpoConfig.model_validate_json(config.model_dump_json(), strict=True) == config

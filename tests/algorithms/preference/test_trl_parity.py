@@ -18,11 +18,20 @@ import pytest
 import torch
 from torch import Tensor
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
+from trl.experimental.cpo import CPOConfig as TrlCpoConfig
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from algorithms.preference.batch import Judged, Pairs
-from algorithms.preference.config import BradleyTerryConfig, CpoConfig, DpoConfig, KtoConfig, OrpoConfig
+from algorithms.preference.config import (
+    DIVERGING,
+    SMOOTHED,
+    BradleyTerryConfig,
+    CpoConfig,
+    DpoConfig,
+    KtoConfig,
+    OrpoConfig,
+)
 from algorithms.preference.kto import kl_estimate
 from algorithms.preference.weigh import Weighed, weigh_judged, weigh_pairs
 
@@ -155,17 +164,12 @@ DPO = {
     **{name: {} for name in ("sigmoid", "sigmoid_norm", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard")},
     **{name: {} for name in ("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft")},
     **{f"{name}, smoothed": {"label_smoothing": 0.1} for name in ("exo_pair", "robust", "aot", "aot_unpaired")},
-    **{f"sigmoid, {name}": {"f_divergence_type": name} for name in ("forward_kl", "js_divergence")},
     "sigmoid+sft": {"loss_weights": (0.7, 1.3)},
     "sigmoid+bco_pair+sft": {"loss_weights": (0.8, 0.2, 1.0)},
 }
 
 
-@pytest.mark.parametrize("name", DPO)
-@pytest.mark.parametrize("beta", [0.1, 0.7])
-def test_dpo_agrees_in_loss_and_gradient(name: str, beta: float) -> None:
-    loss_type = tuple(name.partition(",")[0].split("+"))
-    config = DpoConfig(loss_type=loss_type, beta=beta, **DPO[name])
+def dpo_agrees(config: DpoConfig, tolerance: float = TOLERANCE) -> None:
     for seed in range(3):
         case = make_case(seed)
         logits_BCV = case.logits_BCV.clone().requires_grad_()
@@ -175,47 +179,46 @@ def test_dpo_agrees_in_loss_and_gradient(name: str, beta: float) -> None:
             precompute_ref_logps=True,
             use_weighting=False,
             f_divergence_type=config.f_divergence_type,
-            f_alpha_divergence_coef=0.5,
-            loss_types=list(loss_type),
-            loss_weights=list(config.loss_weights or [1.0] * len(loss_type)),
-            beta=beta,
+            f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+            loss_types=list(config.loss_type),
+            loss_weights=list(config.loss_weights or [1.0] * len(config.loss_type)),
+            beta=config.beta,
             label_smoothing=config.label_smoothing,
             args=SimpleNamespace(discopop_tau=config.discopop_tau),
         )
         inputs = {**case.inputs, "ref_chosen_logps": references[0], "ref_rejected_logps": references[1]}
         loss = DPOTrainer._compute_loss(stand_in, Model(case, logits_BCV), inputs, return_outputs=False)
         weighed = weigh_pairs(pairs_of(case, reference=True), config)
-        agree(case, weighed, loss, logits_BCV)
-        metrics_agree(weighed, stand_in._metrics["train"], (*REWARDS, *LOGPS))
+        agree(case, weighed, loss, logits_BCV, tolerance)
+        metrics_agree(weighed, stand_in._metrics["train"], (*REWARDS, *LOGPS), max(tolerance, 1e-6))
+
+
+@pytest.mark.parametrize("name", DPO)
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_dpo_agrees_in_loss_and_gradient(name: str, beta: float) -> None:
+    loss_type: Any = tuple(name.partition(",")[0].split("+"))
+    dpo_agrees(DpoConfig(loss_type=loss_type, beta=beta, **DPO[name]))
+
+
+@pytest.mark.parametrize("loss_type", DIVERGING)
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence"])
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_every_loss_that_knows_divergences_agrees_with_each(loss_type: Any, divergence: Any, beta: float) -> None:
+    smoothing = 0.1 if loss_type in SMOOTHED else 0.0
+    dpo_agrees(DpoConfig(loss_type=loss_type, beta=beta, f_divergence_type=divergence, label_smoothing=smoothing))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, 1.7])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("loss_type", DIVERGING)
 def test_the_alpha_divergence_agrees(alpha: float, loss_type: Any) -> None:
     """TRL knows it in float32 and less."""
     torch.set_default_dtype(torch.float32)
+    smoothing = 0.1 if loss_type in SMOOTHED else 0.0
     config = DpoConfig(
-        loss_type=loss_type, beta=0.3, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=alpha
-    )
-    for seed in range(3):
-        case = make_case(seed)
-        logits_BCV = case.logits_BCV.clone().requires_grad_()
-        references = sums(case, case.reference_BCV).chunk(2)
-        stand_in = trainer(
-            ld_alpha=None,
-            precompute_ref_logps=True,
-            use_weighting=False,
-            f_divergence_type="alpha_divergence",
-            f_alpha_divergence_coef=alpha,
-            loss_types=[loss_type],
-            loss_weights=[1.0],
-            beta=config.beta,
-            label_smoothing=0.0,
-            args=SimpleNamespace(discopop_tau=config.discopop_tau),
-        )
-        inputs = {**case.inputs, "ref_chosen_logps": references[0], "ref_rejected_logps": references[1]}
-        loss = DPOTrainer._compute_loss(stand_in, Model(case, logits_BCV), inputs, return_outputs=False)
-        agree(case, weigh_pairs(pairs_of(case, reference=True), config), loss, logits_BCV, tolerance=1e-5)
+        loss_type=loss_type, beta=0.3, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=alpha,
+        label_smoothing=smoothing,
+    )  # fmt: skip
+    dpo_agrees(config, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
@@ -287,13 +290,8 @@ def test_orpo_agrees_in_loss_and_gradient(beta: float) -> None:
         metrics_agree(weighed, metrics, (*REWARDS, "nll_loss", "log_odds_chosen"))
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo"])
-@pytest.mark.parametrize("cpo_alpha", [0.0, 1.0])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_cpo_and_simpo_agree_in_loss_and_gradient(loss_type: str, cpo_alpha: float, label_smoothing: float) -> None:
-    if loss_type in ("hinge", "ipo"):
-        label_smoothing = 0.0
-    config = CpoConfig(loss_type=loss_type, beta=0.4, cpo_alpha=cpo_alpha, label_smoothing=label_smoothing)
+def cpo_agrees(config: CpoConfig) -> None:
+    their_type = "simpo" if config.loss_type == "alphapo" else config.loss_type  # as TRL's CPOConfig says it
     for seed in range(3):
         case = make_case(seed)
         logits_BCV = case.logits_BCV.clone().requires_grad_()
@@ -301,16 +299,39 @@ def test_cpo_and_simpo_agree_in_loss_and_gradient(loss_type: str, cpo_alpha: flo
             case,
             CPOTrainer,
             logits_BCV,
-            loss_type=loss_type,
+            loss_type=their_type,
             beta=config.beta,
-            label_smoothing=label_smoothing,
-            cpo_alpha=cpo_alpha,
+            label_smoothing=config.label_smoothing,
+            cpo_alpha=config.cpo_alpha,
             simpo_gamma=config.simpo_gamma,
-            alpha=0.0,
+            alpha=config.alpha,
         )
         weighed = weigh_pairs(pairs_of(case, reference=False), config)
         agree(case, weighed, loss, logits_BCV)
         metrics_agree(weighed, metrics, REWARDS)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo"])
+@pytest.mark.parametrize("cpo_alpha", [0.0, 1.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_cpo_and_simpo_agree_in_loss_and_gradient(loss_type: Any, cpo_alpha: float, label_smoothing: float) -> None:
+    if loss_type in ("hinge", "ipo"):
+        label_smoothing = 0.0
+    cpo_agrees(CpoConfig(loss_type=loss_type, beta=0.4, cpo_alpha=cpo_alpha, label_smoothing=label_smoothing))
+
+
+@pytest.mark.parametrize("alpha", [-0.3, 0.25, 1.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_alphapo_agrees_in_loss_and_gradient(alpha: float, label_smoothing: float) -> None:
+    cpo_agrees(CpoConfig(loss_type="alphapo", beta=0.4, alpha=alpha, label_smoothing=label_smoothing))
+    theirs = TrlCpoConfig(loss_type="alphapo", bf16=False, use_cpu=True)
+    assert (theirs.loss_type, theirs.cpo_alpha) == ("simpo", 0.0)
+
+
+@pytest.mark.parametrize("alpha", [-0.3, 0.05])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo"])
+def test_alpha_agrees_with_the_other_losses_too(loss_type: Any, alpha: float) -> None:
+    cpo_agrees(CpoConfig(loss_type=loss_type, beta=0.4, alpha=alpha))
 
 
 @pytest.mark.parametrize("margin", [True, False])
