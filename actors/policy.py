@@ -22,7 +22,6 @@ from actors.errors import RunError
 from actors.model.team import SOLO, Team
 from actors.policy_calls import PolicySettings, RankBatch, RankUpdate, ReferenceSums
 from actors.policy_state import PolicyState, collect, restore
-from actors.recipe.policy import LoraConfig
 from algorithms.corrections import sequence_sum
 from algorithms.losses import Normalizer
 from algorithms.packed import PackedRow, pack_row
@@ -399,10 +398,14 @@ class PolicyActor:
         Adapters are merged there, and lie in peft's layout in a folder of their own beside.
         """
         from actors.model.lora import ADAPTER_FOLDER, merged, save_adapter, sources
+        from actors.model.quantize import save_over_the_whole
 
         module, lora = self.engine.module, self.settings.policy.lora
+        its_own = {name: [parameter] for name, parameter in self._parameters.items()}
         if lora is not None and lora.quantize is not None:
-            self._save_over_the_whole(folder, lora)
+            adapter = self._copied(its_own, lambda parts: merged(parts, 1.0))
+            if self.rank == 0:
+                save_over_the_whole(adapter, module, self.settings, folder)
             return
         parameters: dict[str, Any] = dict(module.named_parameters())
         plan = {name: [parameters[part] for part in parts] for name, parts in sources(parameters).items()}
@@ -412,24 +415,9 @@ class PolicyActor:
             module.save_pretrained(folder, state_dict=model)
         if lora is None:
             return
-        adapter = self._copied({name: [p] for name, p in self._parameters.items()}, lambda parts: merged(parts, 1.0))
+        adapter = self._copied(its_own, lambda parts: merged(parts, 1.0))
         if self.rank == 0:
             save_adapter(module, adapter, folder / ADAPTER_FOLDER)
-
-    def _save_over_the_whole(self, folder: Path, lora: LoraConfig) -> None:
-        """The same of a model that is held in four bits: the adapter over the model as it was."""
-        from actors.model.load import load_causal_lm
-        from actors.model.lora import ADAPTER_FOLDER, merged, save_adapter
-        from actors.model.quantize import merge_over
-
-        adapter = self._copied({name: [p] for name, p in self._parameters.items()}, lambda parts: merged(parts, 1.0))
-        if self.rank != 0:
-            return
-        told = self.settings
-        model = load_causal_lm(told.model_path, told.revision, told.trust_remote_code, told.policy.dtype)
-        merge_over(model, adapter, lora.lora_alpha / lora.r)
-        model.save_pretrained(folder)
-        save_adapter(self.engine.module, adapter, folder / ADAPTER_FOLDER)
 
     def _copied(
         self, plan: Mapping[str, Sequence[Any]], make: Callable[[Sequence[Tensor]], Tensor]

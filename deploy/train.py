@@ -25,7 +25,7 @@ from actors.model.heads import check_heads
 from actors.model.kernels import check_kernels
 from actors.model.load import load_skeleton, load_tokenizer, max_model_length
 from actors.model.lora import target_modules
-from actors.model.quantize import check_quantizer
+from actors.model.quantize import check_quantizer, check_whole
 from actors.model.template import check_unchanged, with_template
 from actors.model.tiny import byte_tokenizer, make_tiny_model, tiny_skeleton
 from actors.recipe.base import OfflineRecipe
@@ -101,7 +101,9 @@ def prepare(
         if run.policy.sequence_parallel_size > 1:
             check_heads(_skeleton(run), run.policy.sequence_parallel_size, "policy.sequence_parallel_size")
         if run.policy.lora is not None:
-            target_modules(_skeleton(run), run.policy.lora)
+            skeleton = _skeleton(run)
+            check_whole(skeleton, skeleton.name_or_path)
+            target_modules(skeleton, run.policy.lora)
             if run.policy.lora.quantize is not None:
                 check_quantizer()
         folder = RunFolder(run.folder)

@@ -12,7 +12,7 @@ from actors.model.heads import check_heads
 from actors.model.kernels import put_kernels
 from actors.model.load import disable_dropout, load_causal_lm, load_scorer
 from actors.model.lora import adapt, base_digest
-from actors.model.quantize import quantization
+from actors.model.quantize import keep_layout, quantization
 from actors.policy_calls import PolicySettings
 
 
@@ -47,10 +47,12 @@ def _load(settings: PolicySettings) -> PreTrainedModel:
     if not settings.objective.has_scalar_head:
         four_bits = quantization(settings.policy.lora, settings.policy.dtype)
         load = functools.partial(load_causal_lm, quantization=four_bits)
-    return load(
+    model = load(
         settings.model_path,
         settings.revision,
         settings.trust_remote_code,
         dtype=settings.policy.dtype,
         attn_implementation=PACKED_ATTENTION,
     )
+    keep_layout(model)
+    return model

@@ -49,7 +49,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """The causal language model with its weights in `dtype`, on the CPU; ValueError as in `load_tokenizer`.
 
-    `quantization`: how its linear layers are held instead (actors/model/quantize.py), which is on the GPU.
+    `quantization`: how its linear layers are held instead (actors/model/quantize.py), on the GPU where there is one.
     """
     from_pretrained: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     if quantization is not None:

@@ -140,9 +140,17 @@ def base_digest(model: nn.Module) -> str:
     """Of every weight by name, as it is in memory: adapters mean something on this base alone."""
     digest = xxhash.xxh3_128()  # finds another base, not forgery
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        for part, tensor in _held(name, parameter).items():
+            digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _held(name: str, parameter: Any) -> dict[str, Tensor]:
+    """The tensors that a weight is held in: itself, and what bitsandbytes multiplies its four bits by."""
+    state = getattr(parameter, "quant_state", None)
+    scales: dict[str, Tensor] = {} if state is None else state.as_dict(packed=True)
+    return {name: parameter} | {f"{name}.{part}": tensor for part, tensor in sorted(scales.items())}
 
 
 def engine_arguments(config: LoraConfig, model: PreTrainedModel) -> dict[str, Any]:

@@ -5,13 +5,16 @@ adapter over the model as it was, which is also what the rollout replicas comput
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from actors.model.load import Dtype
-from actors.model.lora import adapted_modules, factors
+from actors.model.files import make_savable
+from actors.model.load import Dtype, load_causal_lm
+from actors.model.lora import ADAPTER_FOLDER, adapted_modules, factors, save_adapter
+from actors.policy_calls import PolicySettings
 from actors.recipe.policy import LoraConfig
 
 
@@ -40,6 +43,27 @@ def quantization(lora: LoraConfig | None, dtype: Dtype) -> Any | None:
     )
 
 
+def keep_layout(model: PreTrainedModel) -> None:
+    """Weights of four bits stay as they were made, whatever is asked of them; a model that has none is left alone.
+
+    On CPUs with bfloat16 instructions (AVX-512) bitsandbytes packs them anew in the first pass that needs no gradient,
+    as that of the reference is. From then on it computes with coarser scales, and gives no gradient to what comes
+    before: training would go on, wrongly.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # its Linear4bit; asking so imports nothing
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def check_whole(model: PreTrainedModel, path: str) -> None:
+    """ValueError when the weights of the model's files are quantized: nothing can be merged into these."""
+    if hasattr(model.config, "quantization_config"):
+        raise ValueError(
+            f"model.path: the weights of '{path}' are quantized already, and an adapter is merged into whole ones when "
+            "it is saved; name the model that they were made of, and set policy.lora.quantize to hold it in four bits"
+        )
+
+
 def merge_over(model: PreTrainedModel, adapter: dict[str, torch.Tensor], scaling: float) -> None:
     """Add an adapter, by its names on the wire, to the weights of a plain model; computed in float32."""
     with torch.no_grad():
@@ -47,3 +71,17 @@ def merge_over(model: PreTrainedModel, adapter: dict[str, torch.Tensor], scaling
             a, b = (tensor.float() for tensor in factors(adapter, module))
             weight = model.get_parameter(f"{module}.weight")
             weight.copy_(weight.float() + scaling * (b @ a))
+
+
+def save_over_the_whole(
+    adapter: dict[str, torch.Tensor], trained: PreTrainedModel, settings: PolicySettings, folder: Path
+) -> None:
+    """Leave the adapter merged over the model as it was, and as peft takes it in a folder of its own."""
+    lora = settings.policy.lora
+    assert lora is not None
+    dtype = settings.policy.dtype
+    model = load_causal_lm(settings.model_path, settings.revision, settings.trust_remote_code, dtype)
+    make_savable(model)
+    merge_over(model, adapter, lora.lora_alpha / lora.r)
+    model.save_pretrained(folder)
+    save_adapter(trained, adapter, folder / ADAPTER_FOLDER)

@@ -62,16 +62,6 @@ class BaseRecipe(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _quantizes_on_gpus(self) -> Self:
-        lora = self.policy.lora
-        if lora is not None and lora.quantize is not None and self.pools.policy.gpus_per_worker == 0:
-            raise ValueError(
-                f"policy.lora.quantize: {lora.quantize} runs on GPUs alone, and the policy pool has none; set "
-                "pools.policy.gpus_per_worker to 1, or leave quantize out"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _has_kernels_for_gpus(self) -> Self:
         if self.policy.liger is True and self.pools.policy.gpus_per_worker == 0:
             raise ValueError(

@@ -22,8 +22,8 @@ class LoraConfig(BaseModel):
     """`all-linear`, which leaves out the output head alone, or names of linear layers such as `[q_proj, v_proj]`."""
 
     quantize: Literal["nf4"] | None = None
-    """Hold the model below the adapter in four bits (QLoRA, by bitsandbytes), on GPUs; null holds it in `dtype`. The
-    rollout replicas serve the adapter over the whole model, so that they differ from the policy a little."""
+    """Hold the model below the adapter in four bits (QLoRA, by bitsandbytes); null holds it in `dtype`. The rollout
+    replicas serve the adapter over the whole model, so that they differ from the policy a little."""
 
     @field_validator("target_modules", mode="before")
     @classmethod

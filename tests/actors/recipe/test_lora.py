@@ -56,11 +56,12 @@ def test_what_cannot_be_is_named_with_the_fix(override: str, expected: str) -> N
     assert len(str(refused.value).splitlines()) == 1
 
 
-QUANTIZED = ["policy.lora.quantize=nf4", "policy.dtype=bfloat16", "pools.policy.gpus_per_worker=1"]
+QUANTIZED = ["policy.lora.quantize=nf4", "policy.dtype=bfloat16"]
 
 
-def test_a_base_of_four_bits_is_read() -> None:
-    lora = load_recipe(GRPO, QUANTIZED).policy.lora
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_base_of_four_bits_is_read(gpus: int) -> None:
+    lora = load_recipe(GRPO, [*QUANTIZED, f"pools.policy.gpus_per_worker={gpus}"]).policy.lora
     assert lora is not None
     assert lora.quantize == "nf4"
 
@@ -68,10 +69,6 @@ def test_a_base_of_four_bits_is_read() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        (
-            "pools.policy.gpus_per_worker=0",
-            "policy.lora.quantize: nf4 runs on GPUs alone, and the policy pool has none",
-        ),
         ("policy.dtype=float32", "policy.lora.quantize: nf4 is computed in bfloat16, and dtype is float32"),
         ("policy.zero_stage=3", "policy.lora.quantize: ZeRO-3 would shard weights of four bits"),
         ("policy.lora.quantize=int8", "policy.lora.quantize: 'int8'"),
