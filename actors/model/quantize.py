@@ -1,4 +1,4 @@
-"""The model below an adapter in four bits, by bitsandbytes (QLoRA, arXiv 2305.14314); not run on a GPU yet.
+"""The model below an adapter in four bits, by bitsandbytes (QLoRA, arXiv 2305.14314); run on CPUs, on no GPU yet.
 
 Linear layers alone are quantized; embeddings, output head and norms keep the policy's dtype. What is saved is the
 adapter over the model as it was, which is also what the rollout replicas compute with.
@@ -23,7 +23,7 @@ def check_quantizer() -> None:
     if find_spec("bitsandbytes") is None:
         raise ValueError(
             "policy.lora.quantize: nf4 needs the package bitsandbytes, which is not installed here; install "
-            "deploy/requirements/gpu_extra.txt where the policy runs, or leave quantize out"
+            "the version in deploy/requirements/gpu_extra.txt where the policy runs, or leave quantize out"
         )
 
 

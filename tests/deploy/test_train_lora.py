@@ -49,11 +49,35 @@ def test_adapters_are_trained_published_and_left(tmp_path: Path, max_staleness: 
         assert all(row["staleness/max"] == 0 for row in metrics)
         assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in metrics), "on-policy at every step"
         check_ledger(tmp_path / "second" / "ledger.jsonl", 9)
-    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "second"))
+    check_models(tmp_path)
+
+
+def check_models(folder: Path) -> None:
+    """What both runs have left: nothing but adapted layers has moved, and the adapters lie beside."""
+    first, second = (load_file(folder / name / "model" / "model.safetensors") for name in ("first", "second"))
     assert first.keys() == second.keys()
     moved = {name for name in first if not first[name].equal(second[name])}
     assert moved <= {name for name in first if "_proj" in name}
     for name in ("first", "second"):
-        adapter = tmp_path / name / "model" / "adapter"
+        adapter = folder / name / "model" / "adapter"
         assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
         assert sum(tensor.nbytes for tensor in load_file(adapter / "adapter_model.safetensors").values()) == NUM_BYTES
+
+
+@ONLY_PROVE
+@pytest.mark.cluster
+def test_so_are_adapters_over_four_bits(tmp_path: Path) -> None:
+    """Replicas compute with whole weights, so that they differ from the policy by the quantization, and not by more;
+    the reference of the KL penalty is the policy's own model of four bits."""
+    pytest.importorskip("bitsandbytes")
+    lora = LORA.replace("lora_alpha: 8", "lora_alpha: 8, quantize: nf4").replace("lora:", "dtype: bfloat16, lora:")
+    for name, text in (("first", SFT), ("second", GRPO.replace("beta: 0.0", "beta: 0.05"))):
+        (tmp_path / f"{name}.yaml").write_text((text + lora).format(folder=tmp_path, max_staleness=0))
+    result = deploy("train", str(tmp_path / "second.yaml"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    metrics = lines(tmp_path / "second" / "metrics.jsonl")
+    assert [row["weights/version"] for row in metrics] == [1, 2, 3]
+    assert all(1e-3 < row["sampling/sampling_logp_difference/max"] < 0.5 for row in metrics)
+    assert metrics[0]["kl"] < 1e-3, "an adapter that is new adds nothing"
+    check_ledger(tmp_path / "second" / "ledger.jsonl", 9)
+    check_models(tmp_path)

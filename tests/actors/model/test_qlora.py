@@ -4,8 +4,8 @@ On the CPU, by bitsandbytes' kernels there: the real model, loaded, adapted and 
 """
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -17,28 +17,24 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from actors.model.files import MODEL
 from actors.model.forward import row_logprobs
 from actors.model.learner import load_learner
-from actors.model.load import load_causal_lm
+from actors.model.load import load_causal_lm, load_skeleton
 from actors.model.lora import (
     ADAPTER_FOLDER,
-    adapted_modules,
     base_digest,
     describe_adapter,
     trained_parameters,
     without_adapter,
 )
-from actors.model.quantize import save_over_the_whole
+from actors.model.quantize import check_whole, merge_over, quantization, save_over_the_whole
 from actors.objective import Objective
-from actors.policy_calls import PolicySettings
 from actors.policy_state import PolicyState
-from actors.recipe.policy import LoraConfig
 from algorithms.config import GrpoConfig
 from algorithms.packed import PackedRow, pack_row
-from tests.actors.test_policy import rollouts, settings_of
+from tests.actors.model.four_bits import QLORA, WHOLE, below, check_merged, learner, of_four_bits, settings
+from tests.actors.test_policy import rollouts
 
-functional = pytest.importorskip("bitsandbytes.functional")
+pytest.importorskip("bitsandbytes")
 
-QLORA = LoraConfig(r=4, lora_alpha=6, quantize="nf4")
-WHOLE = QLORA.model_copy(update={"quantize": None})
 BLOCK = 64
 """Weights that share a scale, which is the largest of them."""
 WIDEST = 0.1520
@@ -46,15 +42,6 @@ WIDEST = 0.1520
 SCALES = 0.01
 """How far the eight bits of a scale may be off, and bfloat16 may round, as a share of the largest scale: half of
 0.9 / 64, the widest gap of their 256 values, and 2**-9."""
-
-
-def settings(path: Path, lora: LoraConfig = QLORA) -> PolicySettings:
-    return settings_of(path, path, 1, 2, "bfloat16", lora)
-
-
-def learner(path: Path, lora: LoraConfig = QLORA) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return load_learner(settings(path, lora))[0]
 
 
 def row() -> PackedRow:
@@ -83,23 +70,10 @@ def frozen(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" not in name}
 
 
-def below(model: PreTrainedModel) -> dict[str, Any]:
-    """The weights below the adapters, by the names that the plain model has for them."""
-    return {
-        f"{module}.weight": model.get_submodule(module).get_base_layer().weight
-        for module in adapted_modules(trained_parameters(model))
-    }
-
-
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     model.zero_grad()
     row_logprobs(model, row(), 1.0)[0].sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def of_four_bits(path: Path) -> dict[str, Tensor]:
-    """The linear layers' weights that four bits stand for, in bfloat16."""
-    return {name: functional.dequantize_4bit(weight, weight.quant_state) for name, weight in below(learner(path)).items()}
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
@@ -122,8 +96,7 @@ def test_linear_layers_are_held_in_four_bits_and_nothing_else_is(tiny_models: di
 
 
 def test_no_weight_is_off_by_more_than_its_gap(tiny_models: dict[str, Path]) -> None:
-    """And on the whole they are as far off as weights of a normal distribution: 0.095 of their own size (QLoRA,
-    appendix E, has 4-bit normal floats of zero mean and unit variance)."""
+    """And on the whole they are as far off as normal numbers are, of which bitsandbytes made 0.092 of their own size."""
     plain = load_causal_lm(str(tiny_models["untied"]), None, False, "bfloat16")
     for name, held in of_four_bits(tiny_models["untied"]).items():
         whole = plain.get_parameter(name).detach().float()
@@ -186,6 +159,12 @@ def test_gradients_are_those_of_the_weights_that_four_bits_stand_for(tiny_models
         assert float((grad - expected[name]).norm() / expected[name].norm()) < 0.03, name
 
 
+def test_adapters_begin_as_on_whole_weights(tiny_models: dict[str, Path]) -> None:
+    ours, others = (trained_parameters(learner(tiny_models["untied"], lora)) for lora in (QLORA, WHOLE))
+    assert ours.keys() == others.keys()
+    assert all(torch.equal(parameter, others[name]) for name, parameter in ours.items())
+
+
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_without_its_adapter_it_is_its_base(tiny_models: dict[str, Path], name: str) -> None:
     """To the bit: the reference is the model of four bits."""
@@ -214,7 +193,7 @@ def test_steps_lower_the_loss_and_the_base_does_not_move(tiny_models: dict[str, 
         optimizer.step()
         losses.append(loss.item())
         logprobs(model)
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(losses))
     assert losses[-1] < losses[0] - 0.5
     assert all(torch.equal(tensor, base[name]) for name, tensor in frozen(model).items())
 
@@ -234,7 +213,7 @@ def test_the_digest_is_of_this_base_alone(tiny_models: dict[str, Path], tmp_path
 
 
 def test_a_checkpoint_of_its_adapter_is_read_back(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    """By a rank, to the bit; and peft finds in it an adapter, over whole weights and over four bits."""
+    """By a rank, to the bit; others find in it the adapter over the whole model."""
     path = tiny_models["untied"]
     model, digest = load_learner(settings(path))
     adapter = move(model)
@@ -249,9 +228,11 @@ def test_a_checkpoint_of_its_adapter_is_read_back(tiny_models: dict[str, Path], 
         for name, parameter in trained_parameters(other).items():
             parameter.copy_(state.weights[name])
     assert torch.equal(logprobs(other), logprobs(model))
-    named = AutoModelForCausalLM.from_pretrained(tmp_path / MODEL)
-    assert named.dtype == torch.float32
-    assert not any(weight.dtype == torch.uint8 for weight in named.parameters()), "the model below is whole there"
+    ids = torch.arange(40, 60)[None]
+    named = AutoModelForCausalLM.from_pretrained(tmp_path / MODEL).eval()
+    whole = load_causal_lm(str(path), None, False, "float32")
+    merge_over(whole, masters, QLORA.lora_alpha / QLORA.r)
+    assert torch.allclose(named(ids).logits, whole(ids).logits, atol=1e-4)
 
 
 def test_saved_is_the_adapter_over_the_whole_model(tiny_models: dict[str, Path], tmp_path: Path) -> None:
@@ -261,21 +242,10 @@ def test_saved_is_the_adapter_over_the_whole_model(tiny_models: dict[str, Path],
     adapter = move(model)
     save_over_the_whole(adapter, model, settings(path), tmp_path)
 
-    whole = load_file(path / "model.safetensors")
+    check_merged(tmp_path, path, QLORA)
     saved, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
     assert not any(info.values())
     assert "quantization_config" not in saved.config.to_dict()
-    for name, parameter in saved.named_parameters():
-        before = whole[name].to(torch.bfloat16)
-        if "_proj" not in name:
-            assert torch.equal(parameter, before), name
-            continue
-        a, b = (
-            adapter[f"base_model.model.{name.removesuffix('.weight')}.lora_{factor}.weight"].float() for factor in "AB"
-        )
-        merged = before.float() + QLORA.lora_alpha / QLORA.r * (b @ a)
-        assert torch.equal(parameter, merged.to(torch.bfloat16)), name
-
     ids = torch.arange(40, 60)[None]
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     read = peft.PeftModel.from_pretrained(base, tmp_path / ADAPTER_FOLDER).eval()
@@ -295,6 +265,16 @@ def test_a_model_that_samples_by_other_settings_is_saved_all_the_same(
     (path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "top_p": 0.9}')
     save_over_the_whole(adapter, model, settings(path), tmp_path / "after")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "after").generation_config.temperature == 0.6
+
+
+def test_weights_that_are_quantized_already_are_refused(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """They would be found out when the run is over, and nothing can be merged into them."""
+    path = tiny_models["untied"]
+    four_bits = quantization(QLORA, "bfloat16")
+    load_causal_lm(str(path), None, False, "bfloat16", quantization=four_bits).save_pretrained(tmp_path)
+    check_whole(load_skeleton(str(path), None, False), "before")
+    with pytest.raises(ValueError, match=r"model.path: the weights of 'after' are quantized already.*lora.quantize"):
+        check_whole(load_skeleton(str(tmp_path), None, False), "after")
 
 
 def test_grpo_with_a_penalty_begins_at_no_divergence(tiny_models: dict[str, Path]) -> None:
