@@ -102,7 +102,7 @@ def prepare(
             check_heads(_skeleton(run), run.policy.sequence_parallel_size, "policy.sequence_parallel_size")
         if run.policy.lora is not None:
             skeleton = _skeleton(run)
-            check_whole(skeleton, skeleton.name_or_path)
+            check_whole(skeleton)
             target_modules(skeleton, run.policy.lora)
             if run.policy.lora.quantize is not None:
                 check_quantizer()

@@ -96,7 +96,7 @@ def test_linear_layers_are_held_in_four_bits_and_nothing_else_is(tiny_models: di
 
 
 def test_no_weight_is_off_by_more_than_its_gap(tiny_models: dict[str, Path]) -> None:
-    """And on the whole they are as far off as normal numbers are, of which bitsandbytes made 0.092 of their own size."""
+    """And on the whole they are as far off as normal numbers are, of which it makes 0.092 of their size."""
     plain = load_causal_lm(str(tiny_models["untied"]), None, False, "bfloat16")
     for name, held in of_four_bits(tiny_models["untied"]).items():
         whole = plain.get_parameter(name).detach().float()
@@ -272,9 +272,11 @@ def test_weights_that_are_quantized_already_are_refused(tiny_models: dict[str, P
     path = tiny_models["untied"]
     four_bits = quantization(QLORA, "bfloat16")
     load_causal_lm(str(path), None, False, "bfloat16", quantization=four_bits).save_pretrained(tmp_path)
-    check_whole(load_skeleton(str(path), None, False), "before")
-    with pytest.raises(ValueError, match=r"model.path: the weights of 'after' are quantized already.*lora.quantize"):
-        check_whole(load_skeleton(str(tmp_path), None, False), "after")
+    check_whole(load_skeleton(str(path), None, False))
+    with pytest.raises(
+        ValueError, match=rf"model.path: the weights of '{tmp_path}' are quantized already.*lora.quantize"
+    ):
+        check_whole(load_skeleton(str(tmp_path), None, False))
 
 
 def test_grpo_with_a_penalty_begins_at_no_divergence(tiny_models: dict[str, Path]) -> None:
