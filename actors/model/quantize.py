@@ -59,8 +59,9 @@ def check_whole(model: PreTrainedModel) -> None:
     """ValueError when the weights of the model's files are quantized: nothing can be merged into these."""
     if hasattr(model.config, "quantization_config"):
         raise ValueError(
-            f"model.path: the weights of '{model.name_or_path}' are quantized already, and an adapter is merged into whole ones when "
-            "it is saved; name the model that they were made of, and set policy.lora.quantize to hold it in four bits"
+            f"model.path: the weights of '{model.name_or_path}' are quantized already, and an adapter is merged into "
+            "whole ones when it is saved; name the model that they were made of, and set policy.lora.quantize to hold "
+            "it in four bits"
         )
 
 
