@@ -176,9 +176,9 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     for note in result.notes[:40]:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     console.print(
-        f"{result.groups} groups, {result.lives} lives of the driver, {result.resumed} of them begun again after the "
-        "driver was killed or told to stop, its disk was full or its raylet was lost, "
-        f"{result.seconds:.0f} s; runs: {work}",
+        f"{result.groups} groups trained, {result.left_out} left out; {result.lives} lives of the driver, "
+        f"{result.resumed} of them begun again after the driver was killed or told to stop, its disk was full or its "
+        f"raylet was lost; {result.seconds:.0f} s; runs: {work}",
         highlight=False,
         soft_wrap=True,
     )

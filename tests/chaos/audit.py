@@ -17,9 +17,12 @@ from deploy.ledger import show
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """All but `recovery_steps_max` and `groups` must be 0."""
+    """All but `groups`, `left_out` and `recovery_steps_max` must be 0."""
 
     groups: int
+    """That were trained."""
+    left_out: int
+    """Groups that were set aside, filtered, or not needed."""
     lost: int
     duplicated: int
     unknown_version_tokens: int
@@ -45,7 +48,8 @@ def audit(folder: Path, groups_per_batch: int, num_steps: int) -> Audit:
         notes.append("the two counts of the journal differ")
     dispatched = {line["ordinal"] for line in standing if line["event"] == "dispatched"}
     fated = _fated(standing)
-    lost |= set(range(max(dispatched, default=-1) + 1)) - dispatched  # an ordinal that was skipped
+    # One that was skipped; of a row that can be no prompt it is set aside before it is sent.
+    lost |= set(range(max(dispatched, default=-1) + 1)) - dispatched - set(fated)
     lost |= dispatched - set(fated)
     if {step: len(by_step[step]) for step in by_step} != dict.fromkeys(range(num_steps), groups_per_batch):
         notes.append("some step has not trained as many groups as the others")
@@ -64,7 +68,7 @@ def audit(folder: Path, groups_per_batch: int, num_steps: int) -> Audit:
     if notes and not (lost or duplicated or tokens or rewards):
         lost.add(-1)  # whatever it is, the books are not in order
     steps = max(_redone(lines), default=0)
-    return Audit(len(found.trained), len(lost), duplicated, tokens, rewards, steps, tuple(notes))
+    return Audit(len(found.trained), left_out.total(), len(lost), duplicated, tokens, rewards, steps, tuple(notes))
 
 
 def _standing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ TIMEOUT_S = 4.0
 MANY = 500
 """More than all faults of a run."""
 CHECKPOINT_EVERY = 5
+MAX_PROMPT_LENGTH = 32
+_NUM_ROWS = 23
 
 
 def write_recipe(
@@ -18,6 +20,9 @@ def write_recipe(
     steps: int,
     seed: int,
     max_staleness: int = 1,
+    when_stale: str = "pace",
+    over_sampling: float = 1.0,
+    num_bad_rows: int = 0,
     num_replicas: int = 3,
     num_ranks: int = 1,
     num_rewards: int = 2,
@@ -26,7 +31,9 @@ def write_recipe(
 ) -> Path:
     """Everything of the run is in `folder`; the path of its recipe."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(f'{{"prompt": "row {index}"}}\n' for index in range(23)))
+    prompts = [f"row {index}" for index in range(_NUM_ROWS if num_bad_rows == 0 else 100 * num_bad_rows)]
+    prompts += ["bad " * MAX_PROMPT_LENGTH] * num_bad_rows
+    (folder / "rows.jsonl").write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
     small = {"cpus_per_worker": 0.1}
     recipe: dict[str, Any] = {
         "kind": "grpo",
@@ -36,15 +43,19 @@ def write_recipe(
         "groups_per_batch": 4,
         "run_dir": str(folder / "run"),
         "model": {"kind": "tiny", "hidden_size": 32, "num_layers": 1, "num_heads": 1},
-        "dataset": {"path": str(folder / "rows.jsonl")},
+        "dataset": {"path": str(folder / "rows.jsonl"), "max_bad_rows": len(prompts) - 1},
         "rewards": {
             "functions": [{"function": f"{ROOT}/tests/chaos/reward.py:score"}],
             "timeout_s": 1.5,
             "max_failed_share": 1.0,
         },
         "algorithm": {"num_generations": 4, "beta": 0.01},
-        "staleness": {"max_staleness": max_staleness},
-        "generation": {"max_prompt_length": 32, "max_completion_length": 24, "timeout_s": 20.0},
+        "staleness": {
+            "max_staleness": max_staleness,
+            "when_stale": when_stale,
+            "over_sampling": over_sampling,
+        },
+        "generation": {"max_prompt_length": MAX_PROMPT_LENGTH, "max_completion_length": 24, "timeout_s": 20.0},
         "policy": {"timeout_s": 20.0, "max_restarts": MANY, "num_threads": 1},
         "rollout": {
             "start_timeout_s": 60.0,

@@ -28,6 +28,7 @@ class Result:
     recovery_steps_max: int = 0
     """Most steps that were taken again after the run had gone back to a cut."""
     groups: int = 0
+    left_out: int = 0
     lives: int = 0
     resumed: int = 0
     """Lives of a driver that went on after another had ended."""
@@ -36,6 +37,7 @@ class Result:
 
     def add(self, found: Audit) -> None:
         self.groups += found.groups
+        self.left_out += found.left_out
         self.lost += found.lost
         self.duplicated += found.duplicated
         self.unknown_version_tokens += found.unknown_version_tokens

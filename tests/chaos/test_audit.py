@@ -51,7 +51,21 @@ def test_a_run_that_is_in_order_counts_nothing(folder: Path) -> None:
     found = audit(folder, 2, 3)
     assert counts(found) == (0, 0, 0, 0)
     assert found.notes == ()
-    assert (found.groups, found.recovery_steps_max) == (6, 1)
+    assert (found.groups, found.left_out, found.recovery_steps_max) == (6, 0, 1)
+
+
+def test_a_row_that_is_no_prompt_is_left_out_and_not_lost(folder: Path) -> None:
+    path = folder / "run" / "ledger.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines += [
+        {"event": "quarantined", "ordinal": 6, "t": 9.0, "cause": "too long", "row": 1, "attempt": 0},
+        {"event": "dispatched", "ordinal": 7, "t": 9.0, "attempt": 0, "resumed": False, "replica": 0},
+        {"event": "filtered", "ordinal": 7, "t": 9.0, "cause": "surplus"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = audit(folder, 2, 3)
+    assert counts(found) == (0, 0, 0, 0)
+    assert (found.groups, found.left_out) == (6, 2)
 
 
 def without_a_fate(lines: Lines) -> None:
