@@ -21,7 +21,7 @@ from actors.ledger import Ledger
 from actors.pacer import AsyncPacer, ReadyGroup, TakenGroups
 from actors.router import Router
 from actors.sampled import Interrupted
-from algorithms.blame import MOST_IN_A_ROW, Blame
+from algorithms.blame import MOST_BREAKS, MOST_IN_A_ROW, Blame
 from algorithms.budgets import RewardBudget
 from algorithms.config import FilterConfig
 from algorithms.filters import verdict
@@ -85,6 +85,8 @@ class Attempts:
         finding_s, clock = timeout_s + self.limits.start_timeout_s, self.fleet.clock
         sent = await clock.within(finding_s, dispatching, f"{name}: finding a replica")
         self.ledger.dispatched(slot, sent.replica)
+        if self.pacer.exhausted or slot not in self.pacer.in_flight:  # it was called back while it waited for a place
+            self.router.interrupt([slot])
         try:
             answer = await clock.within(timeout_s, sent.answer, name)
             group = await self._kept(name, sent.group)
@@ -215,6 +217,8 @@ class Attempts:
         """The attempt is lost, wherever it has got to, and that is not the prompt's fault; of the replica it is asked
         whether it lives. The attempt may be there still: it is to take no more of the engine's time."""
         self.router.interrupt([slot])
+        if not self.router.is_shunned(replica) and self._blame.broke(replica):  # one break ends all that it samples
+            self.fleet.fence(replica, f"its connection broke {MOST_BREAKS} times, and no group came through in between")
         with self.router.shunned(replica):
             waits = self.fleet.num_serving < 2
             if not waits:  # it goes on elsewhere at once

@@ -92,6 +92,9 @@ class Router:
             self._shunned -= Counter((replica,))
             self._freed.set()
 
+    def is_shunned(self, replica: int) -> bool:
+        return self._shunned[replica] > 0
+
     async def dispatch(
         self, prompt: Prompt, slot: Slot, partial: ray.ObjectRef | None, avoid: Collection[int] = ()
     ) -> Sent:

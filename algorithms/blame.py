@@ -4,12 +4,17 @@ Pure: replicas are numbers that are never used again, prompts are ordinals. Fail
 from that of what lies behind all of them, such as a reward that never answers: then prompts fail everywhere.
 """
 
+from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass, field
 
 MOST_IN_A_ROW = 3
 """Prompts in a row that fail on a replica and are well elsewhere. One or two may be chance, such as a reward worker
 that was down for the one attempt and there for the next; each more costs a good prompt one of its attempts."""
+
+MOST_BREAKS = 10
+"""Times in a row that the connection to a replica breaks and nothing comes through there in between. Each time alone
+is nobody's fault and costs a moment; so many say that a group which takes as long as ours never will."""
 
 
 @dataclass(slots=True)
@@ -29,6 +34,7 @@ class Blame:
         self._tried: dict[int, set[int]] = {}
         self._last: dict[int, int] = {}
         self._rows: dict[int, _Row] = {}
+        self._breaks: Counter[int] = Counter()
 
     def tried(self, ordinal: int) -> Set[int]:
         """The replicas on which the prompt has failed."""
@@ -49,7 +55,9 @@ class Blame:
 
     def well(self, ordinal: int, replica: int) -> list[tuple[int, str]]:
         """An attempt has come through; the replicas that are to blame now, each with what it did last."""
-        self._rows.pop(replica, None)
+        self._breaks.pop(replica, None)
+        if self._rows.pop(replica, None) is not None:
+            self._rows.clear()  # it was failing as well until now: what has failed meanwhile proves nothing of anybody
         guilty = []
         for other in sorted(self._tried.get(ordinal, ())):
             row = self._rows.get(other)
@@ -61,6 +69,11 @@ class Blame:
                 guilty.append((other, row.cause))
         self.settled(ordinal)
         return guilty
+
+    def broke(self, replica: int) -> bool:
+        """The connection to it has broken once more; whether that is once too often."""
+        self._breaks[replica] += 1
+        return self._breaks[replica] >= MOST_BREAKS
 
     def settled(self, ordinal: int) -> None:
         """The prompt has its fate."""

@@ -77,7 +77,7 @@ def _last_words(loop_thread: int, stall: Path) -> None:
     told += "give the same command again when that is mended"
     words = [
         threading.Thread(target=os.write, args=(_STDERR, f"{told}\n".encode()), daemon=True),
-        threading.Thread(target=_leave, args=(stall, f"{told}\n\n{stacks_here()}\n"), daemon=True),
+        threading.Thread(target=_leave, args=(stall, told), daemon=True),
     ]
     for thread in words:
         thread.start()
@@ -85,6 +85,7 @@ def _last_words(loop_thread: int, stall: Path) -> None:
         thread.join(_LAST_WORDS_S)
 
 
-def _leave(path: Path, text: str) -> None:
+def _leave(path: Path, told: str) -> None:
+    """Even looking for the lines of source reads a disk."""
     with contextlib.suppress(OSError):
-        path.write_text(text, encoding="utf-8")
+        path.write_text(f"{told}\n\n{stacks_here()}\n", encoding="utf-8")

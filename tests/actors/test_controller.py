@@ -116,11 +116,12 @@ class Replica:
     def _fill(self, prompt: Prompt, attempt: int, partial: Any) -> tuple[Any, Any]:
         self.calls.append((prompt.ordinal, attempt, partial))
         slot = Slot(prompt.ordinal, attempt, self.bench.committed)
+        self.stops[slot.ordinal, slot.attempt] = asyncio.Event()
         tokens = self.tokens[slot.ordinal, slot.attempt] = Tokens(f"group {prompt.ordinal}.{attempt}")
         return Reference(self._sample(slot)), tokens
 
     async def _sample(self, slot: Slot) -> Any:
-        stop = self.stops[slot.ordinal, slot.attempt] = asyncio.Event()
+        stop = self.stops[slot.ordinal, slot.attempt]
         pause_s = self.pause_s or self.bench.pauses.get((slot.ordinal, slot.attempt), 0.001 * (slot.ordinal % 3))
         try:
             await asyncio.wait_for(stop.wait(), pause_s)
@@ -445,6 +446,46 @@ async def test_a_replica_that_is_out_of_reach_for_a_moment_is_not_fenced(tmp_pat
     assert bench.ledger.num_trained == 8
     stopped = [key for replica in bench.replicas for key, stop in replica.stops.items() if stop.is_set()]
     assert sorted(stopped) == [(2, attempt) for attempt in range(5)], "what may be there still is to end"
+
+
+async def test_a_replica_whose_connection_breaks_whenever_it_samples_is_fenced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it answers every ping; and so the run does not sample for ever and train nothing."""
+    monkeypatch.setattr("actors.fleet.ray.kill", lambda handle: None)
+    bench = Bench(tmp_path, num_steps=20)
+
+    def breaks(slot: Slot) -> int:
+        raise ActorUnavailableError("the connection was reset", b"0" * 16)
+
+    bench.answers[0] = breaks
+    await bench.run()
+    assert bench.fleet.num_rebuilt == 1
+    (fenced,) = [line for line in bench.said if "is fenced" in line]
+    assert fenced.endswith("its connection broke 10 times, and no group came through in between")
+    assert bench.ledger.num_quarantined == 0
+    assert bench.ledger.num_trained == 40
+
+
+async def test_a_group_that_finds_a_place_when_nobody_needs_it_is_called_back(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, staleness=StalenessConfig(over_sampling=2.0, when_stale="requeue"))
+    attempts, found = bench.controller.attempts, []
+    dispatch = attempts.router.dispatch
+
+    async def late(prompt: Prompt, slot: Slot, *rest: Any) -> Any:
+        if slot.ordinal in (9, 11, 13, 15):  # the last steps have enough with the others
+            while not attempts.pacer.exhausted:  # noqa: ASYNC110  nobody is told
+                await asyncio.sleep(0.001)
+            found.append((slot.ordinal, slot.attempt))
+            bench.pauses[slot.ordinal, slot.attempt] = 3.0
+        return await dispatch(prompt, slot, *rest)
+
+    attempts.router.dispatch = late  # type: ignore[method-assign]
+    await asyncio.wait_for(bench.run(), 2.0)
+    assert found
+    stops = {key: stop for replica in bench.replicas for key, stop in replica.stops.items()}
+    assert all(stops[key].is_set() for key in found)
+    assert bench.ledger.num_trained == 8
 
 
 async def test_a_group_goes_elsewhere_while_it_is_asked_whether_its_replica_lives(

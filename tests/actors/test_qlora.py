@@ -17,7 +17,6 @@ from tests.actors.model.four_bits import check_merged, of_four_bits
 from tests.actors.test_policy import batch, rollouts, settings_of, train, with_policy
 from tests.prove import ONLY_PROVE
 
-pytest.importorskip("bitsandbytes")
 pytestmark = [pytest.mark.cluster, ONLY_PROVE]
 LORA = LoraConfig(r=4, lora_alpha=8)
 QLORA = LORA.model_copy(update={"quantize": "nf4"})

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from algorithms.blame import MOST_IN_A_ROW, Blame
+from algorithms.blame import MOST_BREAKS, MOST_IN_A_ROW, Blame
 
 
 def test_a_prompt_keeps_away_from_where_it_failed_last() -> None:
@@ -39,6 +39,21 @@ def test_what_fails_everywhere_is_no_replicas_fault() -> None:
             blame.failed(ordinal, replica, "no reward worker answers")
         blame.settled(ordinal)
     assert blame.well(99, 1) == []
+
+
+def test_what_failed_everywhere_for_a_time_is_no_replicas_fault() -> None:
+    """The rewards were away; now prompts that failed on one are well on the other, and first all on the same one."""
+    blame = Blame()
+    for ordinal in range(8):
+        blame.failed(ordinal, ordinal % 2, "no reward worker answers")
+    assert [blame.well(ordinal, 1 - ordinal % 2) for ordinal in (0, 2, 4, 6, 1, 3, 5, 7)] == [[]] * 8
+
+
+def test_a_connection_may_break_often_but_not_for_ever() -> None:
+    blame = Blame()
+    assert not any(blame.broke(0) for _ in range(MOST_BREAKS - 1))
+    blame.well(7, 0)
+    assert [blame.broke(0) for _ in range(MOST_BREAKS)] == [False] * (MOST_BREAKS - 1) + [True]
 
 
 def test_one_prompt_is_one_prompt_however_often_it_comes_back() -> None:

@@ -33,8 +33,6 @@ from algorithms.packed import PackedRow, pack_row
 from tests.actors.model.four_bits import QLORA, WHOLE, below, check_merged, learner, of_four_bits, settings
 from tests.actors.test_policy import rollouts
 
-pytest.importorskip("bitsandbytes")
-
 BLOCK = 64
 """Weights that share a scale, which is the largest of them."""
 WIDEST = 0.1520
