@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from actors.checkpoint.cut import Cut
 from actors.checkpoint.groups import SavedGroup
 from actors.checkpoint.store import CheckpointStore, DamagedError
-from actors.recipe.file import load_recipe
+from actors.recipe.file import load_stored
 from actors.recipe.schema import Recipe
 
 _FREE = (
@@ -81,7 +81,7 @@ def check_tensors(folder: Path) -> None:
 
 def changes(recipe_file: Path, recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """Keys whose values differ from those of the recipe in a run folder, with the old and the new value."""
-    before = dict(_flat(load_recipe(str(recipe_file)).model_dump(mode="json")))
+    before = dict(_flat(load_stored(recipe_file).model_dump(mode="json")))
     now = dict(_flat(recipe.model_dump(mode="json")))
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):

@@ -7,7 +7,7 @@ import pytest
 from actors.checkpoint.cut import Cut, Progress
 from actors.checkpoint.resume import find
 from actors.checkpoint.store import CheckpointStore
-from actors.recipe.file import dump_recipe, load_recipe
+from actors.recipe.file import RecipeError, dump_recipe, load_recipe
 from algorithms.slots import PacerState
 
 DEMO = "recipes/demo.yaml"
@@ -67,6 +67,19 @@ def test_what_it_computes_may_not_but_by_name(run: tuple[CheckpointStore, Path],
     found = find(*run, changed, [key])
     assert found is not None
     assert key in found.notes[0]
+
+
+def test_a_run_that_kept_one_checkpoint_goes_on_with_two(run: tuple[CheckpointStore, Path]) -> None:
+    """One was legal when it began; the user's own recipe is refused all the same."""
+    recipe = run[1]
+    text = recipe.read_text()
+    recipe.write_text(text.replace("keep: 2", "keep: 1"))
+    assert recipe.read_text() != text
+    found = find(*run, load_recipe(DEMO, ["checkpoint.keep=2"]), ())
+    assert found is not None
+    assert (found.cut.version, found.notes) == (20, ())
+    with pytest.raises(RecipeError, match=r"recipe.yaml: checkpoint.keep: 1 is out of range"):
+        load_recipe(recipe)
 
 
 def test_a_run_without_a_cut_has_none(tmp_path: Path) -> None:
