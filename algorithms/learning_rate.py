@@ -102,10 +102,17 @@ def refusals_of_lengths(
             "decay in; lower it"
         )
     decay = arguments.get("num_decay_steps", 0)
-    if warmup_steps + decay > steps and decay and "num_stable_steps" not in arguments:
+    stable = arguments.get("num_stable_steps", steps - warmup_steps - decay)
+    if decay and warmup_steps + decay > steps:
         yield (
             f"lr_scheduler_kwargs.num_decay_steps: {decay} steps of decay and {warmup_steps} of warm-up are more than "
             f"the run's {steps}; lower one of them"
+        )
+    elif warmup_steps + stable + decay != steps:
+        yield (
+            f"lr_scheduler_kwargs.num_stable_steps: {stable} steps between {warmup_steps} of warm-up and {decay} of "
+            f"decay make {warmup_steps + stable + decay}, but the run has {steps}; write "
+            f"{steps - warmup_steps - decay}, or leave it out"
         )
 
 

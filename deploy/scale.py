@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from actors.errors import RunError
-from actors.recipe.file import load_recipe
+from actors.recipe.file import load_stored
 from actors.recipe.schema import GrpoRecipe
 from actors.run.folder import RunFolder
 from actors.scaling import ScaleFiles
@@ -60,7 +60,7 @@ def parse_wish(text: str) -> int:
 
 
 def _elastic_pool(folder: RunFolder) -> RolloutPoolConfig:
-    recipe = load_recipe(str(folder.recipe))
+    recipe = load_stored(folder.recipe)
     if not isinstance(recipe, GrpoRecipe):
         raise ValueError(f"{folder.path}: a run of kind {recipe.kind!r} has no rollout replicas")
     pool = recipe.pools.rollout

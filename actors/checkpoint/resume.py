@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from actors.checkpoint.cut import Cut
 from actors.checkpoint.groups import SavedGroup
 from actors.checkpoint.store import CheckpointStore, DamagedError
-from actors.recipe.file import load_recipe
+from actors.recipe.file import load_stored
 from actors.recipe.schema import Recipe
 
 _FREE = (
@@ -81,11 +81,7 @@ def check_tensors(folder: Path) -> None:
 
 def changes(recipe_file: Path, recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """Keys whose values differ from those of the recipe in a run folder, with the old and the new value."""
-    before = dict(_flat(load_recipe(str(recipe_file)).model_dump(mode="json")))
-    now = dict(_flat(recipe.model_dump(mode="json")))
-    for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key):
-            yield key, before.get(key), now.get(key)
+    return _differences(load_stored(recipe_file).model_dump(mode="json"), recipe.model_dump(mode="json"))
 
 
 def _is_among(key: str, keys: Collection[str]) -> bool:
@@ -93,10 +89,14 @@ def _is_among(key: str, keys: Collection[str]) -> bool:
     return any(key == other or key.startswith(other + ".") for other in keys)
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"a": {"b": 1}}` -> `("a.b", 1)`."""
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}{key}.")
-    else:
-        yield prefix.rstrip("."), value
+def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """`{"a": {"b": 1}}` and `{"a": {"b": 2}}` -> `("a.b", 1, 2)`; where one is empty, all: `("a", {}, {"b": 2})`.
+
+    What is null, or missing, on one side is so key by key.
+    """
+    old, new = ({} if side is None else side for side in (before, now))
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and {} not in (before, now):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    elif before != now:
+        yield prefix.rstrip("."), before, now

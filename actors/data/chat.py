@@ -43,7 +43,7 @@ def assistant_tokens(
     talk = _Talk(tokenizer, messages, token_ids, _special_ids(tokenizer), where)
     begin = len(given_ids)
     if tokenizer.chat_template and _MARKED.search(str(tokenizer.chat_template)):
-        said = _marked(tokenizer, messages)
+        said = talk.closed(_marked(tokenizer, messages))
         learned = [token and place >= begin for place, token in enumerate(said)]
         if learned[:1] == [True]:
             raise ValueError(f"{where}: the conversation begins with what the assistant says; begin it with the user's")
@@ -113,6 +113,20 @@ class _Talk:
         places = range(len(turn) - 1, -1, -1)
         tail = takewhile(lambda place: turn[place] in self.special or self._is_blank([turn[place]]), places)
         return [place for place in tail if turn[place] in self.special]
+
+    def closed(self, said: list[bool]) -> list[bool]:
+        """What the template marks, and the special token right behind a mark that holds none that closes.
+
+        Where nothing is behind the last turn, the template closes none, and what is behind others opens the next.
+        """
+        ends = [place + 1 for place in range(len(said)) if said[place] and not any(said[place + 1 : place + 2])]
+        closed = list(said)
+        for end in ends:
+            begin = end - sum(1 for _ in takewhile(bool, reversed(said[:end])))
+            if self.token_ids[end : end + 1] and self.token_ids[end] in self.special:
+                closed[end] = not self.closers(self.token_ids[begin:end])
+        ends_open = self.messages[-1]["role"] == "assistant" and ends[-1:] == [len(said)]
+        return list(said) if ends_open else closed
 
     def _last_that_stays(self, closers: list[int], begin: int) -> int:
         """Of several at the end of the conversation, the last that is there when the user goes on, too."""

@@ -29,10 +29,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     draft = _Draft(str(path), _read(Path(path)))
     for text in overrides:
         draft.override(text)
-    recipe = _validate(draft)
-    if recipe is None or draft.errors:
-        raise RecipeError("\n".join(draft.errors))
-    return recipe
+    return _whole(draft)
+
+
+def load_stored(path: str | Path) -> Recipe:
+    """The recipe that a run has left in its folder: what was legal when it was written is no reason to refuse the run.
+
+    The user's own recipe says how the run goes on, and is held to what is legal now.
+    """
+    draft = _Draft(str(path), _read(Path(path)))
+    checkpoint = draft.tree.get("checkpoint")
+    if isinstance(checkpoint, dict) and checkpoint.get("keep") == 1:  # the least was 1, and is 2
+        checkpoint["keep"] = 2
+    return _whole(draft)
 
 
 def dump_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -144,6 +153,13 @@ def _key(at: Any, part: str, above: Sequence[str | int]) -> str | int:
         indices = f"has the indices 0 to {len(at) - 1}" if at else "is empty"
         raise _NoSuchPlaceError(f"{where}: there is no {part!r} in this list; it {indices}")
     return int(part)
+
+
+def _whole(draft: _Draft) -> Recipe:
+    recipe = _validate(draft)
+    if recipe is None or draft.errors:
+        raise RecipeError("\n".join(draft.errors))
+    return recipe
 
 
 def _validate(draft: _Draft) -> Recipe | None:

@@ -111,8 +111,8 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 def _limit_memory(num_bytes: int) -> None:
     """Beyond so many bytes of its own, this process gets no more memory: Python raises MemoryError.
 
-    What is counted is private and writable: heap, arrays, stacks. Address space that is only reserved, as torch and
-    CUDA do by the gigabyte, is not (RLIMIT_AS would count it).
+    What is counted is mapped privately to be written, from then on and touched or not: heap, arrays, the stacks of
+    threads. Address space that is reserved without access (PROT_NONE) is not; RLIMIT_AS would count it.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)

@@ -84,13 +84,14 @@ class References:
         return {place: sums.logprob for place, sums in (await self._policy.references(batch, groups)).items()}
 
     def of(self, rollout: Rollout) -> float:
-        """Log-probability of the sequence's loss tokens, summed; RunError when the data are others than they were."""
+        """Log-probability of the sequence's loss tokens, summed; RunError when they are others than they were."""
         try:
             return self._known.sums[_key(rollout)]
         except KeyError:
             raise RunError(
-                f"{self._path} does not know a sequence of this run, so the data have changed since it began; put them "
-                "back, or begin anew with --overwrite"
+                f"{self._path} does not know a sequence of this run, so since it began the data have changed, or which "
+                "tokens of a conversation are learned, as another version of Paceline may tell them otherwise; put the "
+                "data back, or go on with the version that began the run, or begin anew with --overwrite"
             ) from None
 
     async def _ask(self, missing: dict[bytes, Rollout]) -> None:

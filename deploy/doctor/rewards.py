@@ -14,7 +14,7 @@ from actors.recipe.schema import GrpoRecipe
 from actors.reward import arguments_of
 from actors.rewards.classifier import check_reward_model
 from actors.rewards.docket import Outcome
-from actors.rewards.functions import name_of
+from actors.rewards.functions import MEMORY, name_of
 from actors.rewards.lane import Lane
 from actors.rewards.process import ChildError
 from actors.settings import reward_functions
@@ -36,6 +36,10 @@ _FIXES = {
     "memory": "let it take less, or raise rewards.max_memory_gb",
 }
 """By the cause of the failure."""
+_NO_LIMIT_FIX = (
+    "let it take less: rewards.max_memory_gb sets no limit, so the machine (or ulimit, or its own code) did not give it"
+)
+"""Of `memory`, where the recipe has no limit to raise."""
 
 
 def check_reward_function(recipe: GrpoRecipe, index: int) -> Finding:
@@ -106,6 +110,8 @@ def called(
             cause, detail = outcomes[-1].cause, outcomes[-1].detail
             if cause is not None:
                 fix = _FIXES.get(cause, "mend the function")
+                if cause == MEMORY and max_memory_gb is None:
+                    fix = _NO_LIMIT_FIX
                 return failed(f"{config.source}: {cause}: {detail}", f"{fix}; its completions would be unscorable")
     except ChildError as error:
         return Finding("fail", f"{config.source}: {error.cause}: {error}")

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from actors.recipe.file import RecipeError, load_recipe
+from actors.recipe.file import RecipeError, load_stored
 
 _TAIL_BYTES = 65_536
 _SHOWN = "reward", "loss"
@@ -33,7 +33,7 @@ def from_folder(run_dir: Path) -> str | None:
 
 def _of_all(run_dir: Path) -> str:
     try:
-        return f"/{load_recipe(run_dir / 'recipe.yaml').steps}"
+        return f"/{load_stored(run_dir / 'recipe.yaml').steps}"
     except RecipeError:  # of another version of this
         return ""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.fates import NON_FINITE
-from actors.recipe.file import load_recipe
+from actors.recipe.file import load_stored
 from actors.recipe.schema import GrpoRecipe
 
 Line = Mapping[str, Any]
@@ -53,7 +53,7 @@ def read_run(folder: Path) -> RunRecord:
     for name in ("recipe.yaml", "ledger.jsonl", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: holds no {name}, so it is not the folder of a run")
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = load_stored(folder / "recipe.yaml")
     if not isinstance(recipe, GrpoRecipe):
         raise ValueError(f"{folder}: is a run of kind {recipe.kind!r}, which samples nothing")
     path = folder / "ledger.jsonl"

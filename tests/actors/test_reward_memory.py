@@ -1,6 +1,8 @@
 """A reward function that takes more memory than it may fails by itself, by name; the next call works."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +74,25 @@ def test_what_takes_too_much_is_unscorable_and_the_next_call_works(actors: list[
     assert score(awaited, "wants much").failures == {"memory": 1}
     assert score(awaited, "well").rewards_G == (1.0, 1.0)
     assert score(small, "well").rewards_G == (0.0, 0.0)
+
+
+def test_what_is_mapped_to_be_written_counts_untouched_and_what_nobody_may_touch_does_not() -> None:
+    code = """
+import mmap
+from actors.rewards.child import _limit_memory
+
+def mapped(access):
+    mmap.mmap(-1, 600_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=access)
+
+_limit_memory(400_000_000)
+mapped(0)
+try:
+    mapped(mmap.PROT_READ | mmap.PROT_WRITE)
+except OSError as error:
+    print(error.strerror)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert told.stdout == "Cannot allocate memory\n"
 
 
 def test_without_a_limit_there_is_none(file: Path) -> None:

@@ -77,6 +77,31 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {
             "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 5, "num_stable_steps": 1},
+            "warmup_steps": 2,
+        },
+        "lr_scheduler_kwargs.num_stable_steps: 1 steps between 2 of warm-up and 5 of decay make 8, but the run has 10; "
+        "write 3, or leave it out",
+    ),
+    (
+        {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 5, "num_stable_steps": 4},
+            "warmup_steps": 2,
+        },
+        "lr_scheduler_kwargs.num_stable_steps: 4 steps between 2 of warm-up and 5 of decay make 11, but the run has 10",
+    ),
+    (
+        {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 5, "num_stable_steps": 0},
+            "warmup_steps": 6,
+        },
+        "lr_scheduler_kwargs.num_decay_steps: 5 steps of decay and 6 of warm-up are more than the run's 10; lower one",
+    ),
+    (
+        {
+            "lr_scheduler_type": "warmup_stable_decay",
             "lr_scheduler_kwargs": {"num_decay_steps": 5, "decay_type": "exp"},
         },
         "lr_scheduler_kwargs.decay_type: 'exp' is not what it must be; write one of 'linear', 'cosine', '1-sqrt'",
@@ -111,6 +136,14 @@ def test_arguments_are_read_from_a_file_and_from_the_command_line(tmp_path: Path
     path.write_text(yaml.safe_dump(SFT | {"optimizer": {"lr_scheduler_type": "cosine_with_min_lr"}}))
     optimizer = load_recipe(path, ["optimizer.lr_scheduler_kwargs.min_lr_rate=0.1"]).optimizer
     assert optimizer.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_steps_of_warmup_plateau_and_decay_that_make_the_run_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    counts = {"num_decay_steps": 5, "num_stable_steps": 3}
+    optimizer = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": counts, "warmup_steps": 2}
+    path.write_text(yaml.safe_dump(SFT | {"optimizer": optimizer}))
+    assert load_recipe(path).optimizer.lr_scheduler_kwargs == counts
 
 
 def test_reading_a_recipe_imports_neither_torch_nor_transformers() -> None:

@@ -47,6 +47,12 @@ def test_what_cannot_be_is_refused_in_one_message(
     assert message in said
 
 
+def test_the_folder_of_a_run_that_kept_one_checkpoint_is_read(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, *ELASTIC)
+    folder.recipe.write_text(folder.recipe.read_text().replace("keep: 2", "keep: 1"))
+    assert "no process trains there now" in scale(folder.path, "rollout=3")[1]
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     code, said = scale(tmp_path, "rollout=2")
     assert code == 2

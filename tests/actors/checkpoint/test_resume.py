@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from actors.checkpoint.cut import Cut, Progress
-from actors.checkpoint.resume import find
+from actors.checkpoint.resume import changes, find
 from actors.checkpoint.store import CheckpointStore
-from actors.recipe.file import dump_recipe, load_recipe
+from actors.recipe.file import RecipeError, dump_recipe, load_recipe
 from algorithms.slots import PacerState
 
 DEMO = "recipes/demo.yaml"
@@ -67,6 +67,39 @@ def test_what_it_computes_may_not_but_by_name(run: tuple[CheckpointStore, Path],
     found = find(*run, changed, [key])
     assert found is not None
     assert key in found.notes[0]
+
+
+def test_arguments_where_there_were_none_are_told_whole(run: tuple[CheckpointStore, Path]) -> None:
+    store, recipe = run
+    key, schedule = "optimizer.lr_scheduler_kwargs", "optimizer.lr_scheduler_type=polynomial"
+    plain, given = load_recipe(DEMO, [schedule]), load_recipe(DEMO, [schedule, f"{key}.power=2"])
+    dump_recipe(plain, recipe)
+    assert list(changes(recipe, plain)) == []
+    assert list(changes(recipe, given)) == [(key, {}, {"power": 2})]
+    with pytest.raises(ValueError, match=rf"{key} was {{}} when the run began and is {{'power': 2}} now"):
+        find(store, recipe, given, ())
+    dump_recipe(given, recipe)
+    assert list(changes(recipe, plain)) == [(key, {"power": 2}, {})]
+    assert list(changes(recipe, load_recipe(DEMO, [schedule, f"{key}.power=3"]))) == [(f"{key}.power", 2, 3)]
+
+
+def test_what_was_null_is_told_key_by_key(run: tuple[CheckpointStore, Path]) -> None:
+    found = list(changes(run[1], load_recipe(DEMO, ["policy.lora={r: 8}"])))
+    assert ("policy.lora.r", None, 8) in found
+    assert all(key.startswith("policy.lora.") and old is None for key, old, _ in found)
+
+
+def test_a_run_that_kept_one_checkpoint_goes_on_with_two(run: tuple[CheckpointStore, Path]) -> None:
+    """One was legal when it began; the user's own recipe is refused all the same."""
+    recipe = run[1]
+    text = recipe.read_text()
+    recipe.write_text(text.replace("keep: 2", "keep: 1"))
+    assert recipe.read_text() != text
+    found = find(*run, load_recipe(DEMO, ["checkpoint.keep=2"]), ())
+    assert found is not None
+    assert (found.cut.version, found.notes) == (20, ())
+    with pytest.raises(RecipeError, match=r"recipe.yaml: checkpoint.keep: 1 is out of range"):
+        load_recipe(recipe)
 
 
 def test_a_run_without_a_cut_has_none(tmp_path: Path) -> None:

@@ -34,6 +34,13 @@ MARKED = (
     "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+WORDS_MARKED = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}<|im_end|>")
+"""Without what closes them."""
+OPEN = (
+    "{% for m in messages %}<|im_start|>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+    "{% endgeneration %}{% else %}{{ m['content'] }}<|im_start|>{% endif %}{% endfor %}"
+)
+"""Turns are opened, and not closed."""
 
 
 @dataclass(frozen=True)

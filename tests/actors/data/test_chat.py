@@ -8,7 +8,7 @@ from actors.data.chat import assistant_tokens
 from actors.data.examples import ExampleStream
 from actors.data.preferences import PairStream
 from actors.data.prompts import PromptStream
-from tests.actors.data.families import FAMILIES, FORGETFUL, MARKED, Family
+from tests.actors.data.families import FAMILIES, FORGETFUL, MARKED, OPEN, WORDS_MARKED, Family
 from tests.actors.data.test_prompts import ListRows, bos_tokenizer
 
 
@@ -114,6 +114,20 @@ def test_a_template_that_marks_what_the_assistant_says_is_believed() -> None:
     rows = ListRows(({"prompt": TURNS[:3], "completion": TURNS[3:]},))
     example = ExampleStream(rows, tokenizer, 0, False, 400).example(0)
     assert spans(tokenizer, example.token_ids_T.tolist(), example.loss_mask_T.tolist()) == [" un-\n\nusual <|im_end|>"]
+
+
+def test_what_closes_a_turn_is_learned_though_the_mark_leaves_it_out() -> None:
+    tokenizer = FAMILIES["ChatML"].tokenizer(WORDS_MARKED)
+    for talk in (TURNS, [*TURNS, said("user", "and now?")]):
+        token_ids, mask = assistant_tokens(tokenizer, talk, "row 0")
+        assert spans(tokenizer, token_ids, mask) == ["ho<|im_end|>", " un-\n\nusual <|im_end|>"]
+        assert tokenizer.decode(token_ids) == tokenizer.apply_chat_template(talk, tokenize=False)
+
+
+def test_what_opens_the_next_turn_is_not_learned_where_none_is_closed() -> None:
+    """EOS ends the last one."""
+    tokenizer = FAMILIES["ChatML"].tokenizer(OPEN)
+    assert spans(tokenizer, *assistant_tokens(tokenizer, TURNS, "row 0")) == ["ho", " un-\n\nusual <|im_end|>"]
 
 
 BAD = {

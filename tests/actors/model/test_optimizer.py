@@ -71,7 +71,7 @@ FULL: list[tuple[str, dict[str, Any]]] = [
     ("polynomial", {"lr_end": 1e-5, "power": 2}),
     ("inverse_sqrt", {"timescale": 7}),
     ("warmup_stable_decay", {"num_decay_steps": 5, "min_lr_ratio": 0.1, "num_cycles": 0.25, "warmup_type": "cosine"}),
-    ("warmup_stable_decay", {"num_decay_steps": 6, "num_stable_steps": 3, "decay_type": "1-sqrt"}),
+    ("warmup_stable_decay", {"num_decay_steps": 6, "num_stable_steps": 10, "decay_type": "1-sqrt"}),
 ]
 
 

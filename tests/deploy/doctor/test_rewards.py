@@ -42,6 +42,9 @@ def changes(completions, **kwargs):
 def too_few(completions, **kwargs):
     return [1.0]
 
+def wants_much(completions, **kwargs):
+    raise MemoryError
+
 def wrong_column(completions, solution, **kwargs):
     return [0.0 for _ in completions]
 """
@@ -89,6 +92,15 @@ def test_a_function_that_hangs_is_killed_at_its_deadline(tmp_path: Path) -> None
     assert found.level == "fail"
     assert "hangs: timeout: took more than 0.5 s" in found.text
     assert "rewards.timeout_s" in found.fix
+
+
+def test_memory_is_raised_where_there_is_a_limit_to_raise(tmp_path: Path) -> None:
+    limited = found_of(tmp_path, "wants_much", "rewards.max_memory_gb=8")
+    assert "memory: " in limited.text
+    assert "raise rewards.max_memory_gb" in limited.fix
+    free = found_of(tmp_path, "wants_much")
+    assert (free.level, "memory: " in free.text) == ("fail", True)
+    assert free.fix.startswith("let it take less: rewards.max_memory_gb sets no limit")
 
 
 def test_conversations_are_given_as_trl_gives_them(tmp_path: Path) -> None:
