@@ -73,7 +73,7 @@ class PolicyState:
         path = folder / "policy.json"
         try:
             facts = msgspec.json.decode(path.read_bytes(), type=_Facts)
-        except (OSError, msgspec.MsgspecError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
         return cls(
             version=facts.version,

@@ -6,12 +6,17 @@ own in the place of this one, which does the same, but aborts the process 3 s la
 (`disarmed`); so `listen` again then.
 """
 
+import asyncio
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from actors.errors import StoppedError
+from actors.errors import StoppedError, first_cause, last_line
+
+_FAILED_ON_THE_WAY_OUT = "unhandled exception during asyncio.run() shutdown"
+"""asyncio's own words for it."""
 
 
 @contextmanager
@@ -51,3 +56,18 @@ def listen() -> None:
 def nothing_left() -> None:
     """All runs have come to their end: that Ray and this process are ended, too, is no longer to be stopped."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def run_to_end(coroutine: Coroutine[Any, Any, None], say: Callable[[str], None]) -> None:
+    """On an event loop, to its end. What fails when it has been told to stop already is said in a line; asyncio would
+    write a traceback."""
+
+    def told(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if context["message"] == _FAILED_ON_THE_WAY_OUT:
+            say(f"warning: while it stopped: {last_line(first_cause(context['exception']))}")
+        else:
+            loop.default_exception_handler(context)
+
+    with asyncio.Runner() as runner:
+        runner.get_loop().set_exception_handler(told)
+        runner.run(coroutine)

@@ -1,6 +1,5 @@
 """`python -m deploy train`: what can be known to be wrong with a recipe is found before anything is started."""
 
-import asyncio
 import errno
 import os
 from collections.abc import Collection
@@ -46,7 +45,7 @@ from actors.settings import ModelSource, source_of
 from deploy.columns import example_stream, needed_columns
 from deploy.joined import check_cluster
 from deploy.session import ClusterError, ray_session
-from deploy.stopping import listen, nothing_left
+from deploy.stopping import listen, nothing_left, run_to_end
 from deploy.trust import trusted_code
 from placement.cluster import this_machine
 from placement.groups import ReservedPools, Singly, reserve
@@ -227,9 +226,11 @@ def _train(job: Job, pools: ReservedPools, console: Console) -> None:
     with RunProgress(recipe.name, recipe.steps, console) as progress:
         match recipe, stream:
             case GrpoRecipe(), PromptStream():
-                asyncio.run(run_grpo(recipe, model, stream, tokenizer, pools, folder, progress, job.resume))
+                run_to_end(
+                    run_grpo(recipe, model, stream, tokenizer, pools, folder, progress, job.resume), progress.say
+                )
             case OfflineRecipe(), ExampleStream() | PairStream() | JudgementStream():
-                asyncio.run(run_sft(recipe, model, stream, tokenizer, pools, folder, progress, job.resume))
+                run_to_end(run_sft(recipe, model, stream, tokenizer, pools, folder, progress, job.resume), progress.say)
 
 
 def _conclude(folder: RunFolder, console: Console) -> None:

@@ -77,5 +77,5 @@ def score_of(folder: Path) -> Score | None:
     """Of a committed checkpoint; None when it has none, or cannot be read."""
     try:
         return msgspec.json.decode((folder / "cut.json").read_bytes(), type=_Scored).score
-    except (OSError, msgspec.MsgspecError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None

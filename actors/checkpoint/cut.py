@@ -103,5 +103,5 @@ class _Format(msgspec.Struct):
 def _read(path: Path, decoded: Any) -> Any:
     try:
         return decoded(path.read_bytes())
-    except (OSError, msgspec.MsgspecError, RecursionError, MemoryError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise DamagedError(f"{path}: {error}") from error

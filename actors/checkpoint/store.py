@@ -96,7 +96,7 @@ class CheckpointStore:
             raise DamagedError(f"{folder}: a checkpoint is no link")
         try:
             listing = msgspec.json.decode((folder / _COMPLETE).read_bytes(), type=_Listing)
-        except (OSError, msgspec.MsgspecError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # of msgspec, or of bytes that are no text
             raise DamagedError(f"{folder / _COMPLETE}: {error}") from error
         if listing.version != version:
             raise DamagedError(f"{folder / _COMPLETE}: is of version {listing.version}")

@@ -105,7 +105,7 @@ class References:
             return _Known()
         try:
             return msgspec.msgpack.decode(self._path.read_bytes(), type=_Known)
-        except msgspec.MsgspecError as error:
+        except ValueError as error:
             raise RunError(f"{self._path}: {error}; the file is damaged: begin anew with --overwrite") from error
 
     def _write(self) -> None:

@@ -1,5 +1,6 @@
 """SIGTERM ends a run that goes on with 75 in every phase, also while it is only being started."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -12,8 +13,8 @@ import psutil
 import pytest
 
 from actors.checkpoint.store import CheckpointStore
-from actors.errors import StoppedError
-from deploy.stopping import heard, nothing_left
+from actors.errors import RunError, StoppedError
+from deploy.stopping import heard, nothing_left, run_to_end
 from tests.deploy.test_faults import wait_for_steps
 from tests.deploy.test_resume_sft import RECIPE, begin
 from tests.prove import ONLY_PROVE
@@ -52,6 +53,23 @@ def test_when_all_runs_have_ended_nothing_is_stopped() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+async def fails_when_it_is_told_to_stop() -> None:
+    """As a run whose raylet dies at that moment."""
+    asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+    try:
+        await asyncio.sleep(10.0)
+    except asyncio.CancelledError:
+        raise ExceptionGroup("both", [RunError("the raylet has died")]) from None
+
+
+def test_what_fails_in_a_run_that_stops_is_said_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    with pytest.raises(StoppedError), heard():
+        run_to_end(fails_when_it_is_told_to_stop(), said.append)
+    assert said == ["warning: while it stopped: the raylet has died"]
+    assert capfd.readouterr() == ("", "")
+
+
 COMMAND = """
 import sys, time
 import deploy.train
@@ -83,7 +101,7 @@ from deploy.session import ray_session, shut_in
 shut_in(os.environ)
 import ray
 import deploy.session
-from actors.errors import StoppedError
+from actors.errors import RunError, StoppedError
 from deploy.stopping import heard
 init, shutdown = deploy.session._init, ray.shutdown
 

@@ -66,6 +66,17 @@ def test_any_damage_is_found(tmp_path: Path) -> None:
             store.open(7)
 
 
+def test_any_byte_of_the_listing_may_be_damaged(tmp_path: Path) -> None:
+    """Bytes that are no text, too, wherever they are: msgspec has another error for those."""
+    store = CheckpointStore(tmp_path)
+    listing = make(store, 7) / "COMPLETE.json"
+    data = listing.read_bytes()
+    for place in range(len(data) - 1):  # the last is the line's end
+        listing.write_bytes(data[:place] + bytes([data[place] | 0x80]) + data[place + 1 :])
+        with pytest.raises(DamagedError, match="version-00000007"):
+            store.open(7)
+
+
 def test_links_are_refused(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints")
     folder = make(store, 1)

@@ -269,7 +269,7 @@ async def test_data_that_have_changed_are_told(folder: Path, tmp_path: Path) -> 
         stream = PairStream(ListRows(rows), BYTES, 3, True, 60)
         lesson = Pairing(recipe, stream, policy, References(policy, tmp_path, 64, print))
         await lesson.prepare(range(4), never)
-    with pytest.raises(RunError, match="since it began the data have changed, or .*; put the data back"):
+    with pytest.raises(RunError, match=r"since it began the data have changed, or .*; put the data back"):
         await lesson.step(0)
 
 
