@@ -8,6 +8,8 @@ DeepSpeed rank, one reward worker. TRL's is the faster of its two modes that run
 transformers' continuous batching: both are tried for a step in every case. Each step trains 256 completions of 32
 prompts of 24 tokens with a byte-level model of 2.5 M parameters in float32. How long a completion gets lies in the
 model's weights alone (end_to_end_model.py): half of them have 20 tokens or less, one in fifty 265 or more.
+The learning rate is so small that this stays so, but for the reward curves: TRL is measured over its first steps, and
+Paceline over later ones.
 
     over_trl_short        samples/s over TRL's where completions are cut off at 64 tokens: 28 on average
     over_trl_long         the same where they are cut off at 512: 46 on average
