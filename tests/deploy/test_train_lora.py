@@ -69,7 +69,6 @@ def check_models(folder: Path, num_bytes: int) -> None:
 def test_so_are_adapters_over_four_bits(tmp_path: Path) -> None:
     """Replicas compute with whole weights, so that they differ from the policy by the quantization, and not by more;
     the reference of the KL penalty is the policy's own model of four bits."""
-    pytest.importorskip("bitsandbytes")
     lora = LORA.replace("lora_alpha: 8", "lora_alpha: 8, quantize: nf4").replace("lora:", "dtype: bfloat16, lora:")
     for name, text in (("first", SFT), ("second", GRPO.replace("beta: 0.0", "beta: 0.05"))):
         (tmp_path / f"{name}.yaml").write_text((text + lora).format(folder=tmp_path, max_staleness=0))
