@@ -95,14 +95,14 @@ class Fates:
                 self.num_redispatched += event["attempt"] > 0 and not event["resumed"]
                 self.dispatched[ordinal] = t
             case "failed":
-                self._wasted(event.get("waste", "failed"), 0, t - self.dispatched[ordinal])
+                self.wasted(event.get("waste", "failed"), 0, t - self.dispatched[ordinal])
             case "late":
                 self.num_late += 1
-                self._wasted("late", tokens, 0.0)
+                self.wasted("late", tokens, 0.0)
             case "stopped":
-                self._wasted("surplus", tokens, seconds)
+                self.wasted("surplus", tokens, seconds)
             case "requeued":
-                self._wasted("requeued", sum(event["lengths"]), seconds)
+                self.wasted("requeued", sum(event["lengths"]), seconds)
             case "quarantined":
                 self._leave_out(ordinal, "quarantined")
                 found = Quarantined(event.get("row", -1), event["cause"], ordinal in self.dispatched)
@@ -113,13 +113,13 @@ class Fates:
                     self.skipped.add(event["step"])
                     self.stretches[-1].by_step[event["step"]] += 1
                 if tokens:
-                    self._wasted(event["cause"], tokens, seconds)
+                    self.wasted(event["cause"], tokens, seconds)
             case "trained":
                 self.trained[ordinal] += 1
                 self.by_step[event["step"]] += 1
                 self.stretches[-1].by_step[event["step"]] += 1
                 if tokens:
-                    self._wasted("masked", tokens, seconds)
+                    self.wasted("masked", tokens, seconds)
             case "began" | "resumed":
                 self.stretches.append(Stretch(event.get("groups_per_batch")))
             case "rolled back":
@@ -128,6 +128,10 @@ class Fates:
                 pass
             case _:
                 raise ValueError(f"unknown event {kind!r}")
+
+    def wasted(self, cause: str, tokens: int, seconds: float) -> None:
+        """Count one attempt that was made in vain."""
+        self.waste.setdefault(cause, Waste()).add(tokens, seconds)
 
     def lost(self) -> set[int]:
         """Ordinals without a fate; empty when the run is over."""
@@ -170,6 +174,3 @@ class Fates:
 
     def _leave_out(self, ordinal: int, cause: str) -> None:
         self.left_out.setdefault(ordinal, []).append(cause)
-
-    def _wasted(self, cause: str, tokens: int, seconds: float) -> None:
-        self.waste.setdefault(cause, Waste()).add(tokens, seconds)

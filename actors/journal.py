@@ -72,7 +72,7 @@ def fates(events: Iterable[Event]) -> Fates:
         for _, event in standing:
             result.apply(event)
         for event in undone:
-            result._wasted("rolled back", sum(event["lengths"]), event["generate_s"])
+            result.wasted("rolled back", sum(event["lengths"]), event["generate_s"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a journal has no such event: {event} ({type(error).__name__}: {error})") from error
     return result

@@ -36,8 +36,10 @@ class Head:
 def head_divergence(
     student: Head, teacher: Head, beta: float, temperature: float, slab: int = SLAB
 ) -> tuple[Tensor, Tensor]:
-    """[N]: `generalized_jsd` (losses/distillation.py) of the heads' logits, and the student's entropy.
+    """[N]: the generalised Jensen-Shannon divergence of the heads' distributions, and the student's entropy.
 
+    It is beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student (GKD, arXiv
+    2306.13649); its limits are divergences of their own: at 0 KL(teacher || student), at 1 KL(student || teacher).
     The divergence has a gradient, which reaches the student's hidden states, weight and bias; the entropy has none.
     Models of one family pad their vocabularies to different sizes: both are taken over the tokens that both have.
     """

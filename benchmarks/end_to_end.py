@@ -52,7 +52,6 @@ OUT = Path("runs/end-to-end")
 NUM_PROMPTS = 4096
 TIMEOUT_S = 3600.0
 """Of one side in one case."""
-GOALS = {"over_trl_short": "1.5 or more", "over_trl_long": "8 or more", "over_trl_slow_reward": "2 or more"}
 PARTS = ("short", "long", "slow_reward", "curves")
 
 

@@ -20,7 +20,7 @@ from actors.recipe.schema import GrpoRecipe, Recipe, SftRecipe
 from actors.run.folder import RunFolder
 from actors.run.lineage import trained_before
 from deploy.host_memory import host_lines
-from deploy.memory import estimate
+from deploy.memory import BYTES, estimate
 from deploy.session import refusals
 from deploy.trust import trusted_code
 from placement.cluster import ClusterSpec, NodeSpec, from_ray, uniform
@@ -229,7 +229,7 @@ def _num_bytes(recipe: GrpoRecipe) -> int | None:
             elements = num_elements(RunFolder(load_recipe(first).folder).model)
         case TinyModel():
             elements = None
-    return elements and elements * {"float32": 4, "bfloat16": 2}[recipe.rollout.dtype]
+    return elements and elements * BYTES[recipe.rollout.dtype]
 
 
 def _submit_line(recipe: Recipe, path: str, overrides: Sequence[str]) -> str:

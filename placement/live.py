@@ -15,7 +15,7 @@ from ray._private.state import available_resources_per_node
 
 from placement.cluster import ClusterSpec, from_ray
 from placement.config import PoolConfig
-from placement.plan import PlacementError, PlacementPlan, plan
+from placement.plan import PlacementError, PlacementPlan, plan, ten_thousandths
 from placement.seats import resources_of
 
 _SETTLE_S = 2.0
@@ -58,17 +58,12 @@ def fits(planned: PlacementPlan, cluster: ClusterSpec) -> bool:
     taken: dict[str, Counter[str]] = {node.name: Counter() for node in cluster.nodes}
     for bundles in planned.bundles.values():
         for bundle in bundles:
-            taken[bundle.node].update({name: _ten_thousandths(each) for name, each in resources_of(bundle).items()})
+            taken[bundle.node].update({name: ten_thousandths(each) for name, each in resources_of(bundle).items()})
     return all(
-        amount <= _ten_thousandths({"CPU": node.cpus, "GPU": node.gpus, **node.resources}.get(name, 0.0))
+        amount <= ten_thousandths({"CPU": node.cpus, "GPU": node.gpus, **node.resources}.get(name, 0.0))
         for node in cluster.nodes
         for name, amount in taken[node.name].items()
     )
-
-
-def _ten_thousandths(amount: float) -> int:
-    """As Ray counts."""
-    return round(amount * 10_000)
 
 
 def _what_is_free(cluster: ClusterSpec) -> ClusterSpec:

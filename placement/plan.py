@@ -169,7 +169,8 @@ _WHOLE = 10_000
 """One GPU, or one CPU, in the unit of Amounts."""
 
 
-def _ten_thousandths(amount: float) -> int:
+def ten_thousandths(amount: float) -> int:
+    """As Ray counts."""
     return round(amount * _WHOLE)
 
 
@@ -179,14 +180,14 @@ def _amounts(name: str, pool: PoolConfig, size: int = 1, guests_cpus: float = 0.
     Each reserves as much as one with all its guests: there may be fewer of them than there is room for.
     """
     gpus, cpus = size * pool.gpus_per_worker, size * pool.cpus_per_worker + guests_cpus
-    amounts = {"GPU": _ten_thousandths(gpus), "CPU": max(1, _ten_thousandths(cpus))}
+    amounts = {"GPU": ten_thousandths(gpus), "CPU": max(1, ten_thousandths(cpus))}
     if pool.node_resource in amounts:
         raise PlacementError(
             f"pools.{name}.node_resource: {pool.node_resource} is not a custom resource; "
             f"set pools.{name}.{pool.node_resource.lower()}s_per_worker, and node_resource to null"
         )
     if pool.node_resource is not None:
-        amounts[pool.node_resource] = size * _ten_thousandths(NODE_RESOURCE_SHARE)
+        amounts[pool.node_resource] = size * ten_thousandths(NODE_RESOURCE_SHARE)
     return {resource: amount for resource, amount in amounts.items() if amount}
 
 
@@ -197,7 +198,7 @@ def _rooms(cluster: ClusterSpec, pools: Mapping[str, PoolConfig]) -> list[_Room]
     for order, node in enumerate(cluster.nodes):
         offered = {name: amount for name, amount in node.resources.items() if name in custom and amount > 0}
         offered |= {"CPU": node.cpus, "GPU": node.gpus}
-        total = {name: _ten_thousandths(amount) for name, amount in offered.items()}
+        total = {name: ten_thousandths(amount) for name, amount in offered.items()}
         open_to = frozenset(name for name, pool in pools.items() if pool.node_labels.items() <= node.labels.items())
         rooms.append(_Room(node.name, order, total, dict(total), node.labels, open_to))
     return rooms

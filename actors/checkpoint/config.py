@@ -2,15 +2,15 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-_CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from actors.recipe.closed import CLOSED
 
 
 class BestConfig(BaseModel):
     """By which of its metrics a run tells its best checkpoint."""
 
-    model_config = _CLOSED
+    model_config = CLOSED
 
     metric: str = Field("reward", min_length=1)
     """A name in `metrics.jsonl`; the mean over the steps since the cut before counts."""
@@ -21,7 +21,7 @@ class BestConfig(BaseModel):
 class CheckpointConfig(BaseModel):
     """Cuts from which a run goes on when its command is given again, after whatever ended it."""
 
-    model_config = _CLOSED
+    model_config = CLOSED
 
     every: int = Field(50, ge=0)
     """Steps from one cut to the next; 0 makes none but on SIGTERM."""

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from algorithms.config import CLOSED
 
 Action = Literal["warn", "pause", "lower_learning_rate", "roll_back"]
 

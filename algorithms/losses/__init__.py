@@ -9,7 +9,6 @@ kl.py           the distance from the reference: as a term of the loss, or in th
 value.py        what the critic of PPO learns: clipped values against returns
 mean.py         which mean over the global batch the loss is
 sft.py          the supervised loss
-distillation.py divergences from a teacher's whole distribution
 """
 
 from algorithms.losses.grpo import grpo_loss

@@ -6,9 +6,9 @@ The defaults are placeholders: roughly a 7B model in bfloat16 on one H100-class 
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-CLOSED = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from algorithms.config import CLOSED
 
 
 class LognormalLengths(BaseModel):

@@ -12,7 +12,7 @@ from torch import Tensor
 from trl.experimental.gkd import GKDTrainer
 
 from algorithms.divergence import Head, head_divergence
-from algorithms.losses.distillation import generalized_jsd
+from tests.algorithms.full_divergence import generalized_jsd
 from tests.algorithms.largest_output import LargestOutput
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)

@@ -16,9 +16,9 @@ from actors.model.segments import segments_of
 from actors.model.teacher import load_teacher
 from actors.model.team import SOLO
 from actors.policy_calls import ModelSource
-from algorithms.losses.distillation import generalized_jsd
 from algorithms.packed import pack_row
 from tests.actors.test_policy import rollouts
+from tests.algorithms.full_divergence import generalized_jsd
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])

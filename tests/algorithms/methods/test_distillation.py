@@ -14,7 +14,7 @@ from torch import Tensor
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.iw_opd import IWOPDTrainer
 
-from algorithms.losses.distillation import generalized_jsd
+from tests.algorithms.full_divergence import generalized_jsd
 from tests.algorithms.methods.batch import LENGTHS, TEMPERATURE, Drifted, drifted, our_loss
 from tests.algorithms.methods.test_parity import DRIFTS, SPLITS, config_of, stated
 

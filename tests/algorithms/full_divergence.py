@@ -1,7 +1,4 @@
-"""Divergences of a student from a teacher over the whole vocabulary (GKD, arXiv 2306.13649).
-
-Of a teacher that gives the log-probability of the sampled tokens alone, `kl_penalty: advantage` (losses/kl.py) is the
-estimate of the reverse KL.
+"""What algorithms/divergence.py computes slab by slab, from whole logits.
 
 Legend: N = tokens, V = vocabulary.
 """
