@@ -28,6 +28,7 @@ divergence.py   two hidden states and output heads -> how far the distributions 
 gkd.py          what each token weighs when a student learns from a teacher
 logprobs.py     the same from logits, for models that change what the head gives
 corrections.py  importance weights against the weights that sampled the tokens
+preference/     losses on pairs of answers, and on answers that are good or bad
 losses/         one micro-batch's share of the loss of the global batch, a file for each ingredient of the formula
 stats.py        what a loss measures, mergeable over micro-batches and ranks
 metrics.py      what a batch says of itself before it is trained: rewards, lengths, staleness

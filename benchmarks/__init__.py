@@ -9,4 +9,5 @@ checkpoint.py        how long a policy stands still for a checkpoint, and how sl
 policy_step.py       packing against padding, log-probabilities without logits, the balance of ranks (with _team)
 end_to_end.py        whole runs against TRL's GRPOTrainer (with _case, _sides, _trl, _model, _rewards)
 control_overhead.py  the real controller on real Ray with workers that sleep
+usage.py             what all of them say to --help
 """
