@@ -24,6 +24,8 @@ class BaseRecipe(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,45}[a-z0-9])?$")
     """Name of the run: lower-case letters, digits and dashes, at most 47 characters."""
     seed: int = Field(0, ge=0)
+    """Of the order of the rows, of sampling, and of what is drawn in training; asynchronous runs do not repeat to the
+    bit all the same."""
     steps: int = Field(ge=1)
     """Updates of the policy."""
     run_dir: Path | None = None

@@ -17,7 +17,9 @@ class DatasetConfig(BaseModel):
     name: str | None = None
     """Configuration of the hub data set."""
     split: str = "train"
+    """Split of the data set, or a part of it, such as `train[:1000]`."""
     revision: str | None = None
+    """Commit, tag or branch on the hub; null takes the default branch."""
     task: dict[str, Any] = {}
     """Settings of the reasoning-gym task, such as `{min_word_len: 3}`."""
     size: int | None = Field(None, ge=1)
@@ -27,5 +29,6 @@ class DatasetConfig(BaseModel):
     prompt_suffix: str = ""
     """Appended to every standard (string) prompt, such as `\\nAnswer: `."""
     shuffle: bool = True
+    """Each epoch has an order of its own; false takes the rows as they come."""
     max_bad_rows: int = Field(0, ge=0)
     """Rows that cannot be prompts are set aside and told; more of them than this stop the run."""

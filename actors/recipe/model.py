@@ -6,9 +6,14 @@ from pydantic import BaseModel, Field
 
 from actors.recipe.closed import CLOSED
 
-ChatTemplate = Annotated[str, Field(min_length=1)] | None
-"""Path of a Jinja file, relative to the working directory, that renders conversations in place of the tokenizer's own
-template wherever the run does, and is left with the trained model; null takes the tokenizer's."""
+ChatTemplate = Annotated[
+    Annotated[str, Field(min_length=1)] | None,
+    Field(
+        description="Path of a Jinja file, relative to the working directory, that renders conversations in place of "
+        "the tokenizer's own template wherever the run does, and is left with the trained model; null takes the "
+        "tokenizer's."
+    ),
+]
 
 
 class PretrainedModel(BaseModel):

@@ -65,6 +65,7 @@ class PolicyConfig(BaseModel):
     """Ranks that compute each forward pass together, as a team: each has its share of the tokens, and in attention of
     the heads (Ulysses, arXiv 2309.14509). For sequences whose activations are too many for one GPU."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
     lora: LoraConfig | None = None
     """Train and publish adapters only; null trains and publishes every weight."""
     offload: OffloadConfig | None = None

@@ -28,6 +28,7 @@ class RewardConfig(BaseModel):
     """A function that compares two completions, in place of one that scores each: `judge(prompts, pairs) -> list[int |
     None]`, the place of the better one in each pair; it needs num_generations 2. The better one has the reward 1."""
     weight: float = 1.0
+    """Of its scores in the reward, which is their sum; with 0 they are only measured."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:

@@ -36,6 +36,7 @@ class RolloutConfig(BaseModel):
     """Most groups that one replica holds, decoding or queued; null takes 4 x max_num_seqs / num_generations, so that
     its slots stay full although most rollouts of a group end before its longest. More would only grow stale there."""
     gpu_memory_utilization: float = Field(0.85, gt=0.0, le=1.0)
+    """Share of each GPU's memory that an engine takes: weights, buffers and KV cache together."""
     cpu_kv_cache_gb: int = Field(1, ge=1)
     """KV cache of a replica on the CPU (GiB)."""
     enforce_eager: bool | None = None

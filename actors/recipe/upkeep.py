@@ -13,6 +13,7 @@ class LivenessConfig(BaseModel):
     model_config = CLOSED
 
     every_s: float = Field(10.0, gt=0.0)
+    """Seconds from one question to the next."""
     timeout_s: float = Field(60.0, ge=1.0)
     """Longest wait for an answer. An engine answers between two of its steps, so this is longer than any of them."""
     max_restarts: int = Field(10, ge=0)

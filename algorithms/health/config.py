@@ -25,6 +25,7 @@ class ZeroStdRule(_Rule):
     window: int = Field(20, ge=1)
     """Steps over which the mean is taken."""
     max_share: float = Field(0.9, ge=0.0, lt=1.0)
+    """Of the groups."""
 
 
 class OffPolicyRule(_Rule):
@@ -77,6 +78,7 @@ class IdleRule(_Rule):
     window: int = Field(20, ge=1)
     """Steps over which the time is counted."""
     max_share: float = Field(0.95, gt=0.0, lt=1.0)
+    """Of the time."""
 
 
 Rule = Annotated[

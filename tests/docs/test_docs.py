@@ -17,8 +17,9 @@ import typer
 from pydantic import BaseModel
 
 from actors.recipe.file import load_recipe
-from actors.recipe.schema import GrpoRecipe, SftRecipe
+from actors.recipe.schema import GrpoRecipe, OfflineKind
 from deploy.__main__ import app
+from tests.docs.recipe_keys import page
 
 ROOT = Path(__file__).parents[2]
 GUIDES = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -41,7 +42,7 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from models_in(argument)
 
 
-KEYS = {*keys_of(GrpoRecipe), *keys_of(SftRecipe)}
+KEYS = {key for kind in (GrpoRecipe, *typing.get_args(OfflineKind)) for key in keys_of(kind)}
 ROOTS = {key for key in KEYS if "." not in key}
 FILE = re.compile(r"[\w./-]+\.(py|md|yaml|txt|cpu|jsonl)|deploy/Dockerfile")
 
@@ -89,6 +90,10 @@ def test_every_key_that_a_guide_names_is_a_recipe_s(name: str) -> None:
         if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", key) and key.split(".")[0] in ROOTS and not FILE.fullmatch(key):
             is_foreign = re.search(rf"`{re.escape(span)}`[^|\n]*\|[^|\n]*\|\s*$", GUIDES[name], flags=re.M)
             assert key in KEYS or (is_foreign and name == "moving.md"), f"{name}: {span}"
+
+
+def test_the_guide_to_the_keys_is_written_from_the_recipes() -> None:
+    assert GUIDES["recipe.md"] == page(), "write it again: python -m tests.docs.recipe_keys > docs/recipe.md"
 
 
 def test_the_column_of_ours_holds_keys_and_no_key_twice() -> None:
