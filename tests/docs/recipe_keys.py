@@ -3,7 +3,7 @@ classes; a test holds the guide to it."""
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,8 @@ _HEAD = """# Every key of a recipe
 
 Keys are written here with dots, as on the command line (`policy.zero_stage=2`); in the file they are nested. A key that
 is not here is an error. `kind` says which recipe it is: `grpo`, or one that learns from data alone, `sft`, `dpo`,
-`kto`, `orpo`, `cpo` or `reward`. What a run has made of its recipe, every default spelled out, is in `recipe.yaml` in its
-folder. How the keys of other trainers are called here: [moving.md](moving.md).
+`kto`, `orpo`, `cpo` or `reward`. What a run has made of its recipe, every default spelled out, is in `recipe.yaml` in
+its folder. How the keys of other trainers are called here: [moving.md](moving.md).
 
 This page is written by `python -m tests.docs.recipe_keys > docs/recipe.md`.
 """
@@ -32,20 +32,18 @@ _UNIONS = (typing.Union, types.UnionType)
 
 def page() -> str:
     """The guide."""
-    writer = _Writer()
-    lines = [_HEAD, "## All kinds", "", *writer.section("", BaseRecipe)]
-    kinds: dict[str, tuple[type[BaseModel], ...]] = {
-        "`kind: grpo`": (GrpoRecipe,),
-        "All kinds that learn from data alone": (OfflineRecipe,),
+    kinds = (SftRecipe, DpoRecipe, KtoRecipe, OrpoRecipe, CpoRecipe, RewardRecipe)
+    sections = {
+        "All kinds": BaseRecipe,
+        "`kind: grpo`": GrpoRecipe,
+        "All kinds that learn from data alone": OfflineRecipe,
     }
-    kinds |= {_title(kind): (kind,) for kind in (SftRecipe, DpoRecipe, KtoRecipe, OrpoRecipe, CpoRecipe, RewardRecipe)}
-    for title, (kind,) in kinds.items():
+    sections |= {f"`kind: {_tag(kind)}`": kind for kind in kinds}
+    writer = _Writer()
+    lines = [_HEAD]
+    for title, kind in sections.items():
         lines += [f"## {title}", "", *writer.section("", kind)]
     return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def _title(kind: type[BaseModel]) -> str:
-    return f"`kind: {_tag(kind)}`"
 
 
 class _Writer:
@@ -54,24 +52,18 @@ class _Writer:
     def __init__(self) -> None:
         self._places: dict[type[BaseModel], str] = {BaseModel: ""}
 
-    def section(self, above: str, model: type[BaseModel], level: str = "###") -> Iterator[str]:
+    def section(self, above: str, model: type[BaseModel]) -> Iterator[str]:
         """What the class says, its own keys, and then the sections below it."""
-        inherited: set[str] = set()
         yield _sentence(model)
-        for base in model.__mro__[1:]:
-            if base in self._places and base is not BaseModel:
-                inherited |= set(base.model_fields)
-                if place := self._places[base]:
-                    yield f"Besides the keys of {place}:"
-                break
+        base = next((base for base in model.__mro__[1:] if base in self._places), BaseModel)
+        if self._places[base]:
+            yield f"Besides the keys of {self._places[base]}:"
         self._places[model] = f"`{above.rstrip('.')}`" if above else ""
-        fields = {name: field for name, field in model.model_fields.items() if name not in inherited}
+        fields = {name: field for name, field in model.model_fields.items() if name not in base.model_fields}
         rows = [row for name, field in fields.items() if (row := self._row(above, name, field)) is not None]
-        if rows:
-            yield from ("", "| key | values | default | |", "|---|---|---|---|", *rows)
-        yield ""
+        yield from ("", *_table(rows)) if rows else ("",)
         for name, field in fields.items():
-            yield from self._below(above + name, field, level)
+            yield from self._below(above + name, field)
 
     def _row(self, above: str, name: str, field: FieldInfo) -> str | None:
         inner = _models(field.annotation)
@@ -83,25 +75,29 @@ class _Writer:
         values, default = ("see below", _default_of(field)) if inner else (_values(field), _default(field))
         return f"| `{above}{name}` | {values} | {default} | {meaning} |"
 
-    def _below(self, key: str, field: FieldInfo, level: str) -> Iterator[str]:
+    def _below(self, key: str, field: FieldInfo) -> Iterator[str]:
         models = _models(field.annotation)
         if not models:
             return
         listed = " (each of a list)" if typing.get_origin(_bare(field.annotation)) is tuple else ""
         if len(models) == 1 and models[0] in self._places:
-            yield from (f"{level} `{key}`", "", f"The keys of {self._places[models[0]]}{_otherwise(field)}.", "")
+            yield from (f"### `{key}`", "", f"The keys of {self._places[models[0]]}{_otherwise(field)}.", "")
             return
-        yield from (f"{level} `{key}`{listed}", "")
+        yield from (f"### `{key}`{listed}", "")
         if len(models) == 1:
-            yield from self.section(f"{key}.", models[0], level)
+            yield from self.section(f"{key}.", models[0])
             return
         if common := _common(models):
             self._places[common] = ""
             rows = [self._row(f"{key}.", name, each) for name, each in common.model_fields.items()]
-            yield from ("| key | values | default | |", "|---|---|---|---|", *filter(None, rows), "")
+            yield from _table(filter(None, rows))
         for model in models:
             yield from (f"With `kind: {_tag(model)}`:", "")
-            yield from self.section(f"{key}.", model, level)
+            yield from self.section(f"{key}.", model)
+
+
+def _table(rows: Iterable[str]) -> Iterator[str]:
+    yield from ("| key | values | default | |", "|---|---|---|---|", *rows, "")
 
 
 def _common(models: list[type[BaseModel]]) -> type[BaseModel] | None:
