@@ -1,4 +1,4 @@
-"""What the guides say is so: keys and files exist, commands run, TRL's names are TRL's, figures are computed."""
+"""What the pages say is so: keys and files exist, commands run, TRL's names are TRL's, figures are computed."""
 
 import dataclasses
 import os
@@ -23,6 +23,7 @@ from tests.docs.recipe_keys import page
 
 ROOT = Path(__file__).parents[2]
 GUIDES = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = GUIDES | {path.name: path.read_text("utf-8") for path in sorted(ROOT.glob("*.md"))}
 BASE = "recipes/qwen2.5_7b.yaml"
 
 
@@ -83,12 +84,12 @@ def test_there_is_something_to_check() -> None:
     assert sum(len(rows) for rows in tables(GUIDES["moving.md"])) >= 50
 
 
-@pytest.mark.parametrize("name", GUIDES)
-def test_every_key_that_a_guide_names_is_a_recipe_s(name: str) -> None:
-    for span in spans(GUIDES[name]):
-        key = span.partition("=")[0]
+@pytest.mark.parametrize("name", PAGES)
+def test_every_key_that_a_page_names_is_a_recipe_s(name: str) -> None:
+    for span in spans(PAGES[name]):
+        key = re.split("[=:]", span)[0]
         if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", key) and key.split(".")[0] in ROOTS and not FILE.fullmatch(key):
-            is_foreign = re.search(rf"`{re.escape(span)}`[^|\n]*\|[^|\n]*\|\s*$", GUIDES[name], flags=re.M)
+            is_foreign = re.search(rf"`{re.escape(span)}`[^|\n]*\|[^|\n]*\|\s*$", PAGES[name], flags=re.M)
             assert key in KEYS or (is_foreign and name == "moving.md"), f"{name}: {span}"
 
 
@@ -132,13 +133,14 @@ def test_values_that_a_guide_proposes_are_taken(name: str, monkeypatch: pytest.M
             load_recipe(BASE, (span, "staleness.in_flight_updates=true"))
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", PAGES)
 def test_files_and_links_lead_somewhere(name: str) -> None:
-    for span in spans(GUIDES[name]):
+    for span in spans(PAGES[name]):
         if FILE.fullmatch(span) and "/" in span:
             assert (ROOT / span).exists(), f"{name}: {span}"
-    for link in re.findall(r"\]\(([^)#]+)", GUIDES[name]):
-        assert "://" in link or (ROOT / "docs" / link).exists(), f"{name}: {link}"
+    for link in re.findall(r"\]\(([^)#]+)", PAGES[name]):
+        folder = ROOT / "docs" if name in GUIDES else ROOT
+        assert "://" in link or (folder / link).exists(), f"{name}: {link}"
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,18 @@ def test_a_command_has_a_verb_and_options_that_exist(name: str, arguments: list[
         load_recipe(ROOT / given["recipe"], given.get("overrides") or [])
     elif "run" in given:
         assert given["run"] in (None, load_recipe(ROOT / BASE).name)
+
+
+@pytest.mark.parametrize("arguments", commands(PAGES["README.md"]), ids=" ".join)
+def test_a_command_of_the_readme_has_a_verb_and_options_that_exist(arguments: list[str]) -> None:
+    verbs: Any = typer.main.get_command(app)
+    verbs.commands[arguments[0]].make_context(arguments[0], list(arguments[1:])).close()
+
+
+def test_the_recipe_of_the_readme_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", PAGES["README.md"], flags=re.M | re.S)
+    (tmp_path / "my.yaml").write_text(text)
+    assert load_recipe(tmp_path / "my.yaml").name == "my-run"
 
 
 @pytest.mark.parametrize(
