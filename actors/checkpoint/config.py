@@ -13,18 +13,18 @@ class BestConfig(BaseModel):
     model_config = CLOSED
 
     metric: str = Field("reward", min_length=1)
-    """A name in `metrics.jsonl`; the mean over the steps since the cut before counts."""
+    """A name in `metrics.jsonl`; the mean over the steps since the checkpoint before counts."""
     mode: Literal["max", "min"] = "max"
     """Whether the highest value is the best, or the lowest."""
 
 
 class CheckpointConfig(BaseModel):
-    """Cuts from which a run goes on when its command is given again, after whatever ended it."""
+    """Checkpoints from which a run goes on when its command is given again, after whatever ended it."""
 
     model_config = CLOSED
 
     every: int = Field(50, ge=0)
-    """Steps from one cut to the next; 0 makes none but on SIGTERM."""
+    """Steps from one to the next; 0 makes none but on SIGTERM."""
     keep: int = Field(2, ge=2)
     """The newest so many are kept, two at least: where the newest turns out to be damaged, the run goes on from the one
     before. Each holds the float32 weights and AdamW's two moments, 12 bytes a parameter."""
