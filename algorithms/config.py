@@ -224,7 +224,7 @@ class OptimizerConfig(BaseModel):
     lr_scheduler_kwargs: dict[str, Any] = {}
     """Arguments of the schedule, such as `{min_lr_rate: 0.1}`; what counts steps counts those of the run."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0; not of the schedule `constant`."""
+    """Steps over which the learning rate rises; the schedule `constant` has none."""
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
