@@ -224,11 +224,15 @@ class OptimizerConfig(BaseModel):
     lr_scheduler_kwargs: dict[str, Any] = {}
     """Arguments of the schedule, such as `{min_lr_rate: 0.1}`; what counts steps counts those of the run."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises; the schedule `constant` has none."""
+    """Steps over which the learning rate rises; with the schedule `constant` it must be 0."""
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
         schedule, arguments = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        if schedule == "constant" and self.warmup_steps:
+            raise ValueError(
+                "lr_scheduler_type: constant has no warm-up; set it to constant_with_warmup, or warmup_steps to 0"
+            )
         for refusal in refusals_of_arguments(schedule, arguments):
             raise ValueError(refusal)
         for refusal in refusals_of_floors(schedule, arguments, self.learning_rate):

@@ -38,9 +38,11 @@ def load_stored(path: str | Path) -> Recipe:
     The user's own recipe says how the run goes on, and is held to what is legal now.
     """
     draft = _Draft(str(path), _read(Path(path)))
-    checkpoint = draft.tree.get("checkpoint")
+    checkpoint, optimizer = draft.tree.get("checkpoint"), draft.tree.get("optimizer")
     if isinstance(checkpoint, dict) and checkpoint.get("keep") == 1:  # the least was 1, and is 2
         checkpoint["keep"] = 2
+    if isinstance(optimizer, dict) and optimizer.get("lr_scheduler_type") == "constant":  # it had no effect there
+        optimizer["warmup_steps"] = 0
     return _whole(draft)
 
 

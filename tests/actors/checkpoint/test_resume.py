@@ -102,5 +102,17 @@ def test_a_run_that_kept_one_checkpoint_goes_on_with_two(run: tuple[CheckpointSt
         load_recipe(recipe)
 
 
+def test_a_run_whose_warm_up_had_no_effect_goes_on_without_it(run: tuple[CheckpointStore, Path]) -> None:
+    text = run[1].read_text()
+    run[1].write_text(
+        text.replace("lr_scheduler_type: constant_with_warmup", "lr_scheduler_type: constant").replace(
+            "warmup_steps: 0", "warmup_steps: 10"
+        )
+    )
+    with pytest.raises(RecipeError, match="lr_scheduler_type: constant has no warm-up"):
+        load_recipe(run[1])
+    assert not list(changes(run[1], load_recipe(DEMO, ["optimizer.lr_scheduler_type=constant"])))
+
+
 def test_a_run_without_a_cut_has_none(tmp_path: Path) -> None:
     assert find(CheckpointStore(tmp_path), tmp_path / "recipe.yaml", load_recipe(DEMO), ()) is None

@@ -92,8 +92,14 @@ def rates_of(made: Any, num: int, factor: float = 1.0) -> list[float]:
 
 
 def config_of(name: str, arguments: dict[str, Any]) -> OptimizerConfig:
+    warmup_steps = 0 if name == "constant" else WARMUP
     return OptimizerConfig.model_validate(
-        {"learning_rate": 1e-3, "lr_scheduler_type": name, "lr_scheduler_kwargs": arguments, "warmup_steps": WARMUP}
+        {
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": name,
+            "lr_scheduler_kwargs": arguments,
+            "warmup_steps": warmup_steps,
+        }
     )
 
 
