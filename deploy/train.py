@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from actors.checkpoint.resume import Resume, changes, find
+from actors.checkpoint.resume import Resume, changes, check_rows, find
 from actors.checkpoint.store import CheckpointStore
 from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.examples import ExampleStream, data_examples
@@ -108,6 +108,7 @@ def prepare(
         folder = RunFolder(run.folder)
         resume = None if overwrite else _resume(run, folder, allowed)
         if resume is not None:
+            check_rows(resume.cut, len(rows), rows.source, allowed)
             check_unchanged(tokenizer, run.model.chat_template, resume.path / MODEL, allowed)
         replaces = overwrite or (resume is None and _ended_early(run, folder))
         if resume is None:

@@ -73,6 +73,8 @@ class Cut(msgspec.Struct, frozen=True):
     measured: Measured = Measured()
     score: Score | None = None
     """When the recipe wants the best checkpoint kept."""
+    num_rows: int | None = None
+    """Of the data set: with another number the same ordinals are other rows. None in older checkpoints."""
     format: int = FORMAT
 
     def write(self, folder: Path, groups: list[SavedGroup]) -> None:

@@ -19,6 +19,8 @@ class GrpoMoment:
     attempts: Attempts
     depth: DepthController | None
     progress: Callable[[], Progress]
+    num_rows: int | None = None
+    """Of the data set."""
 
     def take(self, version: int) -> tuple[Cut, list[ReadyGroup]]:
         """The cut and its scored groups; nothing is awaited here."""
@@ -30,6 +32,7 @@ class GrpoMoment:
             self.progress(),
             failures=self.attempts.state(),
             measured=Measured(self.ledger.audit.state(), None if self.depth is None else self.depth.state()),
+            num_rows=self.num_rows,
         )
         self.ledger.flush()
         return cut, ready

@@ -69,6 +69,18 @@ def find(store: CheckpointStore, recipe_file: Path, recipe: Recipe, allowed: Col
     raise ValueError(f"{store.path}: no checkpoint is whole ({notes[-1]}); begin anew with --overwrite")
 
 
+def check_rows(cut: Cut, num_rows: int, source: str, allowed: Collection[str]) -> None:
+    """ValueError when the data set has another number of rows than it had: whoever goes on would train some rows twice
+    and others never, though the journal is in order. That the rows are the same ones is not looked at."""
+    if cut.num_rows in (None, num_rows) or any(key.split(".")[0] == "dataset" for key in allowed):
+        return
+    raise ValueError(
+        f"dataset.path: {source} has {num_rows} rows and had {cut.num_rows} when the checkpoint was made, so the order "
+        "would be another one, some rows trained twice and others never; put the data back, go on all the same with "
+        "--allow-change dataset.path, or begin anew with --overwrite"
+    )
+
+
 def check_tensors(folder: Path) -> None:
     """DamagedError names a file of tensors that cannot be one; no tensor is read."""
     for path in sorted(folder.rglob("*.safetensors")):

@@ -127,7 +127,7 @@ async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
         reporter.resume(resume.cut.progress)
     health = Health(recipe.health, waiting, policy, run.progress.say, ledger)
     attempts = _attempts(run, waiting, ledger)
-    moment = GrpoMoment(waiting, ledger, attempts, _depth(recipe, pacer), reporter.progress)
+    moment = GrpoMoment(waiting, ledger, attempts, _depth(recipe, pacer), reporter.progress, len(run.prompts.rows))
     if resume is not None:
         await moment.restore(resume.cut)
     checkpointer = _checkpointer(run, learners, moment, reporter, health, None if resume is None else version)

@@ -88,7 +88,8 @@ class Lives:
         """One life, to its end; no rule of health ever rolls a supervised run back."""
         recipe, policy = self.recipe, self.policy
         lesson = lesson_of(recipe, self.stream, policy, self.folder.path, self.progress.say)
-        learner = Learner(recipe, lesson, policy, self.folder, self.progress, self.tracker)
+        num_rows = len(self.stream.rows)
+        learner = Learner(recipe, lesson, policy, self.folder, self.progress, self.tracker, num_rows)
         async with suspected(self._look, self.folder.stall), policy.watched(_LIVENESS):
             steps = range(0 if resume is None else resume.cut.version, recipe.steps)
             await lesson.prepare(steps, lambda: self.recovery.stopped)
@@ -142,6 +143,7 @@ class Learner:
     folder: RunFolder
     progress: RunProgress
     tracker: Tracker
+    num_rows: int
     version: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last step."""
@@ -183,7 +185,7 @@ class Learner:
         """Examples are a pure function of the step, so the cut holds little more than its number."""
         next_ordinal = version * self.recipe.batch_size
         pacer = PacerState(version, self.recipe.steps - version, next_ordinal, unfinished=(), ready=())
-        return Cut(version, 0, pacer, self._so_far()), []
+        return Cut(version, 0, pacer, self._so_far(), num_rows=self.num_rows), []
 
     def _so_far(self) -> Progress:
         wall_s = self._totals.wall_s + time.monotonic() - self._started

@@ -46,6 +46,7 @@ def test_a_cut_comes_back(tmp_path: Path) -> None:
         failures=Failures({4: 2}, filtered_in_a_row=3),
         measured=Measured(audit.state(), depth.state()),
         score=Score("reward", 1 / 3, 5),
+        num_rows=1000,
     )
     groups = [saved(6), saved(8)]
     cut.write(tmp_path, groups)

@@ -26,7 +26,7 @@ def make(folder: Path) -> GrpoMoment:
     limits = Limits(group_timeout_s=5.0, start_timeout_s=1.0, max_attempts=3, max_quarantined=1, max_bad_rows=0)
     attempts = Attempts(limits, None, RewardBudget(1.0), rows, pacer, router, fleet, ledger)
     depth = DepthController(AdaptDepthConfig(smoothing=0.0), 2, pacer.pipeline_depth, pacer.pipeline_depth)
-    return GrpoMoment(pacer, ledger, attempts, depth, Progress)
+    return GrpoMoment(pacer, ledger, attempts, depth, Progress, num_rows=7)
 
 
 async def fail(moment: GrpoMoment) -> int:
@@ -50,6 +50,7 @@ async def test_a_run_that_goes_on_counts_on(tmp_path: Path) -> None:
 
     second = make(tmp_path)
     read, _ = Cut.read(tmp_path)
+    assert read.num_rows == 7
     second.pacer.restore(read.pacer, [])
     await second.restore(read)
     assert second.depth is not None

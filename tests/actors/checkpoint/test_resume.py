@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from actors.checkpoint.cut import Cut, Progress
-from actors.checkpoint.resume import changes, find
+from actors.checkpoint.resume import changes, check_rows, find
 from actors.checkpoint.store import CheckpointStore
 from actors.recipe.file import RecipeError, dump_recipe, load_recipe
 from algorithms.slots import PacerState
@@ -40,6 +40,18 @@ def test_a_damaged_one_is_passed_over_and_told(run: tuple[CheckpointStore, Path]
     (store.path / "version-00000010" / "groups.msgpack").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint is whole.*--overwrite"):
         find(store, recipe, load_recipe(DEMO), ())
+
+
+def test_a_data_set_that_has_become_longer_or_shorter_is_refused() -> None:
+    """The recipe is the same, and each ordinal would be another row."""
+    cut = Cut(20, 5, PacerState(20, 100, 40, (), ()), Progress(), num_rows=1000)
+    for num_rows in (999, 1001):
+        with pytest.raises(ValueError, match=rf"x.jsonl has {num_rows} rows and had 1000 .*--allow-change dataset.path"):
+            check_rows(cut, num_rows, "x.jsonl", ["steps"])
+        for allowed in ("dataset", "dataset.path", "dataset.size"):
+            check_rows(cut, num_rows, "x.jsonl", [allowed])
+    check_rows(cut, 1000, "x.jsonl", ())
+    check_rows(Cut(20, 5, PacerState(20, 100, 40, (), ()), Progress()), 3, "of an older checkpoint", ())
 
 
 def test_how_it_computes_may_change(run: tuple[CheckpointStore, Path]) -> None:
