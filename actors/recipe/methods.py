@@ -50,6 +50,8 @@ def _of_online_dpo(recipe: "GrpoRecipe") -> Iterator[str]:
         )
     if recipe.algorithm.num_generations < 2:
         yield "algorithm.num_generations: a preference needs two samples of a prompt; set it to 2 or more"
+    if any(rule.kind == "kl" for rule in recipe.health.rules):
+        yield "health.rules: the rule 'kl' looks at a metric that is not measured beside online_dpo; leave the rule out"
     if recipe.staleness.when_stale == "mask":
         yield (
             "staleness.when_stale: 'mask' takes single tokens out, and online_dpo compares whole completions; set it "

@@ -96,6 +96,7 @@ def scores(prompts: Any) -> None:
         (["algorithm.beta=0.0"], "algorithm.beta: 0 would let online_dpo go as far"),
         (["staleness.when_stale=mask"], "staleness.when_stale: 'mask' takes single tokens out"),
         (["algorithm.loss_type=grpo"], "algorithm.loss_type: it has no effect beside online_dpo"),
+        (["health.rules=[{kind: kl}]"], "health.rules: the rule 'kl' looks at a metric that is not measured beside"),
         (["online_dpo.loss_type=hinge"], "online_dpo.loss_type: 'hinge'"),
         (["rewards.functions.0.function=x.py:f"], "write either function"),
         (["distillation={}", "reference={kind: pretrained, path: a}"], "a step has one loss"),
