@@ -3,7 +3,9 @@
 The functions run in a child process (rewards/lane.py), so one that hangs, crashes or changes global state costs its own
 score and nothing else. Async ones are called for many groups at a time, sync ones, which hold their process, for one
 group after another; a recipe that has both has a child for each kind, so that what fails in the one costs the other
-nothing. The reward is the weighted sum over the functions that gave a number, None when none did: TRL's rule.
+nothing. The reward is the weighted sum over the functions that gave a number, None when none did: TRL's rule. A rollout
+that a function fails for while it scores others of the group has None: left out of that one's sum it would be held
+against the others as if the function had said 0.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from actors.recipe.rewards import RewardConfig
 from actors.rewards.docket import Outcome
@@ -62,7 +64,8 @@ class RewardActor:
         assert len(completions) == len(group.rollouts), "one text per rollout"
         arguments = arguments_of(group, completions)
         outcomes = await self._outcomes(arguments, len(completions))
-        rewards_G, num_overflows = total_rewards([outcome.scores for outcome in outcomes], self._weights)
+        scores = [outcome.scores for outcome in outcomes]
+        rewards_G, num_overflows = total_rewards(scores, self._weights, failed_alone(outcomes))
         failures = Counter(outcome.cause for outcome in outcomes if outcome.cause is not None)
         if num_overflows:
             failures["bad_output"] += 1
@@ -164,18 +167,28 @@ def steps_of(is_async: Sequence[bool]) -> tuple[list[list[int]], list[int]]:
     )
 
 
+def failed_alone(outcomes: Sequence[Outcome]) -> frozenset[int]:
+    """Rollouts without a score of a function that has failed, and has scored others of the same group."""
+    partly = [outcome.scores for outcome in outcomes if outcome.cause is not None and any(_known(outcome.scores))]
+    return frozenset(place for scores in partly for place, known in enumerate(_known(scores)) if not known)
+
+
+def _known(scores: Sequence[float | None]) -> list[bool]:
+    return [score is not None for score in scores]
+
+
 def total_rewards(
-    scores: Sequence[Sequence[float | None]], weights: Sequence[float]
+    scores: Sequence[Sequence[float | None]], weights: Sequence[float], unscorable: Collection[int] = ()
 ) -> tuple[tuple[float | None, ...], int]:
     """The weighted sum for each rollout over the functions that gave a number, and how many sums overflowed.
 
-    None where no function gave a number, and where the sum is not finite.
+    None where no function gave a number, where the sum is not finite, and for the `unscorable` rollouts.
     """
     rewards: list[float | None] = []
     num_overflows = 0
-    for of_rollout in zip(*scores, strict=True):
+    for place, of_rollout in enumerate(zip(*scores, strict=True)):
         parts = [weight * score for weight, score in zip(weights, of_rollout, strict=True) if score is not None]
         total = sum(parts)
         num_overflows += not math.isfinite(total)
-        rewards.append(total if parts and math.isfinite(total) else None)
+        rewards.append(total if parts and math.isfinite(total) and place not in unscorable else None)
     return tuple(rewards), num_overflows

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from actors.recipe.rewards import RewardConfig
-from actors.reward import RewardActor, score_names, steps_of, total_rewards
+from actors.reward import RewardActor, failed_alone, score_names, steps_of, total_rewards
+from actors.rewards.docket import Outcome
 from actors.rewards.functions import check_reward, checked_scores
 from algorithms.types import Group, Messages, Prompt, Rollout, ScoredGroup
 
@@ -205,6 +206,27 @@ def test_async_functions_are_gathered(
     assert scored.scores == {"misbehave_async": (own, own), "half": (half, half)}
     assert scored.failures == failures
     assert score(async_actor, how_async="good").rewards_G == (1.5, 1.5)
+
+
+def test_a_bad_item_beside_another_function_is_no_zero() -> None:
+    """The sum of the others alone would put the rollout below those that the function did score."""
+    actor = actor_of("half", "misbehave")
+    try:
+        scored = score(actor, how="one NaN")
+        assert scored.scores == {"half": (0.5, 0.5), "misbehave": (None, 2.0)}
+        assert scored.rewards_G == (None, 2.5)
+        assert scored.failures == {"bad_output": 1}
+        assert score(actor, how="some None").rewards_G == (0.5, 2.5), "what is given on purpose is TRL's None"
+    finally:
+        actor.close()
+
+
+def test_who_fails_for_all_is_held_against_nobody() -> None:
+    half, given = Outcome((0.5, 0.5, 0.5)), Outcome((None, 1.0, 2.0))
+    bad, all_bad = Outcome((None, 1.0, None), "bad_output", "x"), Outcome((None, None, None), "timeout", "x")
+    assert failed_alone([half, given]) == failed_alone([half, all_bad]) == frozenset()
+    assert failed_alone([half, bad]) == {0, 2}
+    assert total_rewards([half.scores, bad.scores], (1.0, 1.0), failed_alone([half, bad])) == ((None, 1.5, None), 0)
 
 
 def test_one_function_that_fails_does_not_cost_the_others() -> None:
