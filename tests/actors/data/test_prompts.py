@@ -105,6 +105,11 @@ BAD = {
         bos_tokenizer(STRICT),
         "row 0: the chat template refuses the conversation .roles must be user., its roles are system",
     ),
+    "tool calls that are none": (
+        [{"role": "user", "content": "x", "tool_calls": 5}],
+        bos_tokenizer("{% for m in messages %}{% for call in m.tool_calls %}{{ call }}{% endfor %}{% endfor %}"),
+        "row 0: the chat template refuses the conversation .'int' object is not iterable., its roles are user",
+    ),
     "empty": ("", BYTES, "row 0: the prompt is empty"),
     "empty conversation": ([], BYTES, "row 0: 'prompt' is an empty conversation"),
     "too long": ("x" * 101, BYTES, "row 0: the prompt has 101 tokens.*allows 100; raise generation.max_prompt_length"),
