@@ -6,6 +6,7 @@ checkpoints/best.json            which is the best, when the recipe asks; made a
 checkpoints/run_id               of the run whose checkpoints these are
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -79,7 +80,8 @@ class CheckpointStore:
             raise RunError(f"{staged}: the run has gone back meanwhile, and this checkpoint is given up")
         staged.rename(committed)
         _sync(self.path)
-        self._prune()
+        with contextlib.suppress(OSError):  # it is written, whatever keeps older ones; the next commit tries again
+            self._prune()
         return committed
 
     def versions(self) -> list[int]:
@@ -143,22 +145,23 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """After the commit: whenever the process is killed, at most too many are left, and the next commit prunes."""
-        best = self._tell_best()
+        best = self.best_version()
+        with contextlib.suppress(OSError):
+            self._tell_best()
         for version in self.versions()[: -self.keep]:
             if version != best:
                 _remove(self._folder(version))
 
-    def _tell_best(self) -> int | None:
+    def _tell_best(self) -> None:
         path, version = self.path / "best.json", self.best_version()
         score = None if version is None else score_of(self._folder(version))
         if self.best is None or score is None:
             path.unlink(missing_ok=True)
-            return None
+            return
         told = {"version": version, "metric": score.metric, "mode": self.best.mode, "value": score.value}
         staged = self.path / "best.json.staged"
         staged.write_bytes(msgspec.json.encode(told) + b"\n")
         staged.rename(path)
-        return version
 
     def _run_id(self) -> str | None:
         """None where nobody has left one: folders that were copied by hand are taken as they are."""
@@ -193,14 +196,14 @@ def _describe(path: Path) -> _File:
 
 
 def _remove(path: Path) -> None:
-    """Whole or not at all: when the process is killed meanwhile, what is left is no checkpoint and is cleared later."""
+    """Whole or not at all: when the process is killed meanwhile, or a file cannot be removed, as NFS has it where
+    somebody reads it, what is left is no checkpoint and is cleared later."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)  # of a link the link alone
         return
-    doomed = path.with_name(f".staged-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = path.with_name(f".staged-gone-{uuid.uuid4().hex}")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -328,7 +328,7 @@ async def test_a_process_killed_before_it_prunes_leaves_the_best(
     checkpointer, policy, said = make(tmp_path, rewards=REWARDS, metric="reward")
     await run_to(checkpointer, policy, 1, 4)
     with monkeypatch.context() as killed:
-        killed.setattr(CheckpointStore, "_prune", lambda store: (_ for _ in ()).throw(OSError("killed")))
+        killed.setattr(CheckpointStore, "_prune", lambda store: (_ for _ in ()).throw(RunError("killed")))
         await run_to(checkpointer, policy, 5, 6)
     assert checkpointer.store.versions() == [2, 4, 6]
     assert "killed" in said[0]

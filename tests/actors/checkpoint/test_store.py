@@ -1,5 +1,6 @@
 """A checkpoint is whole, or it is not there, or it is named as damaged; never anything else."""
 
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from actors.checkpoint import store as store_module
+from actors.checkpoint.config import BestConfig
 from actors.checkpoint.store import CheckpointStore, DamagedError
 from actors.errors import RunError
 
@@ -19,6 +21,13 @@ def make(store: CheckpointStore, version: int) -> Path:
     (staged / "inner").mkdir()
     (staged / "inner" / "facts.json").write_text(f'{{"version": {version}}}')
     return store.commit(version)
+
+
+def raising(error: BaseException) -> Any:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    return fails
 
 
 def test_the_newest_are_kept_and_found(tmp_path: Path) -> None:
@@ -149,6 +158,29 @@ def test_one_that_is_being_removed_is_gone_or_whole(tmp_path: Path, monkeypatch:
     store.open(2)
     make(store, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run_id", "version-00000003"]
+
+
+def test_what_cannot_be_removed_or_told_does_not_undo_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a checkpoint that is on the disk nobody is told that it could not be written; nor is it written once more."""
+    store = CheckpointStore(tmp_path, keep=1, best=BestConfig())
+    make(store, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "_tell_best", raising(OSError(errno.ENOSPC, "no space left")))
+        make(store, 2)
+    assert store.versions() == [2]
+    store = CheckpointStore(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("actors.checkpoint.store.os.rmdir", raising(OSError(errno.ENOTEMPTY, "somebody reads it")))
+        patch.setattr("actors.checkpoint.store.os.unlink", raising(OSError(errno.EBUSY, "somebody reads it")))
+        make(store, 3)
+        make(store, 4)
+        assert store.versions() == [4]
+        store.discard_after(3)
+        assert store.versions() == [], "else a run that goes back would find what it has given up"
+    make(store, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_id", "version-00000005"]
 
 
 def test_a_write_that_was_given_up_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
