@@ -75,7 +75,10 @@ class RunFolder:
 
     def check_free(self, overwrite: bool) -> None:
         """ValueError when the folder holds another run that may not be overwritten, or something else altogether."""
-        if not self.path.exists() or all(entry.name == _LOCK for entry in self.path.iterdir()):
+        there = next(place for place in (self.path, *self.path.parents) if os.path.lexists(place))
+        if not there.is_dir():
+            raise ValueError(f"run_dir: {there} is no folder; choose another with run_dir=...")
+        if there != self.path or all(entry.name == _LOCK for entry in self.path.iterdir()):
             return
         if not self.recipe.exists():
             raise ValueError(f"run_dir: {self.path} exists and is not a run folder; choose another with run_dir=...")
@@ -88,8 +91,12 @@ class RunFolder:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """No other process trains in the folder meanwhile; RunError when one does already."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # of a file, which NFS locks everywhere
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # Of a file, which NFS locks everywhere.
+            descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunError(f"run_dir: {error.filename or self.path} cannot be written: {error.strerror}") from None
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # is given back when the process ends, however
@@ -137,10 +144,22 @@ class RunFolder:
             file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """Every whole line; a process that is killed can tear the last one."""
+        """Every whole line; a process that is killed can tear the last one. RunError names one that is none of ours."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        found: list[dict[str, float]] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                metrics = json.loads(line)
+                is_ours = isinstance(metrics["step"], int)
+            except (ValueError, LookupError, TypeError, RecursionError):
+                is_ours = False
+            if not is_ours:
+                raise RunError(
+                    f"{path}: line {number} is not the metrics of a step; remove it, and give the command again"
+                )
+            found.append(metrics)
+        return found
 
     def write_completions(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         path = self.path / "completions" / f"step_{step:05d}.jsonl"

@@ -79,6 +79,28 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+def test_what_is_no_folder_and_cannot_be_one_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place in ("file", "file/below/it", "link"):
+        with pytest.raises(ValueError, match=r"run_dir: .*/(file|link) is no folder; choose another"):
+            RunFolder(tmp_path / place).check_free(overwrite=True)
+        with pytest.raises(RunError, match="run_dir: .* cannot be written: "), RunFolder(tmp_path / place).held():
+            pass
+    RunFolder(tmp_path / "new" / "one").check_free(overwrite=False)
+
+
+@pytest.mark.parametrize("line", [b"\0\0\0", b"\xff", b"[1]", b"3", b"{}", b'{"step": "x"}', b"[" * 100_000])
+def test_metrics_that_are_damaged_are_named(line: bytes, tmp_path: Path) -> None:
+    """A run that goes on reads them first, when Ray is there already."""
+    folder = RunFolder(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n{"st')
+    with pytest.raises(RunError, match=r"metrics.jsonl: line 2 is not the metrics of a step"):
+        folder.rewind(RECIPE, 1)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n{"step": 2}\n{"st')
+    assert folder.read_metrics() == [{"step": 0}, {"step": 2}]
+
+
 def test_metrics_are_json_even_when_a_value_is_not_finite(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.create(RECIPE, overwrite=False)
