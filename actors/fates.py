@@ -105,7 +105,7 @@ class Fates:
                 self.wasted("requeued", sum(event["lengths"]), seconds)
             case "quarantined":
                 self._leave_out(ordinal, "quarantined")
-                found = Quarantined(event.get("row", -1), event["cause"], ordinal in self.dispatched)
+                found = Quarantined(int(event.get("row", -1)), str(event["cause"]), ordinal in self.dispatched)
                 self.quarantined[ordinal] = found
             case "filtered":
                 self._leave_out(ordinal, event["cause"])

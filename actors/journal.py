@@ -19,7 +19,7 @@ def read(path: Path) -> list[Event]:
         try:
             event = json.loads(line)
             complete = {"event", "ordinal", "t"} <= event.keys()
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             complete = False
         if not complete:
             raise ValueError(f"{path}: line {number} is not an event of a journal")
@@ -58,17 +58,18 @@ def fates(events: Iterable[Event]) -> Fates:
     standing: list[tuple[int, Event]] = []
     undone: list[Event] = []
     num_cuts = num_roll_backs = 0
-    for number, event in enumerate(events):
-        if event["event"] == "resumed":
-            undone += [past for line, past in standing if line >= event["lines"] and past["event"] == "scored"]
-            standing = [(line, past) for line, past in standing if line < event["lines"]] + [(number, event)]
-            num_cuts += 1
-        elif event["event"] == "rolled back":  # whatever was undone, that it was is not
-            num_roll_backs += 1
-        else:
-            standing.append((number, event))
-    result = Fates(num_cuts=num_cuts, num_roll_backs=num_roll_backs)
+    event: Event = {}
     try:
+        for number, event in enumerate(events):
+            if event["event"] == "resumed":
+                undone += [past for line, past in standing if line >= event["lines"] and past["event"] == "scored"]
+                standing = [(line, past) for line, past in standing if line < event["lines"]] + [(number, event)]
+                num_cuts += 1
+            elif event["event"] == "rolled back":  # whatever was undone, that it was is not
+                num_roll_backs += 1
+            else:
+                standing.append((number, event))
+        result = Fates(num_cuts=num_cuts, num_roll_backs=num_roll_backs)
         for _, event in standing:
             result.apply(event)
         for event in undone:

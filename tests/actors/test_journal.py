@@ -120,9 +120,10 @@ def test_what_is_taken_back_takes_its_fates_and_its_size_with_it(tmp_path: Path)
 
 def test_a_line_that_is_no_event_is_named(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    path.write_text('{"event": "late", "ordinal": 1, "t": 0}\nhello\n')
-    with pytest.raises(ValueError, match="line 2 is not an event"):
-        journal.read(path)
+    for line in ("hello", "[" * 100_000, "[1]"):
+        path.write_text('{"event": "late", "ordinal": 1, "t": 0}\n' + line + "\n")
+        with pytest.raises(ValueError, match="line 2 is not an event"):
+            journal.read(path)
 
 
 def test_a_journal_that_lacks_what_a_cut_counts_on_is_refused(tmp_path: Path) -> None:
@@ -139,7 +140,14 @@ def test_a_journal_that_lacks_what_a_cut_counts_on_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "line", ['{"event": "trained", "ordinal": 1, "t": 0}', '{"event": "sung", "ordinal": 1, "t": 0}']
+    "line",
+    [
+        '{"event": "trained", "ordinal": 1, "t": 0}',
+        '{"event": "sung", "ordinal": 1, "t": 0}',
+        '{"event": "began", "ordinal": -1, "t": 0}\n{"event": "resumed", "ordinal": -1, "t": 0}',
+        '{"event": "began", "ordinal": -1, "t": 0}\n{"event": "resumed", "ordinal": -1, "t": 0, "lines": "x"}',
+        '{"event": "quarantined", "ordinal": 1, "t": 0, "cause": "", "row": "x"}',
+    ],
 )
 def test_an_event_of_no_journal_is_told(line: str, tmp_path: Path) -> None:
     (tmp_path / "ledger.jsonl").write_text(line + "\n")
