@@ -135,7 +135,7 @@ def conversation_ids(
             messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
         )
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # A template is a program over what the row holds: a `tool_calls` that is a number, say, raises what Python does.
+        # A template is a program over what the row holds: a `tool_calls` that is a number raises what Python does.
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"{where}: the chat template refuses the conversation ({error}), its roles are {roles}; correct the row"

@@ -160,9 +160,7 @@ def test_one_that_is_being_removed_is_gone_or_whole(tmp_path: Path, monkeypatch:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run_id", "version-00000003"]
 
 
-def test_what_cannot_be_removed_or_told_does_not_undo_a_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_removed_or_told_does_not_undo_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a checkpoint that is on the disk nobody is told that it could not be written; nor is it written once more."""
     store = CheckpointStore(tmp_path, keep=1, best=BestConfig())
     make(store, 1)

@@ -85,7 +85,7 @@ def test_what_is_no_folder_and_cannot_be_one_is_told(tmp_path: Path) -> None:
     for place in ("file", "file/below/it", "link"):
         with pytest.raises(ValueError, match=r"run_dir: .*/(file|link) is no folder; choose another"):
             RunFolder(tmp_path / place).check_free(overwrite=True)
-        with pytest.raises(RunError, match="run_dir: .* cannot be written: "), RunFolder(tmp_path / place).held():
+        with pytest.raises(RunError, match=r"run_dir: .* cannot be written: "), RunFolder(tmp_path / place).held():
             pass
     RunFolder(tmp_path / "new" / "one").check_free(overwrite=False)
 
