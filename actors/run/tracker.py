@@ -9,16 +9,23 @@ after that no run stops for its tracker: it goes on without, with a warning, and
 import contextlib
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
+
+import psutil
 
 from actors.run.machine import answers
 
 _INIT_TIMEOUT_S = 60.0
 _FINISH_TIMEOUT_S = 120.0
 """A run does not wait longer for its last metrics to be uploaded; `wandb sync` can do that later."""
+
+_LOG_TIMEOUT_S = 20.0
+"""To hand a step's metrics to W&B's own process, which takes milliseconds; the loop stands still meanwhile."""
 
 _STEP = "step"
 
@@ -103,7 +110,7 @@ class Tracker:
             return
         run, self._run = self._run, None  # one that fails is not asked again
         with self._no_reason_to_stop("metrics.jsonl in the run folder has all metrics"):
-            run.log({_STEP: step, **metrics})
+            _in_time(_LOG_TIMEOUT_S, lambda: run.log({_STEP: step, **metrics}))
             self._run = run
 
     def __enter__(self) -> Self:
@@ -113,7 +120,35 @@ class Tracker:
         if self._run is None:
             return
         with self._no_reason_to_stop("metrics.jsonl in the run folder has all metrics"):
-            self._run.finish(exit_code=int(kind is not None))
+            _in_time(2 * _FINISH_TIMEOUT_S, lambda: self._run.finish(exit_code=int(kind is not None)))
+
+
+def _in_time(seconds: float, call: Callable[[], object]) -> None:
+    """TimeoutError when the call is not back by then. What hangs is W&B's own process, which is ended: else the end of
+    ours would wait for it."""
+    done: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except Exception as error:  # noqa: BLE001  whoever waits is told
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="tracker", daemon=True).start()
+    try:
+        done.result(seconds)
+    except TimeoutError:
+        if done.done():
+            raise
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.name().startswith("wandb"):
+                    child.kill()
+        with contextlib.suppress(Exception):  # it mourns its process; when ours ends it would do so with a traceback
+            import wandb
+
+            wandb.teardown()
+        raise TimeoutError(f"its process has not answered for {seconds:g} s") from None
 
 
 def _begun(project: str, name: str, folder: Path, config: Mapping[str, Any], run_id: str, offline: bool) -> Any:

@@ -190,6 +190,21 @@ print("the run has ended well")
 """
 
 
+HANG = """
+import psutil, sys
+from pathlib import Path
+from actors.run import tracker
+tracker._LOG_TIMEOUT_S = 1.0
+with tracker.Tracker("test", "run", Path(sys.argv[1]), {}, lambda line: print("SAID", line)) as of:
+    of.log(0, {"reward": 1.0})
+    for child in psutil.Process().children(recursive=True):
+        child.suspend()
+    for step in range(1, 1000):
+        of.log(step, {f"metric/{number}": 1.5 * step for number in range(200)})
+print("the run has ended well")
+"""
+
+
 def online(script: str, folder: Path, url: str, mode: str = "online") -> subprocess.CompletedProcess[str]:
     """A process of its own, because wandb remembers to whom it has spoken."""
     env = os.environ | {
@@ -223,6 +238,15 @@ def test_a_run_goes_on_without_its_tracker_and_keeps_the_metrics(tmp_path: Path,
     lines, ids, _ = logged(tmp_path)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert ids == {(tmp_path / "wandb_id").read_text().strip()}
+
+
+def test_a_tracker_that_hangs_does_not_hold_the_run_up_nor_its_end(tmp_path: Path) -> None:
+    """Its process is stopped: what is written to it fills the pipe, and nobody reads."""
+    done = online(HANG, tmp_path, NOBODY, mode="offline")
+    assert "the run has ended well" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("SAID") == 1
+    assert "Weights & Biases fails (its process has not answered for 1 s)" in done.stdout
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
 def test_a_tracker_that_dies_in_mid_run_does_not_end_it(tmp_path: Path) -> None:
