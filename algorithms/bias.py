@@ -170,6 +170,11 @@ class SelectionAudit:
         return distance * left.num / (num_kept + left.num)
 
 
+def _square(value: float) -> float:
+    """Infinity where it is too large: a reward may be any finite number, and ** would raise."""
+    return value * value
+
+
 @dataclass(slots=True)
 class _Fate:
     """A uniform sample of all values that were added (Vitter's algorithm R), and exact sums over all of them."""
@@ -198,7 +203,7 @@ class _Fate:
         self.num_groups += 1
         self.total += sum(known)
         self.squares += sum(value * value for value in known)
-        self.group_squares += sum(known) ** 2 / len(known)
+        self.group_squares += _square(sum(known)) / len(known)
 
     def state(self) -> FateState:
         sums = self.num, self.num_groups, self.total, self.squares, self.group_squares
@@ -222,7 +227,7 @@ class _Fate:
         if self.num_groups < 2:
             return float(self.num_groups)
         size = self.num / self.num_groups
-        between = (self.group_squares - self.total**2 / self.num) / (self.num_groups - 1)
+        between = (self.group_squares - _square(self.total) / self.num) / (self.num_groups - 1)
         within = (self.squares - self.group_squares) / max(self.num - self.num_groups, 1)
         spread = between + (size - 1) * within
         correlation = min(max((between - within) / spread, 0.0), 1.0) if spread > 0 else 0.0

@@ -3,6 +3,7 @@
 Legend: B = rollouts of the batch, G = rollouts of one group.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -20,7 +21,7 @@ def reward_metrics(
     scale_rewards: Literal["group", "batch", "none"] = "group",
     max_staleness: int | None = None,
 ) -> dict[str, float]:
-    """Every value is finite: NaN is never emitted.
+    """Every value is finite: NaN is never emitted, nor the infinity that a mean of huge rewards may be.
 
     `version` is the version that the policy trains at; tokens sampled more than `max_staleness` versions before it are
     masked, and none when that is None. `scale_rewards` decides, as in TRL, whether `frac_reward_zero_std` looks at the
@@ -30,7 +31,7 @@ def reward_metrics(
     Where TRL writes 0 for want of a value (terminated lengths when every completion was truncated) nothing is written.
     """
     metrics = _rewards(groups, scale_rewards) | _lengths(groups) | _staleness(groups, version, max_staleness)
-    return {name: value for name, value in metrics.items() if value is not None}
+    return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
 
 
 def _rewards(groups: Sequence[GroupSummary], scale_rewards: str) -> dict[str, float | None]:

@@ -50,10 +50,10 @@ class Watch:
         )
 
     def take(self) -> Score | None:
-        """The mean so far, which begins anew; None when no step has logged the metric."""
+        """The mean so far, which begins anew; None when no step has logged the metric, or it is no finite number."""
         total, num_steps = self._total, self._num_steps
         self._total, self._num_steps = 0.0, 0
-        return Score(self.metric, total / num_steps, num_steps) if num_steps else None
+        return Score(self.metric, total / num_steps, num_steps) if num_steps and math.isfinite(total) else None
 
 
 def best_of(scores: Mapping[int, Score | None], config: BestConfig) -> int | None:

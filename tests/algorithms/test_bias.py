@@ -153,6 +153,16 @@ def test_without_anything_left_out_the_distance_is_zero() -> None:
     assert audit.metrics()["bias/length_ks"] == 0.0
 
 
+@pytest.mark.parametrize("reward", [1e155, 1e200, -1e308])
+def test_a_reward_may_be_any_finite_number(reward: float) -> None:
+    audit = SelectionAudit()
+    for _ in range(300):
+        audit.trained([3, 5], [reward, 1.0])
+        audit.left_out("stale", [3, 5], [reward, reward])
+    assert audit.metrics()["bias/length_ks"] == 0.0
+    assert audit.warning() is None
+
+
 def test_memory_is_bounded_and_the_counts_stay_exact() -> None:
     audit, random = SelectionAudit(capacity=256), np.random.default_rng(0)
     total = 0

@@ -37,6 +37,14 @@ def staleness(groups: list[GroupSummary], **options: int) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name.startswith("staleness/")}
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_a_mean_of_huge_rewards_is_left_out_where_it_overflows() -> None:
+    """The checkpoint keeps it as JSON, in which an infinity cannot be read back."""
+    metrics = reward_metrics([summary((1e308, 1e308)), summary((-1e308, 1e308))], version=0)
+    assert all(map(math.isfinite, metrics.values()))
+    assert "reward" not in reward_metrics([summary((1e308, 1e308))], version=0)
+
+
 def test_by_hand() -> None:
     groups = [
         summary((1.0, None), num_loss_tokens_G=(2, 6), truncated_G=(False, True), failures={"timeout": 1}),

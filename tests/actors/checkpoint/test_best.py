@@ -36,3 +36,6 @@ def test_the_mean_is_over_the_steps_since_the_last_cut() -> None:
     assert watch.saw({"loss": 1.0}) is None, "a step may have no reward when others have"
     assert watch.take() == Score("reward", 1.5, 2)
     assert watch.take() is None
+    for _ in range(2):
+        watch.saw({"reward": 1e308})
+    assert watch.take() is None, "JSON has no infinity, and a cut that holds one could not be read"
