@@ -53,7 +53,8 @@ def _waste(found: Fates) -> Table:
 def _quarantined(found: Fates) -> Table:
     table = Table("row", "group", "cause", title="What was set aside")
     for ordinal, quarantined in sorted(found.quarantined.items(), key=lambda item: (item[1].row, item[0])):
-        table.add_row(str(quarantined.row), str(ordinal), escape(quarantined.cause))
+        cause = quarantined.cause.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate has no bytes
+        table.add_row(str(quarantined.row), str(ordinal), escape(cause))
     return table
 
 

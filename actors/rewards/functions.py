@@ -141,6 +141,9 @@ def describe(error: BaseException, file: str | None = None) -> str:
     """
     try:
         text = f"{type(error).__name__}: {str(error).strip()[:400]}".rstrip(": ")
+        # What a model has written may hold lone surrogates as JSON escapes, and they have no bytes: not to be printed,
+        # nor saved with the group.
+        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         if isinstance(error, SyntaxError):
             return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"[:500]
         frames = traceback.extract_tb(error.__traceback__)

@@ -41,8 +41,10 @@ class RunProgress:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """One line that stays."""
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        """One line that stays. A lone surrogate, as a reward function may find in what a model has written, is in it
+        as its escape: it has no bytes."""
+        shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+        self._console.print(shown, highlight=False, soft_wrap=True, markup=False)
 
     def step(self, done: int, figures: Mapping[str, str]) -> None:
         """`done` steps are complete; `figures` are shown as they are."""

@@ -16,7 +16,7 @@ import pytest
 from actors.recipe.rewards import RewardConfig
 from actors.reward import RewardActor, failed_alone, score_names, steps_of, total_rewards
 from actors.rewards.docket import Outcome
-from actors.rewards.functions import check_reward, checked_scores
+from actors.rewards.functions import check_reward, checked_scores, describe
 from algorithms.types import Group, Messages, Prompt, Rollout, ScoredGroup
 
 FILE = "tests/actors/misbehaving_rewards.py"
@@ -410,6 +410,10 @@ def test_functions_that_can_be_called_pass(tmp_path: Path) -> None:
     for name in ("by_kwargs", "some", "all_named", "optional", "waits", "judge", "bound"):
         check_reward(f"{tmp_path}/reward.py:{name}", columns=("answer",))
     check_reward("recipes/rewards/exact_match.py:exact_match")
+
+
+def test_what_an_error_says_has_bytes() -> None:
+    assert describe(ValueError("no number: \ud800 \u00e9")) == "ValueError: no number: \\ud800 \u00e9"
 
 
 @pytest.mark.parametrize(

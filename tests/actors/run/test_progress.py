@@ -18,9 +18,17 @@ def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"warning: {TEMPLATED}\n"
 
 
+def test_what_has_no_bytes_is_shown_as_its_escape(capsys: pytest.CaptureFixture[str]) -> None:
+    """`json.loads` of what a model has written may hold it, and so may the error of who has read that."""
+    RunProgress("run", 1, Console()).say("warning: \ud800 \u00e9")
+    assert capsys.readouterr().out.encode() == b"warning: \\ud800 \xc3\xa9\n"
+
+
 def test_brackets_in_the_journal_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         ledger.dispatched(Slot(0, 0, 0), replica=0)
-        ledger.quarantined(Slot(0, 0, 0), TEMPLATED, row=3)
+        ledger.quarantined(Slot(0, 0, 0), f"{TEMPLATED} \ud800", row=3)
     assert show(tmp_path)
-    assert TEMPLATED in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert TEMPLATED in shown
+    assert "\\ud800" in shown
