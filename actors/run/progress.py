@@ -44,7 +44,12 @@ class RunProgress:
         """One line that stays. A lone surrogate, as a reward function may find in what a model has written, is in it
         as its escape: it has no bytes."""
         shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
-        self._console.print(shown, highlight=False, soft_wrap=True, markup=False)
+        try:
+            self._console.print(shown, highlight=False, soft_wrap=True, markup=False)
+        except SystemExit as ended:
+            # Of rich, when nobody reads the pipe any more, with 1: the run goes on all the same, and prints no more.
+            if ended.code != 1:
+                raise
 
     def step(self, done: int, figures: Mapping[str, str]) -> None:
         """`done` steps are complete; `figures` are shown as they are."""
