@@ -53,7 +53,8 @@ from placement.live import plan_now
 from placement.plan import PlacementError, plan
 
 _RESERVE_TIMEOUT_S = 120.0
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK = (*_FULL, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +193,20 @@ def _reserved(recipe: Recipe, begun: bool) -> ReservedPools:
 
 
 def _told(error: BaseException, folder: RunFolder) -> BaseException:
-    """What stopped the run; a disk that takes no more is the user's to mend, and no error of ours."""
-    if isinstance(error, OSError) and error.errno in _DISK:
-        where = error.filename or folder.path
-        return RunError(f"run_dir: {where} cannot be written: {error.strerror}; make room, and give the command again")
+    """What stopped the run; a disk that takes no more, or a folder that was taken away, is the user's to mend, and no
+    error of ours."""
+    if isinstance(error, OSError) and _is_of_disk(error, folder):
+        where, fix = error.filename or folder.path, "make room" if error.errno in _FULL else "mend that"
+        return RunError(f"run_dir: {where} cannot be written: {error.strerror}; {fix}, and give the command again")
     if isinstance(error, RayError):
         return RunError(last_line(error))
     return error
+
+
+def _is_of_disk(error: OSError, folder: RunFolder) -> bool:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return not folder.path.is_dir()
+    return error.errno in _DISK or (error.errno == errno.EACCES and error.filename is not None)
 
 
 def _begin(job: Job, console: Console) -> None:

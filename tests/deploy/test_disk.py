@@ -19,6 +19,16 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     assert "/there/ledger.jsonl cannot be written" in str(told)
 
 
+def test_a_folder_that_was_taken_away_or_closed_is_named(tmp_path: Path) -> None:
+    closed = _told(PermissionError(errno.EACCES, "Permission denied", "/there/metrics.jsonl"), RunFolder(tmp_path))
+    assert str(closed).startswith("run_dir: /there/metrics.jsonl cannot be written: Permission denied; mend that")
+    stale = _told(OSError(errno.ESTALE, "Stale file handle"), RunFolder(tmp_path))
+    assert str(stale).startswith(f"run_dir: {tmp_path} cannot be written: Stale file handle; mend that")
+    ours = FileNotFoundError(errno.ENOENT, "No such file or directory", str(tmp_path / "gone" / "metrics.jsonl"))
+    assert _told(ours, RunFolder(tmp_path)) is ours, "the folder is there, so it is an error of ours"
+    assert "gone/metrics.jsonl cannot be written" in str(_told(ours, RunFolder(tmp_path / "gone")))
+
+
 def test_a_lost_object_is_told_in_a_line(tmp_path: Path) -> None:
     told = _told(ray.exceptions.ObjectLostError("ab", "there", "in a step"), RunFolder(tmp_path))
     assert isinstance(told, RunError)
