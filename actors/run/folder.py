@@ -102,6 +102,11 @@ class RunFolder:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # is given back when the process ends, however
             except BlockingIOError:
                 raise RunError(f"run_dir: another process is training in {self.path}; wait for it, or end it") from None
+            except OSError as error:
+                raise RunError(
+                    f"run_dir: {self.path} cannot be locked ({error.strerror}), so two processes might train in it; "
+                    "choose a folder on a file system that knows locks"
+                ) from None
             yield
         finally:
             os.close(descriptor)

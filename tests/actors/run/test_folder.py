@@ -1,6 +1,7 @@
 """A run folder is never shared by two runs, and what was written can be read back."""
 
 import contextlib
+import errno
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,15 @@ def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
             pass
     with folder.held():
         pass  # given back
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("actors.run.folder.fcntl.flock", unknown)
+    with pytest.raises(RunError, match=r"cannot be locked \(Operation not supported\)"), RunFolder(tmp_path).held():
+        pass
 
 
 def test_what_is_left_of_an_overwriting_that_was_killed_is_not_the_old_run(
