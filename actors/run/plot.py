@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+_LARGEST = 1e100
+
 
 def plot_run(metrics: Sequence[dict[str, float]], max_staleness: int, path: Path) -> None:
     """Reward with its spread above, mean and highest staleness with the bound below, over the steps."""
@@ -12,7 +14,7 @@ def plot_run(metrics: Sequence[dict[str, float]], max_staleness: int, path: Path
     from matplotlib import pyplot
 
     steps = [row["step"] for row in metrics]
-    reward = [row.get("reward", float("nan")) for row in metrics]
+    reward = [_drawable(row.get("reward", float("nan"))) for row in metrics]
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
     above.plot(steps, reward, color="tab:blue", alpha=0.35, label="reward")
     above.plot(steps, _smooth(reward), color="tab:blue", label="smoothed")
@@ -44,6 +46,11 @@ def plot_loss(metrics: Sequence[dict[str, float]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _drawable(value: float) -> float:
+    """NaN, which leaves a gap, for what no axis holds: a finished run must not fail for its picture."""
+    return value if abs(value) < _LARGEST else float("nan")
 
 
 def _smooth(values: Sequence[float], window: int = 10) -> list[float]:

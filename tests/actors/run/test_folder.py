@@ -124,6 +124,12 @@ def test_metrics_are_json_even_when_a_value_is_not_finite(tmp_path: Path) -> Non
     }
 
 
+@pytest.mark.parametrize("rewards", [[1e308], [1e308, -1e308, 1.0], [-1e200, 1e200]])
+def test_a_run_that_is_finished_does_not_fail_for_its_picture(rewards: list[float], tmp_path: Path) -> None:
+    plot_run([{"step": step, "reward": reward} for step, reward in enumerate(rewards)], 2, tmp_path / "reward.png")
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_plots_are_pictures(tmp_path: Path) -> None:
     rows = [{"step": i, "reward": i / 9, "loss": 1.0, "staleness/max": i % 3, "staleness/mean": 0.5} for i in range(10)]
     plot_run(rows, 2, tmp_path / "reward.png")
