@@ -1,11 +1,11 @@
 """A rollout's reward is what the reward functions gave it, or None; a function that fails never gives 0.
 
 The functions run in a child process (rewards/lane.py), so one that hangs, crashes or changes global state costs its own
-score and nothing else. Async ones are called for many groups at a time, sync ones, which hold their process, for one
+score, and no other's. Async ones are called for many groups at a time, sync ones, which hold their process, for one
 group after another; a recipe that has both has a child for each kind, so that what fails in the one costs the other
-nothing. The reward is the weighted sum over the functions that gave a number, None when none did: TRL's rule. A rollout
-that a function fails for while it scores others of the group has None: left out of that one's sum it would be held
-against the others as if the function had said 0.
+nothing. The reward is the weighted sum over the functions that gave a number, None when none did: TRL's rule. Where a
+function has failed there is no reward either, however many others gave a number: a sum without it is a sum in which it
+said 0.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ class RewardActor:
         arguments = arguments_of(group, completions)
         outcomes = await self._outcomes(arguments, len(completions))
         scores = [outcome.scores for outcome in outcomes]
-        rewards_G, num_overflows = total_rewards(scores, self._weights, failed_alone(outcomes))
+        rewards_G, num_overflows = total_rewards(scores, self._weights, unscorable(outcomes, self._weights))
         failures = Counter(outcome.cause for outcome in outcomes if outcome.cause is not None)
         if num_overflows:
             failures["bad_output"] += 1
@@ -167,22 +167,18 @@ def steps_of(is_async: Sequence[bool]) -> tuple[list[list[int]], list[int]]:
     )
 
 
-def failed_alone(outcomes: Sequence[Outcome]) -> frozenset[int]:
-    """Rollouts without a score of a function that has failed, and has scored others of the same group."""
-    partly = [outcome.scores for outcome in outcomes if outcome.cause is not None and any(_known(outcome.scores))]
-    return frozenset(place for scores in partly for place, known in enumerate(_known(scores)) if not known)
-
-
-def _known(scores: Sequence[float | None]) -> list[bool]:
-    return [score is not None for score in scores]
+def unscorable(outcomes: Sequence[Outcome], weights: Sequence[float]) -> frozenset[int]:
+    """Rollouts that a function has failed for; one of weight 0, which is only measured, costs nobody the reward."""
+    failed = [outcome.scores for outcome, weight in zip(outcomes, weights, strict=True) if outcome.cause and weight]
+    return frozenset(place for scores in failed for place, score in enumerate(scores) if score is None)
 
 
 def total_rewards(
-    scores: Sequence[Sequence[float | None]], weights: Sequence[float], unscorable: Collection[int] = ()
+    scores: Sequence[Sequence[float | None]], weights: Sequence[float], without: Collection[int] = ()
 ) -> tuple[tuple[float | None, ...], int]:
     """The weighted sum for each rollout over the functions that gave a number, and how many sums overflowed.
 
-    None where no function gave a number, where the sum is not finite, and for the `unscorable` rollouts.
+    None where no function gave a number, where the sum is not finite, and for the rollouts `without` one.
     """
     rewards: list[float | None] = []
     num_overflows = 0
@@ -190,5 +186,5 @@ def total_rewards(
         parts = [weight * score for weight, score in zip(weights, of_rollout, strict=True) if score is not None]
         total = sum(parts)
         num_overflows += not math.isfinite(total)
-        rewards.append(total if parts and math.isfinite(total) and place not in unscorable else None)
+        rewards.append(total if parts and math.isfinite(total) and place not in without else None)
     return tuple(rewards), num_overflows

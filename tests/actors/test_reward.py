@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from actors.recipe.rewards import RewardConfig
-from actors.reward import RewardActor, failed_alone, score_names, steps_of, total_rewards
+from actors.reward import RewardActor, score_names, steps_of, total_rewards, unscorable
 from actors.rewards.docket import Outcome
 from actors.rewards.functions import check_reward, checked_scores, describe
 from algorithms.types import Group, Messages, Prompt, Rollout, ScoredGroup
@@ -221,21 +221,24 @@ def test_a_bad_item_beside_another_function_is_no_zero() -> None:
         actor.close()
 
 
-def test_who_fails_for_all_is_held_against_nobody() -> None:
+def test_who_is_failed_has_no_reward() -> None:
     half, given = Outcome((0.5, 0.5, 0.5)), Outcome((None, 1.0, 2.0))
     bad, all_bad = Outcome((None, 1.0, None), "bad_output", "x"), Outcome((None, None, None), "timeout", "x")
-    assert failed_alone([half, given]) == failed_alone([half, all_bad]) == frozenset()
-    assert failed_alone([half, bad]) == {0, 2}
-    assert total_rewards([half.scores, bad.scores], (1.0, 1.0), failed_alone([half, bad])) == ((None, 1.5, None), 0)
+    assert unscorable([half, given], (1.0, 1.0)) == frozenset(), "None on purpose is TRL's"
+    assert unscorable([half, bad], (1.0, 1.0)) == {0, 2}
+    assert unscorable([half, all_bad], (1.0, -0.5)) == {0, 1, 2}
+    assert unscorable([half, all_bad], (1.0, 0.0)) == frozenset(), "what is only measured costs nobody"
+    assert total_rewards([half.scores, bad.scores], (1.0, 1.0), {0, 2}) == ((None, 1.5, None), 0)
 
 
-def test_one_function_that_fails_does_not_cost_the_others() -> None:
-    actor = actor_of("half", "misbehave", "nothing", weights=(2.0, 1.0, 1.0))
+@pytest.mark.parametrize(("weight", "rewards"), [(1.0, (None, None)), (0.0, (1.0, 1.0))])
+def test_one_function_that_fails_does_not_cost_the_scores_of_others(weight: float, rewards: tuple) -> None:
+    actor = actor_of("half", "misbehave", "nothing", weights=(2.0, weight, 1.0))
     try:
         for how, cause in (("sleeps", "timeout"), ("segfaults", "died"), ("raises", "exception")):
             scored = score(actor, how=how)
             assert scored.scores == {"half": (0.5, 0.5), "misbehave": (None, None), "nothing": (None, None)}
-            assert scored.rewards_G == (1.0, 1.0)
+            assert scored.rewards_G == rewards
             assert scored.failures == {cause: 1}
     finally:
         actor.close()
