@@ -1,5 +1,6 @@
 """Which choices of a recipe contradict one another: each refusal names the key, and the way out."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ def refusals(config: "GrpoConfig") -> Iterator[str]:
     yield from _of_the_kl(config)
     yield from _of_clipping(config)
     yield from _of_corrections(config)
+    if config.vllm_importance_sampling_correction:
+        yield from _of_bounds(config)
 
 
 def _of_advantages(config: "GrpoConfig") -> Iterator[str]:
@@ -22,6 +25,12 @@ def _of_advantages(config: "GrpoConfig") -> Iterator[str]:
         yield (
             f"num_generations: the advantage is measured against the group's mean, which needs at least 2 rollouts a "
             f"prompt, got {config.num_generations}; set num_generations to 2 or more, or baseline to 'none'"
+        )
+    dynamic = config.dynamic_sampling
+    if config.num_generations == 1 and dynamic is not None and dynamic.kind == "zero_std":
+        yield (
+            "dynamic_sampling: the only reward of a group never differs from another, so 'zero_std' would leave out "
+            "every group; leave dynamic_sampling out, or set num_generations to 2 or more"
         )
     if scale != "none" and baseline != "group":
         yield (
@@ -108,3 +117,23 @@ def _of_corrections(config: "GrpoConfig") -> Iterator[str]:
             f"geometric_mask_range: [{bounds[0]:g}, {bounds[1]:g}] does not lie around 1, the ratio of a sequence that "
             "is on policy; set it to such as [0.99, 1.01]"
         )
+
+
+def _of_bounds(config: "GrpoConfig") -> Iterator[str]:
+    low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
+    if low is not None and high is not None and low >= high:
+        yield (
+            f"vllm_importance_sampling_clip_min: {low:g} is not below vllm_importance_sampling_clip_max {high:g}, so "
+            "no weight lies between them; lower it"
+        )
+    if config.vllm_importance_sampling_mode not in ("token_mask", "sequence_mask"):
+        return
+    for key, bound, is_sound, way in (
+        ("clip_min", low, (low or 0.0) < 1, "lower it below 1"),
+        ("clip_max", high, (high or math.inf) > 1, "raise it above 1"),
+    ):
+        if not is_sound:
+            yield (
+                f"vllm_importance_sampling_{key}: {bound:g} leaves out what is on policy, whose weight is 1, and with "
+                f"it all that could be learned; {way}"
+            )

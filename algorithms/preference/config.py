@@ -79,6 +79,8 @@ class DpoConfig(BaseModel):
                 f"f_alpha_divergence_coef: {self.f_divergence_type} does not know it; set f_divergence_type to "
                 "alpha_divergence, or remove it"
             )
+        if self.discopop_tau != 0.05 and "discopop" not in self.loss_type:
+            raise ValueError("discopop_tau: only discopop knows it; remove it, or set loss_type to discopop")
         if self.label_smoothing > 0 and not set(self.loss_type) & set(SMOOTHED):
             raise ValueError(
                 f"label_smoothing: only {', '.join(SMOOTHED)} know it; take one of them (robust is the sigmoid loss "
@@ -144,6 +146,10 @@ class CpoConfig(BaseModel):
     def _sound(self) -> Self:
         if self.label_smoothing > 0 and self.loss_type in ("hinge", "ipo"):
             raise ValueError(f"label_smoothing: the loss {self.loss_type} does not know it; remove it")
+        if self.simpo_gamma != 0.5 and self.loss_type not in ("simpo", "alphapo"):
+            raise ValueError(
+                f"simpo_gamma: the loss {self.loss_type} does not know it; remove it, or set loss_type to simpo"
+            )
         if self.loss_type == "alphapo" and self.cpo_alpha > 0:
             raise ValueError("cpo_alpha: alphapo has no term of likelihood; remove it, or set loss_type to simpo")
         if self.loss_type == "alphapo" and self.alpha == 0:

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 from algorithms.config import GrpoConfig
 
 GAE = {"advantage": "gae", "baseline": "none", "scale_rewards": "none"}
+ALONE = {"num_generations": 1, "baseline": "none", "scale_rewards": "none"}
+CLIP_MIN, CLIP_MAX = "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"
 SAMPLED = {"old_logprobs": "sampled", "vllm_importance_sampling_correction": False}
 
 
@@ -46,6 +48,11 @@ SAMPLED = {"old_logprobs": "sampled", "vllm_importance_sampling_correction": Fal
         ),
         ({"geometric_mask_range": (1.0, 1.1)}, "geometric_mask_range", "such as [0.99, 1.01]"),
         ({"geometric_mask_range": (0.5, 0.9)}, "geometric_mask_range", "such as [0.99, 1.01]"),
+        ({CLIP_MIN: 3.0}, CLIP_MIN, "lower it"),
+        ({CLIP_MIN: 1.5}, CLIP_MIN, "lower it below 1"),
+        ({CLIP_MAX: 0.5}, CLIP_MAX, "raise it above 1"),
+        ({CLIP_MAX: 1.0, "vllm_importance_sampling_mode": "token_mask"}, CLIP_MAX, "raise it above 1"),
+        (ALONE | {"dynamic_sampling": {"kind": "zero_std"}}, "dynamic_sampling", "leave dynamic_sampling out"),
     ],
 )
 def test_a_contradiction_names_the_key_and_the_way_out(keys: dict[str, Any], key: str, way_out: str) -> None:
@@ -60,7 +67,10 @@ def test_a_contradiction_names_the_key_and_the_way_out(keys: dict[str, Any], key
     "keys",
     [
         {},
-        {"num_generations": 1, "baseline": "none", "scale_rewards": "none"},
+        ALONE,
+        ALONE | {"dynamic_sampling": {"kind": "reward_band", "min": 0.1, "max": 0.9}},
+        {CLIP_MAX: 1.0, "vllm_importance_sampling_mode": "token_truncate"},
+        {CLIP_MIN: 0.5, CLIP_MAX: None},
         {"baseline": "leave_one_out", "scale_rewards": "none", "normalize_advantages": "rollouts"},
         {"kl_penalty": "reward_to_go", "beta": 0.1, "scale_rewards": "none"},
         {"kl_penalty": "advantage", "beta": 1.0},

@@ -25,6 +25,8 @@ REFUSED: dict[str, tuple[type, dict[str, Any], str]] = {
         {"loss_type": "alphapo", "alpha": 0.25, "cpo_alpha": 1.0},
         "cpo_alpha: alphapo has no term of likelihood; remove it",
     ),
+    "a temperature for another loss": (DpoConfig, {"discopop_tau": 0.1}, "discopop_tau: only discopop knows it"),
+    "a margin for another loss": (CpoConfig, {"simpo_gamma": 1.0}, "simpo_gamma: the loss sigmoid does not know it"),
     "noise for the hinge": (CpoConfig, {"loss_type": "hinge", "label_smoothing": 0.1}, "hinge does not know it"),
 }
 
