@@ -61,8 +61,11 @@ def _of_online_dpo(recipe: "GrpoRecipe") -> Iterator[str]:
 
 def _without_effect(recipe: "GrpoRecipe", method: str) -> Iterator[str]:
     """Keys of GRPO's loss that were given another value than their default."""
+    known: tuple[str, ...] = _OF_ANY_METHOD
+    if recipe.algorithm.num_generations == 1:  # of which GrpoConfig wants to be told that nothing is compared
+        known += ("baseline", "scale_rewards")
     for key, field in GrpoConfig.model_fields.items():
-        if key not in _OF_ANY_METHOD and recipe.algorithm.model_dump()[key] != field.default:
+        if key not in known and recipe.algorithm.model_dump()[key] != field.default:
             yield f"algorithm.{key}: it has no effect beside {method}, which has a loss of its own; leave it out"
     if recipe.staleness.adapt_depth is not None:
         yield (f"staleness.adapt_depth: the sample size that it follows is not measured beside {method}; leave it out")

@@ -11,6 +11,7 @@ from actors.model.tiny import make_tiny_model
 from actors.recipe.file import RecipeError, load_recipe
 from actors.recipe.model import TinyModel
 from actors.recipe.pools import used_pools
+from actors.recipe.schema import GrpoRecipe
 from deploy.train import prepare
 
 ROOT = Path(__file__).parents[3]
@@ -89,6 +90,16 @@ def test_what_distillation_would_ignore_is_refused(overrides: list[str], message
         load_recipe(GKD, overrides)
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_distillation_needs_one_sample_of_a_prompt_alone() -> None:
+    """There is no baseline, though one rollout a group is allowed only where the recipe says that there is none."""
+    alone = ["algorithm.num_generations=1", "algorithm.baseline=none", "algorithm.scale_rewards=none"]
+    recipe = load_recipe(GKD, alone)
+    assert isinstance(recipe, GrpoRecipe)
+    assert recipe.algorithm.num_generations == 1
+    with pytest.raises(RecipeError, match=r"algorithm\.baseline: it has no effect beside distillation"):
+        load_recipe(GKD, ["algorithm.baseline=none", "algorithm.scale_rewards=none"])
 
 
 def test_data_without_completions_are_refused_unless_only_samples_are_learned(
