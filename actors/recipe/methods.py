@@ -1,4 +1,4 @@
-"""Methods that have a loss of their own in place of GRPO's: which keys of a recipe they leave without effect."""
+"""Which keys a method leaves without effect, or without sense: those with a loss in place of GRPO's, and GRPO's own."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -21,6 +21,8 @@ def method_refusals(recipe: "GrpoRecipe") -> Iterator[str]:
     if recipe.online_dpo is not None:
         yield from _of_online_dpo(recipe)
         yield from _without_effect(recipe, "online_dpo")
+    if recipe.distillation is None and recipe.online_dpo is None:
+        yield from _of_cut_samples(recipe)
     judges = [reward.judge for reward in recipe.rewards.functions if reward.judge is not None]
     if judges and recipe.algorithm.num_generations != 2:
         yield (
@@ -56,6 +58,33 @@ def _of_online_dpo(recipe: "GrpoRecipe") -> Iterator[str]:
         yield (
             "staleness.when_stale: 'mask' takes single tokens out, and online_dpo compares whole completions; set it "
             "to pace or requeue"
+        )
+
+
+def _of_cut_samples(recipe: "GrpoRecipe") -> Iterator[str]:
+    """A replica records what it has sampled from: with top_p or top_k the tokens that are left, scaled up by 1 / Z.
+
+    On policy the ratio to that is Z at every token. Of a whole rollout it is the product, which falls with the length;
+    GSPO's mean over the tokens stays at Z, outside of its clip range.
+    """
+    generation, algorithm = recipe.generation, recipe.algorithm
+    if generation.top_p < 1:
+        key, value, whole = "top_p", generation.top_p, 1
+    elif generation.top_k > 0:
+        key, value, whole = "top_k", generation.top_k, 0
+    else:
+        return
+    says = f"generation.{key}: {value:g} samples from a part of the distribution, so whole rollouts look off policy"
+    mode, level = algorithm.vllm_importance_sampling_mode, algorithm.importance_sampling_level
+    if algorithm.vllm_importance_sampling_correction and mode.startswith("sequence"):
+        yield (
+            f"{says} to algorithm.vllm_importance_sampling_mode {mode!r}; set {key} to {whole}, or the mode to "
+            "'token_truncate'"
+        )
+    if level != "token" and algorithm.old_logprobs != "recomputed":
+        yield (
+            f"{says} to algorithm.importance_sampling_level {level!r}; set {key} to {whole}, or algorithm.old_logprobs "
+            "to 'recomputed'"
         )
 
 

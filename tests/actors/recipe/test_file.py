@@ -214,6 +214,9 @@ VALUES = {
     "rewards.functions=[{weight: 1}]": "rewards.functions.0: write either function: 'path/to/file.py:name' or model: ",
     # What the models themselves say.
     "algorithm.num_generations=1": "algorithm.num_generations: the advantage is measured against the group's mean",
+    "generation.top_p=0.95": "generation.top_p: 0.95 samples from a part of the distribution, so whole rollouts "
+    "look off policy to algorithm.vllm_importance_sampling_mode 'sequence_mask'; set top_p to 1, or the mode to ",
+    "generation.top_k=50": "generation.top_k: 50 samples from a part of the distribution",
     "staleness.pipeline_depth=2": "staleness.pipeline_depth: 2 groups in flight can never fill a batch of 4",
 }
 

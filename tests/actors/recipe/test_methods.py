@@ -1,0 +1,64 @@
+"""What is sampled from a part of the distribution looks off policy, and whole rollouts the more the longer they are."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from actors.recipe.file import RecipeError, load_recipe
+from algorithms.config import GrpoConfig
+from algorithms.losses import Normalizer, grpo_loss
+from tests.algorithms.methods.test_parity import RECIPES
+
+TOP_P = "generation.top_p=0.95"
+BY_TOKENS = "algorithm.vllm_importance_sampling_mode=token_truncate"
+KEPT, LENGTH = 0.95, 64
+"""Share of the distribution that is sampled from, and tokens of each of two rollouts."""
+
+
+def gradient(**keys: Any) -> tuple[float, float]:
+    """On policy, of a rewarded rollout and of a punished one."""
+    logprobs_N = torch.full((2 * LENGTH,), -1.0, dtype=torch.float64, requires_grad=True)
+    recorded_N = logprobs_N.detach() - torch.tensor(KEPT).log()
+    sequence_N = torch.arange(2).repeat_interleave(LENGTH)
+    advantages_N = torch.tensor([1.0, -1.0])[sequence_N]
+    loss, _ = grpo_loss(
+        logprobs_N,
+        torch.zeros(2 * LENGTH),
+        recorded_N,
+        None,
+        advantages_N,
+        sequence_N,
+        num_sequences=2,
+        config=GrpoConfig(**keys),
+        normalizer=Normalizer(2, 2 * LENGTH, LENGTH, 1),
+    )
+    (gradient_N,) = torch.autograd.grad(loss, logprobs_N)
+    rewarded, punished = (2 * part_L.abs().sum().item() for part_L in gradient_N.split(LENGTH))
+    return rewarded, punished
+
+
+def test_weights_of_whole_rollouts_leave_nothing_to_learn() -> None:
+    """Of tokens they leave nearly all, and GSPO learns of nothing but rewards: what is refused, and what is not."""
+    assert gradient() == pytest.approx((KEPT**LENGTH,) * 2)
+    assert gradient(vllm_importance_sampling_mode="token_truncate") == pytest.approx((KEPT,) * 2)
+    bypass = {"old_logprobs": "sampled", "vllm_importance_sampling_correction": False}
+    assert gradient(**bypass) == pytest.approx((KEPT,) * 2)
+    gspo = gradient(**bypass, importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, loss_type="grpo")
+    assert gspo == pytest.approx((KEPT, 0.0))
+
+
+@pytest.mark.parametrize("name", ["gspo", "rloo"])
+def test_ratios_of_whole_rollouts_want_whole_distributions(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"generation\.top_p: 0\.95 .*_level 'sequence.*'; set top_p to 1"):
+        load_recipe(str(RECIPES[name]), [TOP_P])
+
+
+@pytest.mark.parametrize("name", ["gkd", "online_dpo"])
+def test_losses_that_read_no_recorded_log_probabilities_take_any(name: str) -> None:
+    load_recipe(str(RECIPES[name]), [TOP_P, "generation.top_k=50"])
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "icepop", "ppo", "decoupled_ppo_interpolated"])
+def test_and_so_do_those_that_weigh_tokens(name: str) -> None:
+    load_recipe(str(RECIPES[name]), [TOP_P])
