@@ -129,6 +129,11 @@ class GrpoRecipe(BaseRecipe):
             critic = self.critic or CriticConfig()
             check_teams("critic", critic.sequence_parallel_size, self.pools.critic.num_workers)
             critic.optimizer_like(self.optimizer)
+            if critic.warmup_steps >= self.steps:
+                raise ValueError(
+                    f"critic.warmup_steps: {critic.warmup_steps} are all steps of the run, so the policy would never "
+                    "learn; lower it, or raise steps"
+                )
             offload = self.policy.offload
             if offload is not None and critic.zero_stage == 0:
                 raise ValueError(
@@ -231,8 +236,8 @@ class SftRecipe(OfflineRecipe):
 
     kind: Literal["sft"]
     assistant_only_loss: bool = False
-    """Learn what the assistant says, in every turn of a completion or of whole conversations (a column `messages`), and
-    nothing else; false learns all that follows the prompt."""
+    """Take whole conversations (a column `messages`), too, and no text. Of any conversation what the assistant says is
+    learned and nothing else, whatever this is; of text all that follows the prompt."""
 
     @model_validator(mode="after")
     def _sound(self) -> Self:

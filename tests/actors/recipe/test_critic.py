@@ -26,6 +26,7 @@ PPO, GRPO, SFT = (str(ROOT / f"recipes/{name}.yaml") for name in ("methods/ppo",
             "policy={offload: {parameters: cpu}, zero_stage: 3}",
             "critic.zero_stage: policy.offload holds for the critic, too",
         ),
+        (PPO, "critic.warmup_steps=60", "critic.warmup_steps: 60 are all steps of the run, so the policy"),
         (GRPO, "pools.critic.num_workers=1", "pools.critic: nobody asks a critic"),
         (GRPO, "critic.learning_rate=1e-5", "critic: nobody asks a critic"),
         (
