@@ -1,4 +1,7 @@
-"""What a recipe may say about mathematics and decisions; names and defaults are TRL's where the concept is TRL's."""
+"""What a recipe may say about mathematics and decisions; names and defaults are TRL's where the concept is TRL's.
+
+docs/algorithms.md names what has another default.
+"""
 
 from typing import Annotated, Any, Literal, Self
 

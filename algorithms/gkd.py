@@ -23,7 +23,7 @@ class DistillationConfig(BaseModel):
     """Share of the loss that is on what the student samples; the rest is on the data's own completions, which are a
     column `completion`. At 1 none are needed."""
     temperature: float = Field(1.0, gt=0.0)
-    """That the logits of both are divided by."""
+    """That the logits of both are divided by; TRL's loss has 1.0, and its key of this name is of sampling."""
 
 
 def token_weights(of_student: Sequence[int], of_data: Sequence[int], lmbda: float) -> tuple[float, float]:
