@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from algorithms.config import GrpoConfig
+from algorithms.health.config import Rule
 
 if TYPE_CHECKING:
     from actors.recipe.schema import GrpoRecipe
@@ -98,3 +99,20 @@ def _without_effect(recipe: "GrpoRecipe", method: str) -> Iterator[str]:
             yield f"algorithm.{key}: it has no effect beside {method}, which has a loss of its own; leave it out"
     if recipe.staleness.adapt_depth is not None:
         yield (f"staleness.adapt_depth: the sample size that it follows is not measured beside {method}; leave it out")
+
+
+def is_about(rule: Rule, recipe: "GrpoRecipe") -> bool:
+    """Whether what the rule looks at says how a run of this method is doing."""
+    algorithm = recipe.algorithm
+    # With a teacher that speaks in every token's advantage, rewards may be there to be looked at alone.
+    only_measured = algorithm.kl_penalty == "advantage" and not any(each.weight for each in recipe.rewards.functions)
+    learns_rewards = recipe.distillation is None and not only_measured
+    match rule.kind:
+        case "off_policy":  # another loss than GRPO's measures no ratios
+            return recipe.distillation is None and recipe.online_dpo is None
+        case "zero_std":  # equal rewards say nothing only where the group is what they are compared with
+            return learns_rewards and algorithm.baseline != "none"
+        case "length":
+            return learns_rewards
+        case _:
+            return True

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from actors.recipe.base import BaseRecipe, OfflineRecipe, check_teams
 from actors.recipe.critic import CriticConfig
-from actors.recipe.methods import method_refusals
+from actors.recipe.methods import is_about, method_refusals
 from actors.recipe.model import PretrainedModel, ReferenceConfig
 from actors.recipe.preference import KtoRecipe, PairRecipe
 from actors.recipe.rewards import RewardsConfig
@@ -187,6 +187,13 @@ class GrpoRecipe(BaseRecipe):
     @property
     def has_reference_workers(self) -> bool:
         return self.algorithm.beta > 0 and not self.reference_below
+
+    @property
+    def watched_health(self) -> HealthConfig:
+        """With the rules that are about the method."""
+        return self.health.model_copy(
+            update={"rules": tuple(rule for rule in self.health.rules if is_about(rule, self))}
+        )
 
     @property
     def logprob_temperature(self) -> float:

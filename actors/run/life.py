@@ -125,7 +125,7 @@ async def begin(run: Run, learners: Learners, resume: Resume | None) -> Life:
     reporter = Reporter(recipe, folder, run.progress, run.tracker, waiting, publisher, ledger)
     if resume is not None:
         reporter.resume(resume.cut.progress)
-    health = Health(recipe.health, waiting, policy, run.progress.say, ledger)
+    health = Health(recipe.watched_health, waiting, policy, run.progress.say, ledger)
     attempts = _attempts(run, waiting, ledger)
     moment = GrpoMoment(waiting, ledger, attempts, _depth(recipe, pacer), reporter.progress, len(run.prompts.rows))
     if resume is not None:

@@ -99,7 +99,8 @@ class HealthConfig(BaseModel):
         IdleRule(kind="idle", pool="policy"),
         IdleRule(kind="idle", pool="rollout"),
     )
-    """Each looks at a window of steps; `[]` looks at nothing."""
+    """Each looks at a window of steps; `[]` looks at nothing. What a method does not have is not looked at: probability
+    ratios beside `distillation` and `online_dpo`, equal rewards where no group is the baseline or no reward counts."""
     max_skipped_in_a_row: int = Field(3, ge=0)
     """Steps in a row whose loss or gradient is not finite; they leave the weights alone, and more of them stop the
     run."""

@@ -1,4 +1,5 @@
-"""What is sampled from a part of the distribution looks off policy, and whole rollouts the more the longer they are."""
+"""Whole rollouts that are sampled from a part of the distribution look off policy, the longer the more; and no run is
+warned of what its method does not have."""
 
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from actors.recipe.file import RecipeError, load_recipe
+from actors.recipe.schema import GrpoRecipe
 from algorithms.config import GrpoConfig
 from algorithms.losses import Normalizer, grpo_loss
 from tests.algorithms.methods.test_parity import RECIPES
@@ -62,3 +64,34 @@ def test_losses_that_read_no_recorded_log_probabilities_take_any(name: str) -> N
 @pytest.mark.parametrize("name", ["grpo", "dapo", "icepop", "ppo", "decoupled_ppo_interpolated"])
 def test_and_so_do_those_that_weigh_tokens(name: str) -> None:
     load_recipe(str(RECIPES[name]), [TOP_P])
+
+
+ALL = ("zero_std", "off_policy", "entropy", "length", "idle", "idle")
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "without"),
+    [
+        ("grpo", "steps=60", ()),
+        ("decoupled_ppo", "steps=60", ()),
+        # Of a loss of its own no probability ratio is measured, which would count as the worst of all.
+        ("gkd", "steps=60", ("zero_std", "off_policy", "length")),
+        ("gkd", "rewards.functions.0.weight=1.0", ("zero_std", "off_policy", "length")),
+        ("online_dpo", "steps=60", ("off_policy",)),
+        # Rewards that are only measured are all equal, and do not grow.
+        ("on_policy_distillation", "steps=60", ("zero_std", "length")),
+        ("on_policy_distillation", "rewards.functions.0.weight=1.0", ()),
+        # Equal rewards say something where no group is the baseline.
+        ("ppo", "steps=60", ("zero_std",)),
+        ("reinforce_plus_plus", "steps=60", ("zero_std",)),
+        ("reinforce_plus_plus_baseline", "steps=60", ()),
+    ],
+)
+def test_rules_of_health_are_those_that_the_method_can_break(
+    name: str, override: str, without: tuple[str, ...]
+) -> None:
+    recipe = load_recipe(str(RECIPES[name]), [override])
+    assert isinstance(recipe, GrpoRecipe)
+    kinds = [rule.kind for rule in recipe.watched_health.rules]
+    assert kinds == [kind for kind in ALL if kind not in without]
+    assert recipe.watched_health.model_copy(update={"rules": recipe.health.rules}) == recipe.health
