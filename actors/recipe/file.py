@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from actors.recipe.errors import Key, dotted, explain, show
 from actors.recipe.plain_yaml import PlainYamlError, parse, write
 from actors.recipe.schema import Recipe
+from algorithms.config import STORED
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Annotated[Recipe, Field(discriminator="kind")])
 
@@ -43,7 +44,7 @@ def load_stored(path: str | Path) -> Recipe:
         checkpoint["keep"] = 2
     if isinstance(optimizer, dict) and optimizer.get("lr_scheduler_type") == "constant":  # it had no effect there
         optimizer["warmup_steps"] = 0
-    return _whole(draft)
+    return _whole(draft, STORED)
 
 
 def dump_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -157,18 +158,18 @@ def _key(at: Any, part: str, above: Sequence[str | int]) -> str | int:
     return int(part)
 
 
-def _whole(draft: _Draft) -> Recipe:
-    recipe = _validate(draft)
+def _whole(draft: _Draft, context: Any = None) -> Recipe:
+    recipe = _validate(draft, context)
     if recipe is None or draft.errors:
         raise RecipeError("\n".join(draft.errors))
     return recipe
 
 
-def _validate(draft: _Draft) -> Recipe | None:
+def _validate(draft: _Draft, context: Any) -> Recipe | None:
     """The recipe, if the data make one; otherwise the draft notes why they do not."""
     try:
         # JSON is pydantic's strict mode for files: lists become tuples, strings become paths, and nothing is guessed.
-        return _RECIPE.validate_json(json.dumps(draft.tree), strict=True)
+        return _RECIPE.validate_json(json.dumps(draft.tree), strict=True, context=context)
     except ValidationError as error:
         for keys, problem in explain(error.errors(include_url=False)):
             draft.refuse(keys, problem)

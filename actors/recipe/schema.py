@@ -5,7 +5,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from actors.recipe.base import BaseRecipe, OfflineRecipe, check_teams
 from actors.recipe.critic import CriticConfig
@@ -15,7 +15,7 @@ from actors.recipe.preference import KtoRecipe, PairRecipe
 from actors.recipe.rewards import RewardsConfig
 from actors.recipe.rollout import GenerationConfig, RolloutConfig
 from actors.recipe.upkeep import LivenessConfig, StallConfig
-from algorithms.config import GrpoConfig, StalenessConfig
+from algorithms.config import STORED, GrpoConfig, StalenessConfig
 from algorithms.gkd import DistillationConfig
 from algorithms.health.config import HealthConfig
 from algorithms.pacing import default_depth
@@ -54,7 +54,7 @@ class GrpoRecipe(BaseRecipe):
     """How long things take, for `python -m deploy simulate`; training ignores it."""
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _sound(self, info: ValidationInfo) -> Self:
         staleness, algorithm = self.staleness, self.algorithm
         if staleness.max_staleness > 0 and not algorithm.corrects_off_policy:
             raise ValueError(
@@ -62,7 +62,8 @@ class GrpoRecipe(BaseRecipe):
                 "correction; set algorithm.vllm_importance_sampling_correction to true, algorithm.old_logprobs to "
                 "'sampled', or staleness.max_staleness to 0"
             )
-        for refusal in method_refusals(self):
+        stored = info.context == STORED
+        for refusal in method_refusals(self) if not stored else ():
             raise ValueError(refusal)
         if self.reference is not None and algorithm.beta == 0 and self.distillation is None:
             raise ValueError(
@@ -111,10 +112,10 @@ class GrpoRecipe(BaseRecipe):
                 f"{self._learners}; raise groups_per_batch or lower pools.policy.num_workers"
             )
         self._check_sync()
-        self._check_critic()
+        self._check_critic(stored)
         return self
 
-    def _check_critic(self) -> None:
+    def _check_critic(self, stored: bool) -> None:
         if self.algorithm.advantage == "gae":
             if self.pools.critic is None:
                 raise ValueError(
@@ -129,7 +130,7 @@ class GrpoRecipe(BaseRecipe):
             critic = self.critic or CriticConfig()
             check_teams("critic", critic.sequence_parallel_size, self.pools.critic.num_workers)
             critic.optimizer_like(self.optimizer)
-            if critic.warmup_steps >= self.steps:
+            if critic.warmup_steps >= self.steps and not stored:
                 raise ValueError(
                     f"critic.warmup_steps: {critic.warmup_steps} are all steps of the run, so the policy would never "
                     "learn; lower it, or raise steps"

@@ -2,9 +2,9 @@
 
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from algorithms.config import CLOSED
+from algorithms.config import CLOSED, STORED
 
 DpoLoss = Literal[
     "sigmoid",
@@ -61,7 +61,7 @@ class DpoConfig(BaseModel):
         return tuple(names)
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _sound(self, info: ValidationInfo) -> Self:
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(
                 f"loss_weights: {len(self.loss_weights)} weights for {len(self.loss_type)} losses; write one for each "
@@ -79,7 +79,7 @@ class DpoConfig(BaseModel):
                 f"f_alpha_divergence_coef: {self.f_divergence_type} does not know it; set f_divergence_type to "
                 "alpha_divergence, or remove it"
             )
-        if self.discopop_tau != 0.05 and "discopop" not in self.loss_type:
+        if self.discopop_tau != 0.05 and "discopop" not in self.loss_type and info.context != STORED:
             raise ValueError("discopop_tau: only discopop knows it; remove it, or set loss_type to discopop")
         if self.label_smoothing > 0 and not set(self.loss_type) & set(SMOOTHED):
             raise ValueError(
@@ -143,10 +143,10 @@ class CpoConfig(BaseModel):
         return given
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _sound(self, info: ValidationInfo) -> Self:
         if self.label_smoothing > 0 and self.loss_type in ("hinge", "ipo"):
             raise ValueError(f"label_smoothing: the loss {self.loss_type} does not know it; remove it")
-        if self.simpo_gamma != 0.5 and self.loss_type not in ("simpo", "alphapo"):
+        if self.simpo_gamma != 0.5 and self.loss_type not in ("simpo", "alphapo") and info.context != STORED:
             raise ValueError(
                 f"simpo_gamma: the loss {self.loss_type} does not know it; remove it, or set loss_type to simpo"
             )

@@ -1,12 +1,13 @@
 """Whole rollouts that are sampled from a part of the distribution look off policy, the longer the more; and no run is
 warned of what its method does not have."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from actors.recipe.file import RecipeError, load_recipe
+from actors.recipe.file import RecipeError, load_recipe, load_stored
 from actors.recipe.schema import GrpoRecipe
 from algorithms.config import GrpoConfig
 from algorithms.losses import Normalizer, grpo_loss
@@ -64,6 +65,26 @@ def test_losses_that_read_no_recorded_log_probabilities_take_any(name: str) -> N
 @pytest.mark.parametrize("name", ["grpo", "dapo", "icepop", "ppo", "decoupled_ppo_interpolated"])
 def test_and_so_do_those_that_weigh_tokens(name: str) -> None:
     load_recipe(str(RECIPES[name]), [TOP_P])
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("recipes/methods/gspo.yaml", "temperature: 1.3", "temperature: 1.3, top_p: 0.95"),
+        ("recipes/methods/icepop.yaml", "clip_min: 0.5", "clip_min: 1.5"),
+        ("recipes/methods/ppo.yaml", "cliprange_value: 0.2", "warmup_steps: 60"),
+        ("recipes/offline/dpo.yaml", "beta: 0.1", "discopop_tau: 0.1"),
+        ("recipes/offline/cpo.yaml", "beta: 0.1", "simpo_gamma: 1.0"),
+    ],
+)
+def test_a_run_that_has_begun_so_can_still_be_read(path: str, old: str, new: str, tmp_path: Path) -> None:
+    text = Path(path).read_text()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.replace(old, new))
+    assert recipe.read_text() != text
+    load_stored(recipe)
+    with pytest.raises(RecipeError):
+        load_recipe(recipe)
 
 
 ALL = ("zero_std", "off_policy", "entropy", "length", "idle", "idle")
