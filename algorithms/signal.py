@@ -79,12 +79,16 @@ def _penalised(group: GroupSummary, config: GrpoConfig, max_completion_length: i
 def _moments(
     groups: Sequence[GroupSummary], values: Sequence[Sequence[float | None]], config: GrpoConfig
 ) -> tuple[float, float]:
-    """Mean and unbiased standard deviation of the advantages, over the rollouts or over the tokens; 0, 0 of too few."""
+    """Mean and unbiased standard deviation of the advantages, over the rollouts or over the tokens; 0, 0 of too few.
+
+    Tokens of rollouts that `mask_truncated_completions` leaves out do not count, as in a mean over tokens.
+    """
+    leaves_out = config.mask_truncated_completions and config.normalize_advantages == "tokens"
     known = [
         (value, group.num_loss_tokens_G[number], group.kl_G[number] if group.kl_G else KlSums())
         for group, of_group in zip(groups, values, strict=True)
         for number, value in enumerate(of_group)
-        if value is not None
+        if value is not None and not (leaves_out and group.truncated_G[number])
     ]
     values_B = np.array([value for value, _, _ in known], dtype=np.float64)
     if config.normalize_advantages == "rollouts" or not known:

@@ -1,6 +1,7 @@
 """From rewards to advantages by hand, and what normalising over tokens means, token by token."""
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,20 @@ def test_normalised_advantages_have_mean_0_and_spread_1_over_what_they_are_norma
     values = [value for value, count in zip(flat, counts, strict=True) for _ in range(count)]
     assert statistics.fmean(values) == pytest.approx(0.0, abs=1e-12)
     assert statistics.stdev(values) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_tokens_that_the_loss_leaves_out_do_not_normalise_the_others() -> None:
+    """As in a mean over tokens; over rollouts all of them count, as in TRL."""
+    cut = replace(summary([1.0, 0.0, 0.0, 0.0], [2, 3, 50, 50]), truncated_G=(False, False, True, True))
+    keys = {"mask_truncated_completions": True, "baseline": "none"}
+    ((first, second, *_),) = signal([cut], config(normalize_advantages="tokens", **keys), 50).advantages
+    assert first is not None
+    assert second is not None
+    trained = [first] * 2 + [second] * 3
+    assert statistics.fmean(trained) == pytest.approx(0.0, abs=1e-9)
+    assert statistics.stdev(trained) == pytest.approx(1.0, abs=1e-3)
+    (of_rollouts,) = signal([cut], config(normalize_advantages="rollouts", **keys), 50).advantages
+    assert sum(filter(None, of_rollouts)) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_kl_to_go_is_normalised_with_the_rewards() -> None:
