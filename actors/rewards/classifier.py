@@ -35,7 +35,7 @@ def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
         raise ValueError(str(error).replace("model.path:", "rewards.functions: model:")) from error
 
 
-def reward_model(path: str) -> Callable[..., list[float | None]]:
+def reward_model(path: str) -> Callable[..., list[float]]:
     """The model as a function that is called as TRL calls reward functions."""
     check_reward_model(path)
     tokenizer = load_tokenizer_of(path)
@@ -47,12 +47,9 @@ def reward_model(path: str) -> Callable[..., list[float | None]]:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
-    def scores(
-        prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **columns: Any
-    ) -> list[float | None]:
-        """One score for each completion; None for one that the model has no tokens for."""
-        asked = sequences_of(tokenizer, prompts, completions)
-        sequences = [token_ids for token_ids in asked if token_ids is not None]
+    def scores(prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **columns: Any) -> list[float]:
+        """One score for each completion."""
+        sequences = [_token_ids(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
         found: list[float] = []
         for start in range(0, len(sequences), _BATCH):
             some = sequences[start : start + _BATCH]
@@ -65,31 +62,27 @@ def reward_model(path: str) -> Callable[..., list[float | None]]:
             with torch.no_grad():
                 logits_S1 = model(input_ids=ids_SL.to(device), attention_mask=mask_SL.to(device)).logits
             found += logits_S1[:, 0].float().tolist()
-        following = iter(found)
-        return [None if token_ids is None else next(following) for token_ids in asked]
+        return found
 
     return scores
 
 
-def sequences_of(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Messages], completions: Sequence[str | Messages]
-) -> list[list[int] | None]:
-    """Token ids of each completion with its prompt. None for one that no rendering continues the prompt with, such as
-    one that begins with line breaks, which merge with the template's; ValueError when that is so for all.
-    """
-    sequences: list[list[int] | None] = []
-    refusals: list[ValueError] = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        try:
-            sequences.append(_token_ids(tokenizer, prompt, completion))
-        except ValueError as error:
-            refusals.append(error)
-            sequences.append(None)
-    if refusals and len(refusals) == len(sequences):
-        raise refusals[0]
-    return sequences
-
-
 def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, completion: str | Messages) -> list[int]:
+    """Line breaks at the beginning of an answer that merge with those of the chat template are left out: the model was
+    trained on no such answer, and the others of the group would lose their scores, too."""
     given = prompt_ids(tokenizer, prompt, "rewards")
-    return answered(tokenizer, prompt, given, completion, "rewards")[0]
+    try:
+        return answered(tokenizer, prompt, given, completion, "rewards")[0]
+    except ValueError:
+        begun = _begun(completion)
+        if begun == completion:
+            raise
+        return answered(tokenizer, prompt, given, begun, "rewards")[0]
+
+
+def _begun(completion: str | Messages) -> str | Messages:
+    """Without the blanks that a conversation's answer begins with."""
+    if isinstance(completion, str):
+        return completion
+    first, *others = completion
+    return [{**first, "content": first["content"].lstrip()}, *others]

@@ -1,7 +1,6 @@
 """A reward model is a reward function like any other, and gives the score that it was trained to give."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,16 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification
 
+from actors.data.examples import answered
 from actors.data.preferences import PairStream
+from actors.data.prompts import prompt_ids
 from actors.model.forward import PACKED_ATTENTION, row_scores
 from actors.model.load import load_scorer, load_tokenizer
 from actors.model.tiny import make_tiny_model
 from actors.recipe.model import TinyModel
 from actors.recipe.rewards import RewardConfig
 from actors.reward import RewardActor
-from actors.rewards.classifier import check_reward_model, reward_model, sequences_of
+from actors.rewards.classifier import _token_ids, check_reward_model, reward_model
 from actors.rewards.functions import name_of
 from actors.run.preference import _end
 from algorithms.packed import pack_row
@@ -118,24 +119,18 @@ def test_a_reward_is_a_function_or_a_model(values: dict[str, Any]) -> None:
         RewardConfig.model_validate_json(json.dumps(values))
 
 
-def test_a_completion_that_no_rendering_continues_costs_the_others_nothing(folder: Path, tmp_path: Path) -> None:
-    """Line breaks at its beginning merge with the template's, in the tokenizers of Qwen and Phi."""
-    tokenizer = FAMILIES["Qwen 2.5"].tokenizer()
+@pytest.mark.parametrize("family", ["Qwen 2.5", "Qwen 3 instruct", "Phi 3"])
+def test_line_breaks_that_merge_with_the_templates_are_left_out(family: str) -> None:
+    """A sampled answer may begin with them, though no row of the data may."""
+    tokenizer = FAMILIES[family].tokenizer()
     odd, plain = ([{"role": "assistant", "content": text}] for text in ("\n\nho", "ho"))
     with pytest.raises(ValueError, match="the completion cannot be told from the prompt"):
-        sequences_of(tokenizer, [TALK], [odd])
-    none, some = sequences_of(tokenizer, [TALK, TALK], [odd, plain])
-    assert none is None
-    assert some is not None
-    judge = shutil.copytree(folder, tmp_path / "judge")
-    (judge / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% if m['content'] == 'no' %}{{ raise_exception('no') }}{% endif %}"
-        "{{ m['role'] + m['content'] }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+        answered(tokenizer, TALK, prompt_ids(tokenizer, TALK, "row"), odd, "row")
+    assert _token_ids(tokenizer, TALK, odd) == _token_ids(tokenizer, TALK, plain)
+    assert (
+        _token_ids(tokenizer, TALK, plain)
+        == answered(tokenizer, TALK, prompt_ids(tokenizer, TALK, "row"), plain, "row")[0]
     )
-    said = [[{"role": "assistant", "content": text}] for text in ("ho", "no", "hum")]
-    scores = reward_model(str(judge))(prompts=[TALK] * 3, completions=said)
-    assert scores[1] is None
-    assert [scores[0], scores[2]] == pytest.approx(reward_model(str(judge))(prompts=[TALK] * 2, completions=said[::2]))
 
 
 def test_a_conversation_of_the_rollouts_prompt_is_continued(folder: Path) -> None:
