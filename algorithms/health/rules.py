@@ -56,10 +56,8 @@ def measured(rule: Rule, metrics: Metrics) -> Point | None:
         case ZeroStdRule():
             return _single(metrics.get("frac_reward_zero_std"))
         case OffPolicyRule():
-            # A sample size that is no finite number is not among the metrics, and the worst there is; where ratios were
-            # not measured at all (distillation and online DPO have losses without them) there is none.
-            measures = "clip_ratio/region_mean" in metrics
-            return _single(metrics.get("sampling/ess", 0.0 if measures else None))
+            # A sample size that is no finite number is not among the metrics, and the worst there is.
+            return _single(metrics.get("sampling/ess", 0.0))
         case KlRule():
             return _single(metrics.get("kl"))
         case EntropyRule():
