@@ -150,10 +150,19 @@ def rows(name: str, measured: dict[str, Measured]) -> list[tuple[str, ...]]:
     return [
         (
             name, side, f"{m.samples_per_s:.1f}", f"{m.step_s:.2f}", str(m.num_steps), f"{m.mean_length:.1f}",
-            f"{m.max_length:.0f}", ", ".join(f"{key} {value:.2f}" for key, value in m.notes.items()),
+            f"{m.max_length:.0f}",
         )
         for side, m in measured.items()
     ]  # fmt: skip
+
+
+def notes(name: str, measured: dict[str, Measured]) -> list[str]:
+    """A line for each side that has any: waits are shares of its time."""
+    return [
+        f"{name}, {side}: " + ", ".join(f"{key} {value:.2f}" for key, value in m.notes.items())
+        for side, m in measured.items()
+        if m.notes
+    ]
 
 
 def main() -> None:
@@ -173,21 +182,28 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     write_prompts(OUT / "prompts.jsonl")
     make_stopping(OUT / "model", 0)
-    table = Table("part", "side", "samples/s", "s a step", "steps", "tokens, mean", "longest", "notes")
+    table = Table("part", "side", "samples/s", "s a step", "steps", "tokens, mean", "longest")
     figures: dict[str, Any] = {}
+    told: list[str] = []
+
+    def add(name: str, measured: dict[str, Measured]) -> None:
+        told.extend(notes(name, measured))
+        for row in rows(name, measured):
+            table.add_row(*row)
+
     for name, case in cases(given.steps, given.quick).items():
         if name in parts:
             measured = compare(case, console.print)
             figures[f"over_trl_{name}"] = ratio(measured)
-            for row in rows(name, measured):
-                table.add_row(*row)
+            add(name, measured)
     if "curves" in parts:
         ours, theirs = curves(given.seeds, given.steps, given.quick, console.print)
         figures["reward_gap"] = reward_gap([m.rewards for m in ours], [m.rewards for m in theirs])
         for seed, pair in enumerate(zip(ours, theirs, strict=True)):
-            for row in rows(f"curve {seed}", dict(zip(("Paceline", "TRL"), pair, strict=True))):
-                table.add_row(*row)
+            add(f"curve {seed}", dict(zip(("Paceline", "TRL"), pair, strict=True)))
     console.print(table)
+    for line in told:
+        console.print(line, soft_wrap=True, highlight=False)
     print(json.dumps(figures))
 
 
