@@ -121,7 +121,7 @@ class PolicyActor:
         self._team = Team.join(self.rank, settings.num_ranks, settings.policy.sequence_parallel_size, self._timeout)
         model, self._base = load_learner(settings)
         optimizer = adamw(model, settings.optimizer)
-        self.pad_id = int(model.config.pad_token_id or 0)
+        self.pad_id = max(0, model.config.pad_token_id or 0)  # some models say -1, which no embedding has
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
