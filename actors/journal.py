@@ -18,7 +18,7 @@ def read(path: Path) -> list[Event]:
     for number, line in enumerate(lines[:-1], start=1):  # behind the last line end is nothing, or what was torn
         try:
             event = json.loads(line)
-            complete = {"event", "ordinal", "t"} <= event.keys()
+            complete = {"event", "ordinal", "t"} <= event.keys() and type(event["ordinal"]) is int
         except (ValueError, AttributeError, RecursionError):
             complete = False
         if not complete:
@@ -74,6 +74,6 @@ def fates(events: Iterable[Event]) -> Fates:
             result.apply(event)
         for event in undone:
             result.wasted("rolled back", sum(event["lengths"]), event["generate_s"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"a journal has no such event: {event} ({type(error).__name__}: {error})") from error
     return result

@@ -4,8 +4,8 @@ The functions run in a child process (rewards/lane.py), so one that hangs, crash
 score, and no other's. Async ones are called for many groups at a time, sync ones, which hold their process, for one
 group after another; a recipe that has both has a child for each kind, so that what fails in the one costs the other
 nothing. The reward is the weighted sum over the functions that gave a number, None when none did: TRL's rule. Where a
-function has failed there is no reward either, however many others gave a number: a sum without it is a sum in which it
-said 0.
+function that counts has failed there is no reward either, however many others gave a number: a sum without it is a sum
+in which it said 0.
 """
 
 import asyncio
@@ -168,7 +168,8 @@ def steps_of(is_async: Sequence[bool]) -> tuple[list[list[int]], list[int]]:
 
 
 def unscorable(outcomes: Sequence[Outcome], weights: Sequence[float]) -> frozenset[int]:
-    """Rollouts that a function has failed for; one of weight 0, which is only measured, costs nobody the reward."""
+    """Rollouts that a function has failed for, and has no score of; one of weight 0, which is only measured, costs
+    nobody the reward."""
     failed = [outcome.scores for outcome, weight in zip(outcomes, weights, strict=True) if outcome.cause and weight]
     return frozenset(place for scores in failed for place, score in enumerate(scores) if score is None)
 
@@ -178,12 +179,14 @@ def total_rewards(
 ) -> tuple[tuple[float | None, ...], int]:
     """The weighted sum for each rollout over the functions that gave a number, and how many sums overflowed.
 
-    None where no function gave a number, where the sum is not finite, and for the rollouts `without` one.
+    None where no function that counts gave a number (one of weight 0 does not, unless all are), where the sum is not
+    finite, and for the rollouts `without` one.
     """
     rewards: list[float | None] = []
     num_overflows = 0
     for place, of_rollout in enumerate(zip(*scores, strict=True)):
-        parts = [weight * score for weight, score in zip(weights, of_rollout, strict=True) if score is not None]
+        scored = [(weight, score) for weight, score in zip(weights, of_rollout, strict=True) if score is not None]
+        parts = [weight * score for weight, score in scored if weight or not any(weights)]
         total = sum(parts)
         num_overflows += not math.isfinite(total)
         rewards.append(total if parts and math.isfinite(total) and place not in without else None)

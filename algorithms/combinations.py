@@ -134,6 +134,6 @@ def _of_bounds(config: "GrpoConfig") -> Iterator[str]:
     ):
         if not is_sound:
             yield (
-                f"vllm_importance_sampling_{key}: {bound:g} leaves out what is on policy, whose weight is 1, and with "
-                f"it all that could be learned; {way}"
+                f"vllm_importance_sampling_{key}: {bound:g} leaves out what is on policy, whose weights lie around "
+                f"1, or half of it; {way}"
             )

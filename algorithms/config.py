@@ -1,6 +1,6 @@
 """What a recipe may say about mathematics and decisions; names and defaults are TRL's where the concept is TRL's.
 
-docs/algorithms.md names what has another default.
+docs/algorithms.md names what has another default; those of the optimizer are GRPOConfig's, whatever is trained.
 """
 
 from typing import Annotated, Any, Literal, Self

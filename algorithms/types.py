@@ -88,8 +88,8 @@ class ScoredGroup:
 
     group: Group
     rewards_G: tuple[float | None, ...]
-    """Weighted sum of the reward functions; None when every function returned None for that rollout, or one has failed
-    for it."""
+    """Weighted sum of the reward functions; None when every function returned None for that rollout, or one that
+    counts (its weight is not 0) has failed for it."""
     scores: Mapping[str, tuple[float | None, ...]]
     """What each reward function gave, by function name."""
     failures: Mapping[str, int] = field(default_factory=dict)

@@ -53,14 +53,13 @@ def train(
     try:
         with heard():
             # After the recipe is known to be good: these load Ray and torch, which takes seconds.
-            from rich.console import Console
-
+            from actors.run.progress import RunConsole
             from deploy.train import execute, prepare
 
             with user_errors():
                 jobs = prepare(loaded, recipe, address, overwrite, allow_change or ())
             with user_errors(ClusterError):  # another ValueError is not the user's any more
-                execute(jobs, address, Console())
+                execute(jobs, address, RunConsole())
     except StoppedError as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(STOPPED) from None

@@ -5,13 +5,14 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from ray.exceptions import RayError
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from actors.checkpoint.resume import Resume, changes, check_rows, find
+from actors.checkpoint.resume import Resume, changes, find, with_rows
 from actors.checkpoint.store import CheckpointStore
 from actors.data.dataset import Rows, load_rows, reward_column_names
 from actors.data.examples import ExampleStream, data_examples
@@ -109,7 +110,7 @@ def prepare(
         folder = RunFolder(run.folder)
         resume = None if overwrite else _resume(run, folder, allowed)
         if resume is not None:
-            check_rows(resume.cut, len(rows), rows.source, allowed)
+            resume = with_rows(resume, len(rows), rows.source, allowed)
             check_unchanged(tokenizer, run.model.chat_template, resume.path / MODEL, allowed)
         replaces = overwrite or (resume is None and _ended_early(run, folder))
         if resume is None:
@@ -206,7 +207,9 @@ def _told(error: BaseException, folder: RunFolder) -> BaseException:
 def _is_of_disk(error: OSError, folder: RunFolder) -> bool:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return not folder.path.is_dir()
-    return error.errno in _DISK or (error.errno == errno.EACCES and error.filename is not None)
+    if error.errno == errno.EACCES:  # which reading a model or a template may raise, too
+        return error.filename is not None and folder.path in Path(error.filename).parents
+    return error.errno in _DISK
 
 
 def _begin(job: Job, console: Console) -> None:

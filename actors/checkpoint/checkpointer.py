@@ -193,6 +193,15 @@ class Checkpointer:
         if self.critic is not None:
             await self.critic.write_snapshot(folder / CRITIC, timeout_s)
         await within(timeout_s, aside(self.store.commit, cut.version), "committing a checkpoint")
+        with contextlib.suppress(OSError):  # the checkpoint is there
+            self._tell(await within(timeout_s, aside(self.store.left_over), "looking for what is left over"))
+
+    def _tell(self, left_over: list[Path]) -> None:
+        if left_over:
+            self.say(
+                f"warning: {left_over[0]} cannot be removed ({len(left_over)} such in all), and the disk fills; remove "
+                "what is older than the newest checkpoints by hand"
+            )
 
     def _stage(self, cut: Cut, groups: list[SavedGroup]) -> Path:
         folder = self.store.stage(cut.version)

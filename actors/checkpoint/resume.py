@@ -1,7 +1,7 @@
 """Whether a run folder can be gone on with by this recipe, and from where."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ _FREE = (
 """How and where a run computes may change when it goes on; what it computes may not, but by name."""
 _BOUND = ("rollout.dtype",)
 """The exception among them."""
+_OF_ROWS = ("dataset", *(f"dataset.{key}" for key in ("path", "name", "split", "revision", "task", "size")))
+"""Of these one says that the rows may be others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +71,23 @@ def find(store: CheckpointStore, recipe_file: Path, recipe: Recipe, allowed: Col
     raise ValueError(f"{store.path}: no checkpoint is whole ({notes[-1]}); begin anew with --overwrite")
 
 
-def check_rows(cut: Cut, num_rows: int, source: str, allowed: Collection[str]) -> None:
-    """ValueError when the data set has another number of rows than it had: whoever goes on would train some rows twice
-    and others never, though the journal is in order. That the rows are the same ones is not looked at."""
-    if cut.num_rows in (None, num_rows) or any(key.split(".")[0] == "dataset" for key in allowed):
-        return
-    raise ValueError(
-        f"dataset.path: {source} has {num_rows} rows and had {cut.num_rows} when the checkpoint was made, so the order "
-        "would be another one, some rows trained twice and others never; put the data back, go on all the same with "
-        "--allow-change dataset.path, or begin anew with --overwrite"
-    )
+def with_rows(resume: Resume, num_rows: int, source: str, allowed: Collection[str]) -> Resume:
+    """With a note, ValueError when it is not `allowed`, where the data set has another number of rows than it had.
+
+    Whoever goes on then trains some rows twice and others never, though the journal is in order. That the rows are the
+    same ones is not looked at.
+    """
+    had = resume.cut.num_rows
+    if had in (None, num_rows):
+        return resume
+    if not any(key in allowed for key in _OF_ROWS):
+        raise ValueError(
+            f"dataset.path: {source} has {num_rows} rows and had {had} when the checkpoint was made, so the order "
+            "would be another one, some rows trained twice and others never; put the data back, go on all the same "
+            "with --allow-change dataset.path, or begin anew with --overwrite"
+        )
+    note = f"the data set had {had} rows and has {num_rows} from here on: some are trained twice, others never"
+    return replace(resume, notes=(*resume.notes, note))
 
 
 def check_tensors(folder: Path) -> None:

@@ -84,6 +84,13 @@ class CheckpointStore:
             self._prune()
         return committed
 
+    def left_over(self) -> list[Path]:
+        """What should be gone, and could not be removed."""
+        too_many = [
+            self._folder(version) for version in self.versions()[: -self.keep] if version != self.best_version()
+        ]
+        return [*too_many, *self.path.glob(".staged-gone-*")]
+
     def versions(self) -> list[int]:
         """Of the committed checkpoints, oldest first."""
         if not self.path.is_dir():
@@ -146,8 +153,11 @@ class CheckpointStore:
     def _prune(self) -> None:
         """After the commit: whenever the process is killed, at most too many are left, and the next commit prunes."""
         best = self.best_version()
-        with contextlib.suppress(OSError):
+        try:
             self._tell_best()
+        except OSError:
+            with contextlib.suppress(OSError):  # none is better than one that names what is removed now
+                (self.path / "best.json").unlink(missing_ok=True)
         for version in self.versions()[: -self.keep]:
             if version != best:
                 _remove(self._folder(version))

@@ -87,6 +87,13 @@ def _of_cut_samples(recipe: "GrpoRecipe") -> Iterator[str]:
             f"{says} to algorithm.importance_sampling_level {level!r}; set {key} to {whole}, or algorithm.old_logprobs "
             "to 'recomputed'"
         )
+    least = generation.top_p if generation.top_k <= 0 else 0.0
+    bounds = algorithm.geometric_mask_range
+    if bounds is not None and bounds[0] > least:
+        yield (
+            f"{says} to algorithm.geometric_mask_range {list(bounds)}; set {key} to {whole}, or "
+            f"its lower bound to {least:g} or less"
+        )
 
 
 def _without_effect(recipe: "GrpoRecipe", method: str) -> Iterator[str]:
@@ -107,12 +114,13 @@ def is_about(rule: Rule, recipe: "GrpoRecipe") -> bool:
     # With a teacher that speaks in every token's advantage, rewards may be there to be looked at alone.
     only_measured = algorithm.kl_penalty == "advantage" and not any(each.weight for each in recipe.rewards.functions)
     learns_rewards = recipe.distillation is None and not only_measured
+    is_judged = all(each.judge is not None for each in recipe.rewards.functions if each.weight)
     match rule.kind:
         case "off_policy":  # another loss than GRPO's measures no ratios
             return recipe.distillation is None and recipe.online_dpo is None
         case "zero_std":  # equal rewards say nothing only where the group is what they are compared with
             return learns_rewards and algorithm.baseline != "none"
-        case "length":
-            return learns_rewards
+        case "length":  # of the two rewards of a pair that is judged the mean is always a half
+            return learns_rewards and not is_judged
         case _:
             return True

@@ -1,5 +1,6 @@
 """What one wants to see while a run goes on: a live bar on a terminal, a line now and then elsewhere."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -11,11 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 _LINE_EVERY_S = 5.0  # between two lines where there is no terminal
 
 
+class RunConsole(Console):
+    """Where a run prints; when nobody reads the pipe any more, it goes on all the same, and prints no more."""
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(SystemExit):  # by which rich would end the process
+            super().on_broken_pipe()
+
+
 class RunProgress:
     """Steps done, and a few figures beside them."""
 
     def __init__(self, title: str, num_steps: int, console: Console | None = None) -> None:
-        self._console = console or Console()
+        self._console = console or RunConsole()
         self._title = title
         self._num_steps = num_steps
         self._bar = Progress(
@@ -44,12 +53,7 @@ class RunProgress:
         """One line that stays. A lone surrogate, as a reward function may find in what a model has written, is in it
         as its escape: it has no bytes."""
         shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
-        try:
-            self._console.print(shown, highlight=False, soft_wrap=True, markup=False)
-        except SystemExit as ended:
-            # Of rich, when nobody reads the pipe any more, with 1: the run goes on all the same, and prints no more.
-            if ended.code != 1:
-                raise
+        self._console.print(shown, highlight=False, soft_wrap=True, markup=False)
 
     def step(self, done: int, figures: Mapping[str, str]) -> None:
         """`done` steps are complete; `figures` are shown as they are."""

@@ -27,6 +27,8 @@ _FINISH_TIMEOUT_S = 120.0
 _LOG_TIMEOUT_S = 20.0
 """To hand a step's metrics to W&B's own process, which takes milliseconds; the loop stands still meanwhile."""
 
+_KILL_TIMEOUT_S = 5.0
+
 _STEP = "step"
 
 
@@ -138,17 +140,27 @@ def _in_time(seconds: float, call: Callable[[], object]) -> None:
     try:
         done.result(seconds)
     except TimeoutError:
-        if done.done():
-            raise
-        for child in psutil.Process().children():
-            with contextlib.suppress(psutil.Error):
-                if child.name().startswith("wandb"):
-                    child.kill()
-        with contextlib.suppress(Exception):  # it mourns its process; when ours ends it would do so with a traceback
-            import wandb
+        if done.done():  # meanwhile, or by an error of the same type
+            done.result(0.0)
+            return
+        if _killed():
+            with contextlib.suppress(Exception):  # it mourns its process; at our end it would do so with a traceback
+                import wandb
 
-            wandb.teardown()
+                wandb.teardown()
         raise TimeoutError(f"its process has not answered for {seconds:g} s") from None
+
+
+def _killed() -> bool:
+    """W&B's own process, if there is one, is gone when this returns."""
+    ours = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.name().startswith("wandb"):
+                child.kill()
+                ours.append(child)
+    _, alive = psutil.wait_procs(ours, timeout=_KILL_TIMEOUT_S)
+    return bool(ours) and not alive
 
 
 def _begun(project: str, name: str, folder: Path, config: Mapping[str, Any], run_id: str, offline: bool) -> Any:

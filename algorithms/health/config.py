@@ -100,7 +100,8 @@ class HealthConfig(BaseModel):
         IdleRule(kind="idle", pool="rollout"),
     )
     """Each looks at a window of steps; `[]` looks at nothing. What a method does not have is not looked at: probability
-    ratios beside `distillation` and `online_dpo`, equal rewards where no group is the baseline or no reward counts."""
+    ratios beside `distillation` and `online_dpo`, equal rewards where no group is the baseline, rewards that stand
+    still where they are a judge's, and neither where no reward counts."""
     max_skipped_in_a_row: int = Field(3, ge=0)
     """Steps in a row whose loss or gradient is not finite; they leave the weights alone, and more of them stop the
     run."""

@@ -147,9 +147,17 @@ def test_a_journal_that_lacks_what_a_cut_counts_on_is_refused(tmp_path: Path) ->
         '{"event": "began", "ordinal": -1, "t": 0}\n{"event": "resumed", "ordinal": -1, "t": 0}',
         '{"event": "began", "ordinal": -1, "t": 0}\n{"event": "resumed", "ordinal": -1, "t": 0, "lines": "x"}',
         '{"event": "quarantined", "ordinal": 1, "t": 0, "cause": "", "row": "x"}',
+        '{"event": "quarantined", "ordinal": 1, "t": 0, "cause": "", "row": 1e999}',
     ],
 )
 def test_an_event_of_no_journal_is_told(line: str, tmp_path: Path) -> None:
     (tmp_path / "ledger.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"ledger\.jsonl: .*--overwrite"):
         journal.check(tmp_path / "ledger.jsonl", 1)
+
+
+@pytest.mark.parametrize("ordinal", ['"1"', "1.5", "true", "null"])
+def test_an_ordinal_is_a_whole_number(ordinal: str, tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text(f'{{"event": "began", "ordinal": {ordinal}, "t": 0}}\n')
+    with pytest.raises(ValueError, match="line 1 is not an event of a journal"):
+        journal.read(tmp_path / "ledger.jsonl")

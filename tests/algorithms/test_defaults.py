@@ -1,4 +1,5 @@
-"""Where the concept is TRL's, so is the default; docs/algorithms.md names the exceptions."""
+"""Where the concept is TRL's, so is the default; docs/algorithms.md names the exceptions. The optimizer's are
+GRPOConfig's for every kind of recipe, and what is not of mathematics (seed, dtype) is not looked at."""
 
 import dataclasses
 from pathlib import Path

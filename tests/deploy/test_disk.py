@@ -20,8 +20,11 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_taken_away_or_closed_is_named(tmp_path: Path) -> None:
-    closed = _told(PermissionError(errno.EACCES, "Permission denied", "/there/metrics.jsonl"), RunFolder(tmp_path))
-    assert str(closed).startswith("run_dir: /there/metrics.jsonl cannot be written: Permission denied; mend that")
+    metrics = str(tmp_path / "metrics.jsonl")
+    closed = _told(PermissionError(errno.EACCES, "Permission denied", metrics), RunFolder(tmp_path))
+    assert str(closed).startswith(f"run_dir: {metrics} cannot be written: Permission denied; mend that")
+    elsewhere = PermissionError(errno.EACCES, "Permission denied", "/there/template.jinja")
+    assert _told(elsewhere, RunFolder(tmp_path)) is elsewhere, "it is no matter of the run folder"
     stale = _told(OSError(errno.ESTALE, "Stale file handle"), RunFolder(tmp_path))
     assert str(stale).startswith(f"run_dir: {tmp_path} cannot be written: Stale file handle; mend that")
     ours = FileNotFoundError(errno.ENOENT, "No such file or directory", str(tmp_path / "gone" / "metrics.jsonl"))

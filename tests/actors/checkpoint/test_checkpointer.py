@@ -141,6 +141,19 @@ async def test_one_that_fails_is_told_and_the_next_is_written(tmp_path: Path) ->
     assert checkpointer.store.versions() == [4]
 
 
+async def test_what_cannot_be_removed_is_told_and_undoes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer, policy, said = make(tmp_path)
+    monkeypatch.setattr("actors.checkpoint.store.shutil.rmtree", lambda path, ignore_errors: None)  # as on NFS
+    await run_to(checkpointer, policy, 1, 8)
+    assert checkpointer.store.versions() == [6, 8]
+    (first, second) = said
+    assert ".staged-gone-" in first
+    assert "(1 such in all), and the disk fills" in first
+    assert "(2 such in all)" in second
+
+
 async def test_the_last_one_is_on_the_disk_or_it_is_an_error(tmp_path: Path) -> None:
     checkpointer, policy, _ = make(tmp_path)
     await checkpointer.last(3)

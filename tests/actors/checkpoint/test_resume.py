@@ -1,11 +1,12 @@
 """From which cut a run goes on, and what of its recipe may have changed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from actors.checkpoint.cut import Cut, Progress
-from actors.checkpoint.resume import changes, check_rows, find
+from actors.checkpoint.resume import Resume, changes, find, with_rows
 from actors.checkpoint.store import CheckpointStore
 from actors.recipe.file import RecipeError, dump_recipe, load_recipe
 from algorithms.slots import PacerState
@@ -45,13 +46,17 @@ def test_a_damaged_one_is_passed_over_and_told(run: tuple[CheckpointStore, Path]
 def test_a_data_set_that_has_become_longer_or_shorter_is_refused() -> None:
     """The recipe is the same, and each ordinal would be another row."""
     cut = Cut(20, 5, PacerState(20, 100, 40, (), ()), Progress(), num_rows=1000)
+    resume = Resume(Path("x"), cut, [], ("passed over",))
     for num_rows in (999, 1001):
-        with pytest.raises(ValueError, match=rf"x.jsonl has {num_rows} rows and had 1000 .*--allow-change"):
-            check_rows(cut, num_rows, "x.jsonl", ["steps"])
+        for other in ("steps", "dataset.prompt_suffix"):
+            with pytest.raises(ValueError, match=rf"x.jsonl has {num_rows} rows and had 1000 .*--allow-change"):
+                with_rows(resume, num_rows, "x.jsonl", [other])
         for allowed in ("dataset", "dataset.path", "dataset.size"):
-            check_rows(cut, num_rows, "x.jsonl", [allowed])
-    check_rows(cut, 1000, "x.jsonl", ())
-    check_rows(Cut(20, 5, PacerState(20, 100, 40, (), ()), Progress()), 3, "of an older checkpoint", ())
+            _, note = with_rows(resume, num_rows, "x.jsonl", [allowed]).notes
+            assert note.startswith(f"the data set had 1000 rows and has {num_rows} from here on")
+    assert with_rows(resume, 1000, "x.jsonl", ()) == resume
+    older = replace(resume, cut=Cut(20, 5, PacerState(20, 100, 40, (), ()), Progress()))
+    assert with_rows(older, 3, "x.jsonl", ()) == older
 
 
 def test_how_it_computes_may_change(run: tuple[CheckpointStore, Path]) -> None:

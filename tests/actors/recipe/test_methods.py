@@ -57,6 +57,17 @@ def test_ratios_of_whole_rollouts_want_whole_distributions(name: str) -> None:
         load_recipe(str(RECIPES[name]), [TOP_P])
 
 
+def test_a_geometric_mask_has_room_for_what_is_left_out() -> None:
+    demo = ["recipes/demo.yaml", [TOP_P, BY_TOKENS, "algorithm.geometric_mask_range=[0.99, 1.01]"]]
+    with pytest.raises(
+        RecipeError, match=r"geometric_mask_range \[0\.99, 1\.01\]; set top_p to 1, or its lower bound to 0\.95"
+    ):
+        load_recipe(*demo)
+    load_recipe(demo[0], [*demo[1], "algorithm.geometric_mask_range=[0.95, 1.01]"])
+    with pytest.raises(RecipeError, match="its lower bound to 0 or less"):
+        load_recipe(demo[0], [BY_TOKENS, "generation.top_k=50", "algorithm.geometric_mask_range=[0.95, 1.01]"])
+
+
 @pytest.mark.parametrize("name", ["gkd", "online_dpo"])
 def test_losses_that_read_no_recorded_log_probabilities_take_any(name: str) -> None:
     load_recipe(str(RECIPES[name]), [TOP_P, "generation.top_k=50"])
@@ -98,7 +109,8 @@ ALL = ("zero_std", "off_policy", "entropy", "length", "idle", "idle")
         # Of a loss of its own no probability ratio is measured, which would count as the worst of all.
         ("gkd", "steps=60", ("zero_std", "off_policy", "length")),
         ("gkd", "rewards.functions.0.weight=1.0", ("zero_std", "off_policy", "length")),
-        ("online_dpo", "steps=60", ("off_policy",)),
+        # A judge's rewards are as high at the end as at the beginning.
+        ("online_dpo", "steps=60", ("off_policy", "length")),
         # Rewards that are only measured are all equal, and do not grow.
         ("on_policy_distillation", "steps=60", ("zero_std", "length")),
         ("on_policy_distillation", "rewards.functions.0.weight=1.0", ()),

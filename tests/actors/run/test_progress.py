@@ -31,9 +31,9 @@ def test_what_has_no_bytes_is_shown_as_its_escape(capsys: pytest.CaptureFixture[
 def test_a_run_goes_on_when_nobody_reads_what_it_prints() -> None:
     """As in `train ... | head -1`: rich would end the process without a word."""
     script = (
-        "import sys; from rich.console import Console; from actors.run.progress import RunProgress\n"
-        "run = RunProgress('run', 9, Console()); run.say('first'); sys.stdin.read()\n"
-        "[run.say('another') for _ in range(3)]; print('it goes on', file=sys.stderr)"
+        "import sys; from actors.run.progress import RunConsole, RunProgress\n"
+        "console = RunConsole(); run = RunProgress('run', 9, console); run.say('first'); sys.stdin.read()\n"
+        "console.print('another'); [run.say('another') for _ in range(3)]; print('it goes on', file=sys.stderr)"
     )
     command = [sys.executable, "-c", script]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -205,6 +205,19 @@ print("the run has ended well")
 """
 
 
+HANG_AT_ITS_END = """
+import psutil, sys
+from pathlib import Path
+from actors.run import tracker
+with tracker.Tracker("test", "run", Path(sys.argv[1]), {}, lambda line: print("SAID", line)) as of:
+    of.log(0, {"reward": 1.0})
+    for child in psutil.Process().children(recursive=True):
+        child.suspend()
+    tracker._FINISH_TIMEOUT_S = 0.5
+print("the run has ended well")
+"""
+
+
 def online(script: str, folder: Path, url: str, mode: str = "online") -> subprocess.CompletedProcess[str]:
     """A process of its own, because wandb remembers to whom it has spoken."""
     env = os.environ | {
@@ -240,9 +253,10 @@ def test_a_run_goes_on_without_its_tracker_and_keeps_the_metrics(tmp_path: Path,
     assert ids == {(tmp_path / "wandb_id").read_text().strip()}
 
 
-def test_a_tracker_that_hangs_does_not_hold_the_run_up_nor_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", [HANG, HANG_AT_ITS_END], ids=["in a step", "at its end"])
+def test_a_tracker_that_hangs_does_not_hold_the_run_up_nor_its_end(tmp_path: Path, script: str) -> None:
     """Its process is stopped: what is written to it fills the pipe, and nobody reads."""
-    done = online(HANG, tmp_path, NOBODY, mode="offline")
+    done = online(script, tmp_path, NOBODY, mode="offline")
     assert "the run has ended well" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("SAID") == 1
     assert "Weights & Biases fails (its process has not answered for 1 s)" in done.stdout
