@@ -12,7 +12,7 @@ The learning rate is so small that this stays so, but for the reward curves: TRL
 Paceline over later ones.
 
     over_trl_short        samples/s over TRL's where completions are cut off at 64 tokens: 28 on average
-    over_trl_long         the same where they are cut off at 512: 46 on average
+    over_trl_long         the same where they are cut off at 512: 44 on average
     over_trl_slow_reward  as short, with a reward that comes after a wait, lognormal with sigma 1 and a mean of 1 s for
                           each completion, those of one call side by side; Paceline's one reward worker may have
                           the calls of 128 groups in flight

@@ -44,7 +44,7 @@ def reward_model(path: str) -> Callable[..., list[float]]:
     model: Any = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
     model = model.to(device).eval()
     assert tokenizer.pad_token_id is not None
-    if (model.config.pad_token_id or 0) < 0 or model.config.pad_token_id is None:  # -1 is no token
+    if model.config.pad_token_id is None or model.config.pad_token_id < 0:  # some models say -1, which is no token
         model.config.pad_token_id = tokenizer.pad_token_id
 
     def scores(prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **columns: Any) -> list[float]:

@@ -96,7 +96,10 @@ class RunFolder:
             # Of a file, which NFS locks everywhere.
             descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise RunError(f"run_dir: {error.filename or self.path} cannot be written: {error.strerror}") from None
+            raise RunError(
+                f"run_dir: {error.filename or self.path} cannot be written: {error.strerror}; mend that, or choose "
+                "another folder with run_dir=..."
+            ) from None
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # is given back when the process ends, however
